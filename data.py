@@ -1,0 +1,251 @@
+"""Problems and traces: one schema, one prompt format, every source.
+
+A source is a name that `load_problems` understands: "toy", a local .jsonl or .parquet file, or the
+name of a data set on the Hugging Face hub. Its rows may have one of the schemas in `SCHEMAS`; for
+another one, add a function there.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from run import InputError, gather, rank, say, world_size
+from verify import Grader
+
+THINK = "<think>\n"
+SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."  # for data without one
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem to roll out, the answer that the verifier checks and, if there is one, a trace.
+
+    `encode` fills the token fields, `load_training_set` the trace's reward.
+    """
+
+    prompt: list[dict[str, str]] | str  # chat messages, or the text as the model shall see it
+    answer: str  # the gold answer, bare LaTeX
+    trace: str | None = None  # a teacher's response to the prompt
+    source: str = ""  # metrics are reported by source
+    prompt_ids: tuple[int, ...] = ()
+    trace_ids: tuple[int, ...] = ()  # ends in the one EOS
+    trace_reward: float = 0.0  # of the trace, by the verifier
+    opened: str = ""  # "<think>\n" if the prompt ends in it: the response is then inside a thought
+
+
+# ------------------------------------------------------------------ sources
+def load_problems(path_or_name: str, *, split: str = "train") -> list[Problem]:
+    """All problems of a source, in its order.
+
+    path_or_name: "toy" or "toy/SPLIT", a .jsonl or .parquet file, or a data set's name on the hub;
+    `split` is for the hub only. Raises InputError on a source that is absent, empty or malformed.
+    """
+    if path_or_name.split("/")[0] == "toy":
+        import toy
+
+        return toy.problems(*path_or_name.split("/")[1:])
+    problems = [to_problem(row, where) for where, row in read_rows(path_or_name, split)]
+    if not problems:
+        raise InputError(f"{path_or_name}: no rows; a data set needs at least one problem")
+    return problems
+
+
+def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
+    """(where it stands, row) for each row of a file or of a hub data set."""
+    path = Path(name)
+    if path.suffix in (".jsonl", ".parquet") and not path.is_file():
+        raise InputError(f"{name}: no such file")
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                yield f"{name}, line {number}", parse_line(line, f"{name}, line {number}")
+        return
+    import datasets  # slow to import, and not needed for the toy
+
+    try:
+        if path.suffix == ".parquet":
+            cache = datasets.Dataset.from_parquet(name, keep_in_memory=True)
+        else:
+            cache = datasets.load_dataset(name, split=split)
+    except Exception as error:  # datasets raises a dozen kinds; all mean that there is no data
+        hint = "is it a parquet file?" if path.suffix else (
+            "neither a .jsonl or .parquet file nor a data set on the hub that can be reached from "
+            "here; pass --data PATH")
+        raise InputError(f"{name}: {hint} ({type(error).__name__}: {error})") from error
+    for number, row in enumerate(cache):
+        yield f"{name}, row {number}", row
+
+
+def parse_line(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error}); expected one object a line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+# ------------------------------------------------------------------ schemas
+def from_openr1(row: dict, where: str) -> Problem:
+    """Elliott/Openr1-Math-46k-8192, and the official code's benchmark files (without target)."""
+    trace = None
+    if row.get("target") is not None:
+        trace = field(messages(row, "target", where)[0], "content", str, f"{where}, column target")
+    return Problem(
+        prompt=messages(row, "prompt", where),
+        answer=field(field(row, "reward_model", dict, where), "ground_truth", str,
+                     f"{where}, column reward_model"),
+        trace=trace,
+        source=str(row.get("data_source") or ""),
+    )
+
+
+def from_gsm8k(row: dict, where: str) -> Problem:
+    """GSM8K's own format: the human solution, calculator marks <<1+1=2>>, then `#### gold`."""
+    solution, mark, gold = field(row, "answer", str, where).rpartition("####")
+    if not mark:
+        raise InputError(f"{where}, column answer: expected a solution that ends in '#### ANSWER'")
+    gold = gold.strip().replace(",", "")
+    solution = re.sub(r"<<[^>]*>>", "", solution).strip()
+    return Problem(
+        prompt=[{"role": "system", "content": SYSTEM},
+                {"role": "user", "content": field(row, "question", str, where)}],
+        answer=gold,
+        trace=f"{solution}\nThe answer is \\boxed{{{gold}}}.",
+        source="gsm8k",
+    )
+
+
+SCHEMAS = {  # the columns that tell a schema -> its reader
+    ("prompt", "reward_model"): from_openr1,
+    ("question", "answer"): from_gsm8k,
+}
+
+
+def to_problem(row: dict, where: str) -> Problem:
+    for columns, reader in SCHEMAS.items():
+        if all(column in row for column in columns):
+            return reader(row, where)
+    known = " or ".join("{" + ", ".join(columns) + "}" for columns in SCHEMAS)
+    raise InputError(f"{where}: expected the columns {known}, found {sorted(row)}")
+
+
+def field(row: dict, column: str, kind: type, where: str):
+    value = row.get(column)
+    if not isinstance(value, kind) or not value:
+        raise InputError(f"{where}, column {column}: expected a non-empty {kind.__name__}, "
+                         f"found {value!r:.80}")
+    return value
+
+
+def messages(row: dict, column: str, where: str) -> list[dict[str, str]]:
+    found = field(row, column, list, where)
+    if not all(isinstance(m, dict) and isinstance(m.get("role"), str)
+               and isinstance(m.get("content"), str) for m in found):
+        raise InputError(f"{where}, column {column}: expected a list of "
+                         f"{{role, content}} messages, found {found!r:.80}")
+    return [{"role": m["role"], "content": m["content"]} for m in found]
+
+
+# ------------------------------------------------------------------ tokens
+def encode(problems: Iterable[Problem], tokenizer, *, max_prompt_tokens: int,
+           max_response_tokens: int) -> tuple[list[Problem], Counter]:
+    """Fill the token fields; drop what does not fit. -> (problems kept, reason -> number dropped).
+
+    A trace becomes its tokens and exactly one EOS, and must fit into max_response_tokens with it.
+    A problem without a trace is kept. Raises InputError if the tokenizer has no EOS, or no chat
+    template while a prompt consists of messages.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no EOS token: a response could never end. "
+                         "Set eos_token in its tokenizer_config.json")
+    kept, dropped = [], Counter()
+    for problem in problems:
+        text = render(problem.prompt, tokenizer)
+        prompt_ids = tokenizer.encode(text, add_special_tokens=False)
+        opened = THINK if text.endswith(THINK) else ""
+        trace_ids = trace_tokens(problem.trace, opened, tokenizer)
+        if len(prompt_ids) > max_prompt_tokens:
+            dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
+        elif len(trace_ids) > max_response_tokens:
+            dropped[f"trace longer than {max_response_tokens} tokens"] += 1
+        elif tokenizer.eos_token_id in trace_ids[:-1]:
+            dropped["EOS inside the trace"] += 1
+        else:
+            kept.append(replace(problem, prompt_ids=tuple(prompt_ids),
+                                trace_ids=tuple(trace_ids), opened=opened))
+    return kept, dropped
+
+
+def render(prompt: list[dict[str, str]] | str, tokenizer) -> str:
+    """The text that the model sees: a plain prompt as it is, messages through the chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template, and the prompts are chat messages. "
+                         "Put a chat_template into its tokenizer_config.json")
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+
+
+def trace_tokens(trace: str | None, opened: str, tokenizer) -> list[int]:
+    r"""A trace as the continuation of its prompt, with exactly one EOS.
+
+    Where the prompt already ends in `<think>\n`, the trace's own `<think>\n` would be a second one.
+    """
+    if trace is None:
+        return []
+    if opened:
+        trace = trace.removeprefix(THINK)
+    return tokenizer.encode(trace.removesuffix(tokenizer.eos_token),
+                            add_special_tokens=False) + [tokenizer.eos_token_id]
+
+
+# ------------------------------------------------------------------ the training set
+def load_training_set(name: str, tokenizer, grader: Grader, *, need_traces: bool,
+                      max_prompt_tokens: int, max_response_tokens: int) -> list[Problem]:
+    """The problems of a source to train on, with verified traces that fit; says what it drops.
+
+    It is the same for every algorithm, but that one without traces can use problems without one.
+    Raises InputError if no problem is left.
+    """
+    problems = load_problems(name)
+    kept, dropped = encode(problems, tokenizer, max_prompt_tokens=max_prompt_tokens,
+                           max_response_tokens=max_response_tokens)
+    if need_traces:
+        dropped["no trace"] = sum(p.trace is None for p in kept)
+        kept = [p for p in kept if p.trace is not None]
+    mine = kept[rank()::world_size()]
+    rewards = [0.0] * len(kept)
+    for r, part in enumerate(gather(grader([(p.trace or "", p.answer) for p in mine]))):
+        rewards[r::world_size()] = part
+    kept = [replace(p, trace_reward=reward) for p, reward in zip(kept, rewards)]
+    dropped["wrong trace"] = sum(p.trace is not None and p.trace_reward == 0 for p in kept)
+    kept = [p for p in kept if p.trace is None or p.trace_reward > 0]
+    reasons = "".join(f"; dropped {n}: {reason}" for reason, n in sorted(dropped.items()) if n)
+    if not kept:
+        raise InputError(f"--data {name}: no problem is left to train on{reasons}")
+    say(f"{name}: {len(kept)} of {len(problems)} problems{reasons}")
+    return kept
+
+
+# ------------------------------------------------------------------ batches
+def batch_at(problems: list[Problem], step: int, size: int, seed: int) -> list[Problem]:
+    """The batch of a step (from 0): a pure function, so that there is no sampler state to save.
+
+    The epochs' shuffles, each its own function of (seed, epoch), stand one after the other; step s
+    reads positions [s * size, (s + 1) * size).
+    """
+    epochs: dict[int, list[int]] = {}
+    batch = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, i = divmod(position, len(problems))
+        if epoch not in epochs:
+            epochs[epoch] = list(range(len(problems)))
+            random.Random(f"{seed}/{epoch}").shuffle(epochs[epoch])
+        batch.append(problems[epochs[epoch][i]])
+    return batch

@@ -1,0 +1,629 @@
+"""LUFFY, small enough to read: RL with verifiable rewards under off-policy guidance.
+
+Every group of rollouts of a problem holds one correct reasoning trace of a stronger teacher. All
+are scored by rule, advantages are taken over the mixed group, and the trace's tokens get a shaped
+weight that lets the policy learn from right but unlikely ones. (arXiv:2504.14945)
+
+    python luffy.py                                                # the toy, minutes on a laptop
+    python luffy.py --algo on_policy                               # one switch: RL alone
+    torchrun --nproc_per_node=8 luffy.py --model Qwen/Qwen2.5-Math-7B
+
+The equations, in the paper's symbols:
+    A_i   = r_i - mean(r_1..r_G)           over rollouts and trace together   Eq. 4, without / std
+    x_it  = π_θ / π_old  on rollouts,      π_θ / π_φ  on traces, with π_φ := 1
+    f(x)  = x / (x + γ)                    policy shaping
+    J     = 1/Z [ Σ_traces Σ_t f(x_it) A_i + Σ_rollouts Σ_t x_it A_i ]        Eq. 3 with f: Eq. 6
+
+Notation: P problems, G trajectories in a group (rollouts, then the trace), N response tokens of a
+micro-batch, S tokens of its packed row (prompts too), B its trajectories, D width, V vocabulary.
+
+Read from here down and stop after `update`: that is the method. The rest is machinery.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import re
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from transformers import AttentionInterface
+
+from data import Problem, batch_at, encode, load_problems, load_training_set
+from eval import evaluate, report
+from run import InputError, Means, Run, add_token_metrics, all_reduce, barrier, device
+from run import from_pretrained, init_processes, load_tokenizer, progress, rank, say, seed_of
+from run import to_look_at, trajectory_metrics, world_size
+from sampler import TorchSampler
+from verify import Grader
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. The defaults are the paper's; `--model toy` and `--algo` replace some of them."""
+
+    # what to run
+    model: str = "toy"  # "toy", a directory that from_pretrained loads, or a name on the hub
+    algo: str = "luffy"  # a row of ALGORITHMS
+    data: str = "Elliott/Openr1-Math-46k-8192"  # training problems: see load_problems in data.py
+    eval_data: str = ""  # problems to evaluate on before, during and after; "" for none
+    out: str = ""  # run directory; "" is runs/MODEL-ALGO-seedSEED
+    seed: int = 0
+    steps: int = 500  # rollout batches
+    # a group
+    problems_per_step: int = 128  # P
+    rollouts: int = 7  # on-policy trajectories of a problem
+    traces: int = 1  # off-policy ones: 0 or 1
+    max_prompt_tokens: int = 1024
+    max_response_tokens: int = 8192  # traces with their EOS, too
+    temperature: float = 1.0  # of the rollouts; top_p = 1
+    # the objective
+    shaping: str = "luffy"  # f on trace tokens, a row of SHAPINGS
+    gamma: float = 0.1  # the paper's γ in f(x) = x / (x + γ), not a discount
+    clip: float | None = None  # PPO's ε on rollout tokens; none: no clipping
+    shape_rollouts: bool = False  # rollout ratio f(π_θ) / f(π_old) instead of π_θ / π_old
+    baseline: str = "group"  # mean reward of the whole group, or of its "rollouts"
+    trace_advantage: float | None = None  # none: from the group, as every trajectory's
+    normalize_std: bool = False  # divide advantages by the group's std (GRPO); Dr. GRPO does not
+    token_mean: bool = False  # Z = tokens of the update; false: trajectories x max_response_tokens
+    sft_coef: float = 1.0  # of the SFT loss (shaping "log"), a mean over the update's trace tokens
+    entropy_coef: float = 2.5e-4  # the official 0.001 in our units: 0.001 x 8192 / 32768
+    # the optimizer
+    updates_per_step: int = 2  # optimizer steps on one rollout batch, each on its own problems
+    lr: float = 1e-6  # AdamW, constant
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    # the machine
+    token_budget: int = 32768  # tokens of a micro-batch: memory, not mathematics
+    graders: int = 2  # verifier processes of each rank
+    grade_timeout: float = 5.0  # seconds, then the reward is 0
+    save_every: int = 50  # steps between checkpoints
+    eval_every: int = 0  # steps between evaluations; 0: only before and after
+    eval_samples: int = 8  # responses to each evaluation problem, at temperature 0.6
+    sample_every: int = 10  # steps between files of sampled groups
+
+
+# The arms of the paper. Each names what it changes in Config's defaults, which are `luffy`.
+ALGORITHMS: dict[str, dict] = {
+    "luffy": {},
+    "mixed_shaped": dict(clip=0.2),
+    "mixed": dict(clip=0.2, shaping="none"),
+    "on_policy": dict(rollouts=8, traces=0, clip=0.2),
+    "on_policy_noclip": dict(rollouts=8, traces=0),
+    "on_policy_shaped": dict(rollouts=8, traces=0, clip=0.2, shape_rollouts=True),
+    "grpo": dict(rollouts=8, traces=0, clip=0.2, normalize_std=True, token_mean=True),
+    "rl_sft": dict(shaping="log", baseline="rollouts", trace_advantage=1.0, sft_coef=0.1),
+    "sft": dict(rollouts=0, shaping="log", trace_advantage=1.0, entropy_coef=0.0, lr=5e-5,
+                problems_per_step=64, updates_per_step=1, steps=2150),
+}
+
+
+# ============================================================================ the algorithm
+def group_advantages(rewards: Tensor, *, normalize_std: bool = False,
+                     count: int | None = None) -> Tensor:
+    """Eq. 4 over the mixed group: (P, G) rewards -> (P, G) advantages r - mean(r).
+
+    normalize_std divides by the standard deviation (+ 1e-6), as GRPO and the paper's Eq. 4 do;
+    the paper's experiments (Dr. GRPO) do not. count: statistics over the first `count` columns.
+    """
+    group = rewards[:, :count]
+    advantages = rewards - group.mean(dim=1, keepdim=True)
+    if normalize_std:
+        advantages = advantages / (group.std(dim=1, keepdim=True) + 1e-6)
+    return advantages
+
+
+def shape(x: Tensor, gamma: float) -> Tensor:
+    """Policy shaping f(x) = x / (x + γ): f' is largest where x is small."""
+    return x / (x + gamma)
+
+
+SHAPINGS = {  # f of a trace token, from log x = log π_θ - log π_φ
+    "luffy": lambda log_x, gamma: shape(log_x.exp(), gamma),
+    "none": lambda log_x, gamma: log_x.exp(),  # Eq. 3
+    "log": lambda log_x, gamma: log_x,  # with A = 1: the SFT loss
+}
+
+
+def mixed_policy_objective(logp: Tensor, logp_behavior: Tensor, advantage: Tensor,
+                           off_policy: Tensor, *, shaping: str = "luffy", gamma: float = 0.1,
+                           clip: float | None = None, shape_rollouts: bool = False) -> Tensor:
+    """Eq. 6 without its 1/Z: the objective of each token, to be maximised. All tensors (N,).
+
+    logp_behavior is log π_old on rollouts and log π_φ on traces, where the paper sets π_φ := 1:
+    pass 0 there, or the teacher's true log-probs if the data has them. off_policy (bool) marks the
+    trace tokens. Clipping acts on rollout tokens only: a trace's ratio never exceeds 1, so a clip
+    would only stop the unlikely tokens that are to be learnt.
+    """
+    log_ratio = logp - logp_behavior
+    ratio = log_ratio.exp()
+    if shape_rollouts:
+        ratio = shape(logp.exp(), gamma) / shape(logp_behavior.exp(), gamma)
+    on = ratio * advantage
+    if clip is not None:
+        on = torch.min(on, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    off = SHAPINGS[shaping](log_ratio, gamma) * advantage
+    return torch.where(off_policy, off, on)
+
+
+def token_logprobs(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *,
+                   temperature: float = 1.0, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """(N, D) hidden states, (V, D) head, (N,) next tokens -> log-probs (N,), entropies (N,).
+
+    Both in float32 at least, with gradient. Equal to, without ever holding all (N, V) logits:
+        logp = log_softmax(hidden @ lm_head_weight.T / temperature)
+        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(1)
+    """
+    return ChunkedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk)
+
+
+# ============================================================================ the run
+def train(cfg: Config, base: str) -> None:
+    """The whole method in one loop."""
+    with Run(cfg) as run, Grader(cfg.graders, cfg.grade_timeout) as grader:
+        path = run.checkpoint or base
+        tokenizer, model = load_model(path, cfg)
+        problems = load_training_set(
+            cfg.data, tokenizer, grader, need_traces=cfg.traces > 0,
+            max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens)
+        held_out = load_held_out(cfg, tokenizer)
+        sampler = TorchSampler(path, tokenizer.eos_token_id)
+        policy = DDP(Policy(model, cfg.temperature), gradient_as_bucket_view=True)
+        optimizer = ShardedAdamW(policy.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
+                                 weight_decay=cfg.weight_decay)
+        run.restore(optimizer)
+        sampler.load_weights(model.named_parameters())
+        if run.first_step == 0:
+            run.log_evaluation(0, held_out_scores(sampler, held_out, grader, tokenizer, cfg))
+        for step in range(run.first_step, cfg.steps):
+            batch = batch_at(problems, step, cfg.problems_per_step, cfg.seed)
+            with run.clock("sample"):
+                trajectories = rollout(sampler, batch, step, cfg)
+            with run.clock("score"):
+                metrics = score(trajectories, grader, tokenizer, cfg)
+            with run.clock("update"):
+                metrics |= update(policy, optimizer, trajectories, cfg)
+            with run.clock("sync"):  # every step: the next rollouts are on-policy
+                sampler.load_weights(model.named_parameters())
+            run.log_step(step + 1, metrics, *to_look_at(trajectories, tokenizer))
+            done, stop = step + 1 == cfg.steps, run.stop_requested()
+            if done or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+                scores = held_out_scores(sampler, held_out, grader, tokenizer, cfg)
+                run.log_evaluation(step + 1, scores)
+            if done or stop or (step + 1) % cfg.save_every == 0:
+                run.save(step + 1, model, tokenizer, optimizer)
+            if stop:
+                break
+    if rank() == 0:
+        report(run.out)
+
+
+def rollout(sampler, batch: list[Problem], step: int, cfg: Config) -> list["Trajectory"]:
+    """This rank's share of the step's P groups: the policy's rollouts, then the trace.
+
+    A trace never goes through the sampler, and the policy does not see it while it rolls out.
+    """
+    mine = range(rank(), len(batch), world_size())
+    samples = sampler.generate(
+        [batch[i].prompt_ids for i in mine], cfg.rollouts,
+        seeds=[seed_of(cfg.seed, step, i) for i in mine],
+        temperature=cfg.temperature, max_tokens=cfg.max_response_tokens)
+    trajectories = []
+    for i, group in zip(mine, samples):
+        trajectories += [Trajectory(i, batch[i], s.tokens, logp_sampler=s.logps) for s in group]
+        if cfg.traces:
+            trajectories.append(Trajectory(i, batch[i], batch[i].trace_ids, off_policy=True))
+    return trajectories
+
+
+def score(trajectories: list["Trajectory"], grader: Grader, tokenizer, cfg: Config) -> dict:
+    """Set each trajectory's reward and advantage; -> the metrics of the rewards."""
+    rollouts = [t for t in trajectories if not t.off_policy]
+    jobs = [(t.problem.opened + tokenizer.decode(t.response), t.problem.answer) for t in rollouts]
+    for t, reward in zip(rollouts, grader(jobs)):
+        t.reward = reward
+    for t in trajectories:
+        if t.off_policy:
+            t.reward = t.problem.trace_reward  # verified once, by load_training_set
+    rewards = torch.tensor([t.reward for t in trajectories]).view(-1, cfg.rollouts + cfg.traces)
+    advantages = group_advantages(rewards, normalize_std=cfg.normalize_std,  # (P / ranks, G)
+                                  count=cfg.rollouts if cfg.baseline == "rollouts" else None)
+    if cfg.trace_advantage is not None:
+        advantages[:, cfg.rollouts:] = cfg.trace_advantage
+    for t, advantage in zip(trajectories, advantages.flatten().tolist()):
+        t.advantage = advantage
+    return trajectory_metrics(trajectories, rewards[:, :cfg.rollouts], tokenizer.eos_token_id)
+
+
+def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Trajectory"],
+           cfg: Config) -> dict:
+    """`updates_per_step` steps of AdamW on Eq. 6, each on its share of the problems; -> metrics."""
+    share = cfg.problems_per_step // cfg.updates_per_step
+    mini_batches = [[t for t in trajectories if t.position // share == i]
+                    for i in range(cfg.updates_per_step)]
+    record_old_logprobs(policy, sum(mini_batches[1:], []), cfg)
+    means, grad_norms = Means(), []
+    bar = progress("update", sum(len(t.response) for t in trajectories))
+    for i, mini_batch in enumerate(mini_batches):
+        # Fixed from global counts before the first backward: micro-batches and ranks just add up.
+        set_weights(mini_batch, cfg)
+        micro_batches = pack(mini_batch, cfg.token_budget)
+        for batch in micro_batches:
+            last = batch is micro_batches[-1]
+            with nullcontext() if last else policy.no_sync():  # ranks all-reduce once, at the last
+                logp, entropy = policy(batch)  # (N,), (N,)
+                # Before the first optimizer step the policy still is the old one: ratio 1.
+                old = logp.detach() if i == 0 else batch.logp_old
+                objective = mixed_policy_objective(
+                    logp, old.masked_fill(batch.off_policy, 0.0), batch.advantage,
+                    batch.off_policy, shaping=cfg.shaping, gamma=cfg.gamma, clip=cfg.clip,
+                    shape_rollouts=cfg.shape_rollouts)
+                loss = -(batch.weight * (objective + cfg.entropy_coef * entropy)).sum()
+                (loss * world_size()).backward()  # DDP averages over ranks; our 1/Z is global
+            shaped = SHAPINGS[cfg.shaping](logp.detach(), cfg.gamma)
+            add_token_metrics(means, batch, logp.detach(), old, entropy.detach(), shaped)
+            bar.update(len(logp))
+        # No advantage, no signal: Adam would blow the entropy bonus up to full steps. So skip.
+        if all_reduce(max(abs(t.advantage) for t in mini_batch), dist.ReduceOp.MAX) > 0:
+            grad_norms.append(optimizer.step(cfg.max_grad_norm))
+        optimizer.zero_grad()
+    bar.close()
+    skipped = cfg.updates_per_step - len(grad_norms)
+    return means.reduce() | {"grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
+                             "skipped_updates": skipped}
+
+
+# ============================================================================ batches
+@dataclass
+class Trajectory:
+    """A response to a problem: a rollout of the policy, or the problem's trace."""
+
+    position: int  # of its problem in the step's batch
+    problem: Problem
+    response: list[int] | tuple[int, ...]  # ends in EOS unless truncated
+    off_policy: bool = False
+    logp_sampler: list[float] | None = None  # of a rollout, as the sampler saw it: for a metric
+    reward: float = math.nan  # set by score()
+    advantage: float = math.nan  # set by score()
+    weight: float = math.nan  # 1/Z of each of its tokens, set by update()
+    logp_old: Tensor | None = None  # (response,), set by record_old_logprobs()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Trajectories one after the other in a single row: no padding, so no masks."""
+
+    trajectories: list[Trajectory]
+    input_ids: Tensor  # (1, S)
+    position_ids: Tensor  # (1, S), from 0 again at each trajectory
+    lengths: list[int]  # (B,), sum S
+    response_index: Tensor  # (N,), where the response tokens stand in the row
+    off_policy: Tensor  # (N,) bool
+    advantage: Tensor  # (N,)
+    weight: Tensor  # (N,)
+    logp_old: Tensor | None  # (N,), 0 on traces; None where nothing was recorded
+    logp_sampler: Tensor  # (N,), 0 on traces
+
+
+def set_weights(trajectories: list[Trajectory], cfg: Config) -> None:
+    """1/Z: what one token counts in the loss, given the trajectories of all ranks in this update.
+
+    Dr. GRPO: one constant for all, trajectories x max_response_tokens, so that a long response is
+    not made light; token_mean: the number of tokens. The SFT loss is a mean over its own tokens.
+    """
+    sft = [t.off_policy and cfg.shaping == "log" for t in trajectories]
+    rl_lengths = [len(t.response) for t, is_sft in zip(trajectories, sft) if not is_sft]
+    sft_tokens = sum(len(t.response) for t, is_sft in zip(trajectories, sft) if is_sft)
+    count, tokens, sft_tokens = map(all_reduce, (len(rl_lengths), sum(rl_lengths), sft_tokens))
+    z = tokens if cfg.token_mean else count * cfg.max_response_tokens
+    for t, is_sft in zip(trajectories, sft):
+        t.weight = cfg.sft_coef / sft_tokens if is_sft else 1 / z
+
+
+def record_old_logprobs(policy: nn.Module, trajectories: list[Trajectory], cfg: Config) -> None:
+    """log π_old of rollouts that are trained on only after the policy has moved.
+
+    By the trainer itself: a sampler's log-probs differ by its numerics. Traces need none: π_φ := 1.
+    """
+    rollouts = [t for t in trajectories if not t.off_policy]
+    with torch.no_grad():
+        for batch in pack(rollouts, cfg.token_budget):
+            logps = policy(batch)[0].split([len(t.response) for t in batch.trajectories])
+            for t, logp in zip(batch.trajectories, logps):
+                t.logp_old = logp
+
+
+def pack(trajectories: list[Trajectory], token_budget: int) -> list[MicroBatch]:
+    """Rows of up to `token_budget` tokens, longest trajectories first; a longer one is alone."""
+    rows, room = [], 0
+    for t in sorted(trajectories, key=lambda t: -len(t.problem.prompt_ids) - len(t.response)):
+        length = len(t.problem.prompt_ids) + len(t.response)
+        if length > room or not rows:
+            rows.append([])
+            room = token_budget
+        rows[-1].append(t)
+        room -= length
+    return [collate(row) for row in rows]
+
+
+def collate(trajectories: list[Trajectory]) -> MicroBatch:
+    sequences = [[*t.problem.prompt_ids, *t.response] for t in trajectories]
+    lengths = [len(sequence) for sequence in sequences]
+    starts = [sum(lengths[:i + 1]) - len(t.response) for i, t in enumerate(trajectories)]
+
+    def tensor(rows: list, dtype=None) -> Tensor:
+        return torch.tensor([x for row in rows for x in row], dtype=dtype, device=device())
+
+    def per_token(values: list, dtype=None) -> Tensor:
+        return tensor([[v] * len(t.response) for v, t in zip(values, trajectories)], dtype)
+
+    recorded = all(t.logp_old is not None for t in trajectories if not t.off_policy)
+    blank = [torch.zeros(len(t.response), device=device()) for t in trajectories]
+    return MicroBatch(
+        trajectories=trajectories,
+        input_ids=tensor(sequences)[None],
+        position_ids=tensor([range(n) for n in lengths])[None],
+        lengths=lengths,
+        response_index=tensor([range(start, start + len(t.response))
+                               for start, t in zip(starts, trajectories)]),
+        off_policy=per_token([t.off_policy for t in trajectories], torch.bool),
+        advantage=per_token([t.advantage for t in trajectories]),
+        weight=per_token([t.weight for t in trajectories]),
+        logp_old=torch.cat([zero if t.off_policy else t.logp_old
+                            for t, zero in zip(trajectories, blank)]) if recorded else None,
+        logp_sampler=tensor([t.logp_sampler or [0.0] * len(t.response) for t in trajectories]),
+    )
+
+
+# ============================================================================ the policy
+class Policy(nn.Module):
+    """The language model as DDP wraps it: micro-batch -> log-probs and entropies of its tokens."""
+
+    def __init__(self, model: nn.Module, temperature: float):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        hidden = self.model.base_model(  # use_cache=False: a cache would let trajectories mix
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+            lengths=batch.lengths).last_hidden_state[0]  # (S, D)
+        return token_logprobs(  # the hidden state before a token predicts it
+            hidden[batch.response_index - 1], self.model.get_output_embeddings().weight,
+            batch.input_ids[0, batch.response_index], temperature=self.temperature)
+
+
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask,
+                     scaling: float, lengths: list[int], **_) -> tuple[Tensor, None]:
+    """Causal attention within each trajectory of a row: (1, H, S, D/H) -> (1, S, H, D/H)."""
+    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+           for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)  # without a mask function: none is built
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """token_logprobs, `chunk` tokens at a time; the backward pass computes the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        ctx.temperature, ctx.chunk = temperature, chunk
+        logps, entropies = [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
+            log_p = log_probs(h, weight, temperature)  # (chunk, V)
+            logps.append(log_p.gather(1, y[:, None])[:, 0])
+            entropies.append(-torch.linalg.vecdot(log_p.exp(), log_p))
+        logp, entropy = torch.cat(logps), torch.cat(entropies)
+        ctx.save_for_backward(hidden, weight, targets, entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, targets, entropy = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i in range(0, len(hidden), ctx.chunk):
+            s = slice(i, i + ctx.chunk)
+            log_p = log_probs(hidden[s], weight, ctx.temperature)
+            # with z the logits:  d logp(y) / dz = 1_y - p   and   dH / dz = -p (log p + H)
+            grad = -log_p.exp() * (grad_logp[s, None]
+                                   + grad_entropy[s, None] * (log_p + entropy[s, None]))
+            grad.scatter_add_(1, targets[s, None], grad_logp[s, None])
+            grad = (grad / ctx.temperature).to(hidden.dtype)
+            grad_hidden[s] = grad @ weight
+            grad_weight.addmm_(grad.T, hidden[s])
+        return grad_hidden, grad_weight, None, None, None
+
+
+def log_probs(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = hidden @ weight.T
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return F.log_softmax(logits / temperature, dim=-1)
+
+
+# ============================================================================ the optimizer
+class ShardedAdamW:
+    """AdamW on float32 masters of the parameters; each rank keeps the state of its share of them.
+
+    The gradients must be the same on all ranks, as after DDP's all-reduce. Memory of a rank: 12
+    bytes x parameters / ranks. On float32 parameters the masters are the parameters themselves,
+    and with one rank this is torch.optim.AdamW. Pure bfloat16 AdamW is wrong at lr 1e-6: most of
+    its updates round to nothing.
+    """
+
+    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999),
+                 weight_decay: float = 0.01, eps: float = 1e-8):
+        self.params = [p for p in params if p.requires_grad]
+        load = [0] * world_size()
+        self.owner = [0] * len(self.params)
+        for i in sorted(range(len(self.params)), key=lambda i: -self.params[i].numel()):
+            self.owner[i] = load.index(min(load))  # whole tensors, the largest first
+            load[self.owner[i]] += self.params[i].numel()
+        self.mine = {i: p.detach().float() for i, p in enumerate(self.params)
+                     if self.owner[i] == rank()}
+        self.adamw = torch.optim.AdamW(self.mine.values() or [torch.zeros(0)], lr=lr, betas=betas,
+                                       weight_decay=weight_decay, eps=eps)
+
+    @torch.no_grad()
+    def step(self, max_norm: float) -> float:
+        """Clip to the global norm `max_norm`, step, round once, share. -> the norm before clipping.
+
+        Raises FloatingPointError, with nothing changed, if the gradient is not finite.
+        """
+        norm = torch.stack([p.grad.float().norm() for p in self.params]).norm()
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient's norm is {norm.item()}; no step was taken")
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for i, master in self.mine.items():
+            master.grad = self.params[i].grad.float() * scale
+        self.adamw.step()
+        self.adamw.zero_grad()
+        for i, master in self.mine.items():
+            self.params[i].copy_(master)
+        if world_size() > 1:
+            for work in [dist.broadcast(p.detach(), owner, async_op=True)
+                         for p, owner in zip(self.params, self.owner)]:
+                work.wait()
+        return norm.item()
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad.zero_()  # in place: the gradients are views of DDP's buckets
+
+    def state_dict(self) -> dict[int, dict[str, Tensor]]:
+        """Index of a parameter -> master and moments, for this rank's share."""
+        return {i: {"master": master, **self.adamw.state[master]}
+                for i, master in self.mine.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[int, dict[str, Tensor]]) -> None:
+        """Take from one rank's state what is this rank's share now."""
+        for i, master in self.mine.items():
+            if i in state:
+                master.copy_(state[i]["master"])
+                self.adamw.state[master] = {
+                    name: value.to(master.device if value.dim() else "cpu", copy=True)
+                    for name, value in state[i].items() if name != "master"}
+
+
+# ============================================================================ loading
+def load_model(path: str | Path, cfg: Config) -> tuple:
+    """-> tokenizer, the model to train. Raises InputError if its context is too short."""
+    tokenizer = load_tokenizer(path)
+    model = from_pretrained(path, attn_implementation="packed").train()
+    context = model.config.max_position_embeddings
+    if cfg.max_prompt_tokens + cfg.max_response_tokens > context:
+        raise InputError(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
+                         f"{cfg.max_response_tokens} is more than the context of {path}, "
+                         f"{context} tokens: lower one of the two")
+    return tokenizer, model
+
+
+def load_held_out(cfg: Config, tokenizer) -> list[Problem]:
+    """The problems of --eval_data, those that fit."""
+    names = filter(None, cfg.eval_data.split(","))
+    problems = [p for name in names for p in load_problems(name, split="test")]
+    return encode(problems, tokenizer, max_prompt_tokens=cfg.max_prompt_tokens,
+                  max_response_tokens=cfg.max_response_tokens)[0]
+
+
+def held_out_scores(sampler, problems: list[Problem], grader: Grader, tokenizer,
+                    cfg: Config) -> dict:
+    return evaluate(sampler, problems, grader, tokenizer, samples=cfg.eval_samples,
+                    temperature=0.6, max_tokens=cfg.max_response_tokens, seed=cfg.seed)
+
+
+# ============================================================================ the command line
+def is_toy(model: str) -> bool:
+    """The toy itself, or a checkpoint that descends from it."""
+    config = Path(model) / "config.json"
+    return model == "toy" or config.is_file() and "luffy_toy" in json.loads(config.read_text())
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Config's defaults, then the row of --algo, then the toy's sizes if it is one, then flags."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for f in fields(Config):
+        kind = {bool: truth, float | None: float_or_none}.get(f.type, f.type)
+        parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__,
+                            choices=ALGORITHMS if f.name == "algo" else None,
+                            default=argparse.SUPPRESS,
+                            help=f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%"))
+    flags = vars(parser.parse_args(argv))
+    algo, model = flags.get("algo", Config.algo), flags.get("model", Config.model)
+    recipe = {}
+    if is_toy(model):
+        from toy import RECIPE as recipe
+    cfg = Config(**ALGORITHMS[algo] | recipe | flags)
+    path = "-".join(Path(cfg.model).parts[-2:]).removeprefix("/")
+    return replace(cfg, out=cfg.out or f"runs/{path}-{algo}-seed{cfg.seed}")
+
+
+def truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+def float_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+def check(cfg: Config) -> None:
+    """Raise InputError on a config that cannot run, before anything is loaded."""
+    shards = cfg.updates_per_step * world_size()
+    counts = ("steps", "problems_per_step", "updates_per_step", "max_prompt_tokens",
+              "max_response_tokens", "token_budget", "graders", "save_every", "eval_samples",
+              "sample_every")
+    for wrong, message in (
+        *((getattr(cfg, name) < 1, f"--{name} must be at least 1") for name in counts),
+        (cfg.traces not in (0, 1), f"--traces {cfg.traces}: a group holds one trace or none"),
+        (cfg.rollouts + cfg.traces < 1, "--rollouts 0 --traces 0: an empty group"),
+        (cfg.shaping not in SHAPINGS, f"--shaping {cfg.shaping}: one of {', '.join(SHAPINGS)}"),
+        (cfg.baseline not in ("group", "rollouts"), "--baseline: group or rollouts"),
+        (cfg.temperature <= 0, "--temperature must be positive: rollouts must differ"),
+        (cfg.problems_per_step % shards != 0,
+         f"--problems_per_step {cfg.problems_per_step}: must be a multiple of {shards} "
+         f"(--updates_per_step {cfg.updates_per_step} x {world_size()} processes)"),
+    ):
+        if wrong:
+            raise InputError(message)
+
+
+def main() -> None:
+    cfg = parse_args()
+    init_processes()
+    try:
+        check(cfg)
+        row = {k: getattr(cfg, k) for k in ALGORITHMS[cfg.algo]}
+        say(f"{cfg.algo} = luffy" + "".join(f", {k} {v}" for k, v in row.items()))
+        base = cfg.model
+        if cfg.model == "toy":
+            import toy
+
+            if rank() == 0:
+                toy.base_model()
+            barrier()
+            base = str(toy.base_model())
+        train(cfg, base)
+        if (cfg.model, cfg.algo) == ("toy", "luffy"):
+            say("next        python luffy.py --algo on_policy"
+                "    # RL alone stays at zero on the hard problems")
+    except InputError as error:
+        sys.exit(f"luffy.py: {error}" if rank() == 0 else 1)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+"""The machinery of a run: processes, models, metrics; its directory, log and resumption.
+
+A run directory holds
+    config.json            what was asked for; the same command with the same --out resumes
+    metrics.jsonl          one object a step; the same bits whether or not the run was interrupted
+    timing.jsonl           one object a step: seconds and tokens per second of each phase
+    evals.jsonl            one object for each evaluation
+    samples/               groups of trajectories to read, every few steps
+    checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's shards
+    curves.png             drawn at the end and on Ctrl-C
+Rank 0 writes all of it, but for the optimizer's shards.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()  # ours say what takes long
+
+# A finished or interrupted run may go on with these changed: they do not change the mathematics.
+MAY_CHANGE = {"steps", "save_every", "eval_every", "eval_samples", "eval_data", "sample_every",
+              "graders"}
+
+
+
+
+class InputError(ValueError):
+    """The user's input cannot be used. The message names the flag, file or row, and the fix."""
+
+
+# ------------------------------------------------------------------ processes
+def init_processes() -> None:
+    """Join torchrun's process group, or make one of a single process."""
+    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    timeout = timedelta(hours=2)  # ranks wait for the one with the longest responses
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
+    """One number over all ranks."""
+    x = torch.tensor(float(value), dtype=torch.float64, device=device())
+    if dist.is_initialized():
+        dist.all_reduce(x, op)
+    return x.item()
+
+
+def gather(value) -> list:
+    """Every rank's value, in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    all_reduce(0)
+
+
+def seed_of(*key) -> int:
+    """A seed as a function of what it is for, such as (seed, step, problem)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
+def say(*words) -> None:
+    """print, by rank 0 alone."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def progress(name: str, total: int) -> tqdm:
+    """A bar for what takes longer than two seconds; silent on ranks other than 0."""
+    return tqdm(total=total, desc=name, leave=False, delay=2, disable=rank() != 0)
+
+
+# ------------------------------------------------------------------ models
+def from_pretrained(path: str | Path, **kwargs) -> nn.Module:
+    """A causal language model in this machine's precision: bfloat16 on a GPU, float32 on a CPU."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs).to(device())
+    except OSError as error:
+        raise no_model(path, error) from error
+
+
+def load_tokenizer(path: str | Path):
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise no_model(path, error) from error
+
+
+def no_model(path: str | Path, error: Exception) -> InputError:
+    return InputError(f"--model {path}: neither a directory with a model and its tokenizer nor a "
+                      f"name on the hub that can be reached from here ({error})")
+
+
+# ------------------------------------------------------------------ metrics
+class Means:
+    """Averages of quantities that come in parts, from micro-batches and from ranks."""
+
+    def __init__(self):
+        self.parts = defaultdict(lambda: (0.0, 0))  # name -> (sum, count)
+
+    def add(self, name: str, values: torch.Tensor | list) -> None:
+        values = torch.as_tensor(values, dtype=torch.float64)
+        total, count = self.parts[name]
+        self.parts[name] = total + values.sum().item(), count + values.numel()
+
+    def reduce(self) -> dict[str, float]:
+        """name -> mean over all ranks, for every name with a value."""
+        all_ranks = Means()
+        for parts in gather(dict(self.parts)):
+            for name, (total, count) in parts.items():
+                sum_so_far, count_so_far = all_ranks.parts[name]
+                all_ranks.parts[name] = sum_so_far + total, count_so_far + count
+        return {name: total / count for name, (total, count) in all_ranks.parts.items() if count}
+
+
+def trajectory_metrics(trajectories: list, rewards: Tensor, eos: int) -> dict[str, float]:
+    """Means over all ranks' trajectories, rollouts and traces apart; rewards (P, rollouts)."""
+    means = Means()
+    for t in trajectories:
+        kind = "trace_" if t.off_policy else ""
+        means.add(f"{kind}reward", [t.reward])
+        means.add(f"{kind}length", [len(t.response)])
+        if not t.off_policy:
+            means.add(f"reward/{t.problem.source}", [t.reward])
+            means.add("truncated", [t.response[-1] != eos])
+    if rewards.numel():
+        solved = rewards.mean(dim=1)
+        means.add("groups/none", solved == 0)
+        means.add("groups/mixed", (solved > 0) & (solved < 1))
+        means.add("groups/all", solved == 1)
+    return means.reduce()
+
+
+def add_token_metrics(means: Means, batch, logp: Tensor, old: Tensor, entropy: Tensor,
+                      shaped: Tensor) -> None:
+    """From one micro-batch, all (N,): each metric over rollout tokens or over trace tokens only."""
+    on, off = ~batch.off_policy, batch.off_policy
+    log_ratio = (old - batch.logp_sampler)[on]  # the sampler's numerics against the trainer's
+    means.add("entropy", entropy[on])
+    means.add("ratio", (logp - old)[on].exp())
+    means.add("ratio_far", ((logp - old)[on].abs() > 0.2).float())
+    # k3 of http://joschu.net/blog/kl-approx.html: unbiased for KL(sampler || trainer)
+    means.add("sampler_kl", log_ratio.exp() - 1 - log_ratio)
+    means.add("trace_prob", logp[off].exp())
+    means.add("trace_weight", shaped[off])
+
+
+def to_look_at(trajectories: list, tokenizer) -> tuple[dict, list[dict]]:
+    """-> tokens that sampling and updating went through on all ranks; eight groups, as text."""
+    tokens = {
+        "sample": all_reduce(sum(len(t.response) for t in trajectories if not t.off_policy)),
+        "update": all_reduce(sum(len(t.problem.prompt_ids) + len(t.response)
+                                 for t in trajectories)),
+    }
+    some = [t for t in trajectories if t.position // world_size() < 8]
+    groups = [{"position": t.position, "source": t.problem.source, "off_policy": t.off_policy,
+               "prompt": tokenizer.decode(t.problem.prompt_ids), "answer": t.problem.answer,
+               "response": tokenizer.decode(t.response), "reward": t.reward,
+               "advantage": t.advantage} for t in some]
+    return tokens, groups
+
+
+# ------------------------------------------------------------------ the run directory
+class Run:
+    """The run directory of a config, opened: `checkpoint` and `first_step` say where to go on."""
+
+    def __init__(self, cfg):
+        self.cfg, self.out = cfg, Path(cfg.out)
+        self.seconds = defaultdict(float)
+        self.check()
+        done = sorted(self.out.glob("checkpoint-*"))  # complete ones only: they are renamed last
+        self.checkpoint = done[-1] if done else None
+        self.first_step = int(done[-1].name.split("-")[1]) if done else 0
+        self.stopping = 0.0  # when a stop was asked for
+        barrier()
+        if rank() == 0:
+            self.prepare()
+        barrier()
+
+    def check(self) -> None:
+        """Refuse the directory of another run."""
+        if not self.out.exists():
+            return
+        if not (self.out / "config.json").is_file():
+            if any(self.out.iterdir()):
+                raise InputError(f"--out {self.out}: not empty, and no run of ours (no config.json "
+                                 "in it); name another directory")
+            return
+        old, new = json.loads((self.out / "config.json").read_text()), asdict(self.cfg)
+        differ = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new
+                  if k not in MAY_CHANGE and old.get(k) != new[k]]
+        if differ and read_jsonl(self.out / "metrics.jsonl"):  # else there is nothing to lose
+            raise InputError(f"--out {self.out} holds a run with another configuration: "
+                             f"{'; '.join(differ)}. Name another --out, or use the old values")
+
+    def prepare(self) -> None:
+        """Make the directory; drop what a killed run logged after its last checkpoint."""
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        write(self.out / "config.json", json.dumps(asdict(self.cfg), indent=1))
+        for name in ("metrics", "timing", "evals"):
+            rows = [row for row in read_jsonl(self.out / f"{name}.jsonl")
+                    if row["step"] <= self.first_step and self.checkpoint]
+            write(self.out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if self.checkpoint:
+            say(f"resuming {self.out} after step {self.first_step}")
+
+    def __enter__(self) -> "Run":
+        self.handlers = {s: signal.signal(s, self.ask_to_stop)
+                         for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def ask_to_stop(self, number, _frame) -> None:
+        """Finish the step, save, stop. A second Ctrl-C stops at once; torchrun's echo does not."""
+        if number == signal.SIGINT and self.stopping and time.monotonic() - self.stopping > 2:
+            raise KeyboardInterrupt
+        if not self.stopping:
+            self.stopping = time.monotonic()
+            say("\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
+
+    def stop_requested(self) -> bool:
+        """The same answer on every rank."""
+        return all_reduce(self.stopping, dist.ReduceOp.MAX) > 0
+
+    # -------------------------------------------------------------- the log
+    @contextmanager
+    def clock(self, phase: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def log_step(self, step: int, metrics: dict, tokens: dict, groups: list[dict]) -> None:
+        """step: how many are done. tokens: phase -> tokens of all ranks. groups: to look at."""
+        row = {"step": step} | {k: metrics[k] for k in sorted(metrics)}
+        speed = {f"tokens_per_second/{phase}": count / max(self.seconds[phase], 1e-9)
+                 for phase, count in tokens.items()}
+        if rank() == 0:
+            append(self.out / "metrics.jsonl", row)
+            append(self.out / "timing.jsonl", {"step": step} | dict(self.seconds) | speed)
+            if step % self.cfg.sample_every == 0:
+                write(self.out / "samples" / f"step-{step:06d}.jsonl",
+                      "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups))
+            print(one_line(row, self.seconds), flush=True)
+        self.seconds.clear()
+
+    def log_evaluation(self, step: int, scores: dict[str, dict]) -> None:
+        if rank() == 0 and scores:
+            append(self.out / "evals.jsonl", {"step": step, "scores": scores})
+
+    # -------------------------------------------------------------- checkpoints
+    def save(self, step: int, model, tokenizer, optimizer) -> None:
+        """A complete checkpoint or none: written under another name, then renamed."""
+        final = self.out / f"checkpoint-{step:06d}"
+        half_written = self.out / f".{final.name}.tmp"
+        if rank() == 0:
+            shutil.rmtree(half_written, ignore_errors=True)
+            model.save_pretrained(half_written)
+            tokenizer.save_pretrained(half_written)
+        barrier()
+        torch.save(optimizer.state_dict(), half_written / f"optimizer-{rank()}.pt")
+        barrier()
+        if rank() == 0:
+            half_written.rename(final)
+            for old in self.out.glob("checkpoint-*/optimizer-*.pt"):  # only the newest resumes
+                if old.parent != final:
+                    old.unlink()
+        barrier()
+
+    def restore(self, optimizer) -> None:
+        if self.checkpoint:
+            shards = sorted(self.checkpoint.glob("optimizer-*.pt"))
+            for shard in shards:  # any number of ranks may have written them
+                optimizer.load_state_dict(torch.load(shard, map_location="cpu", mmap=True))
+
+
+def one_line(row: dict, seconds: dict) -> str:
+    """A step for a person: what the rows of metrics.jsonl hold, abbreviated."""
+    def number(name: str, form: str = ".2f") -> str:
+        return format(row[name], form).replace("0.", ".", 1) if name in row else "-"
+
+    sources = " ".join(f"{k.split('/')[1]} {number(k)}" for k in row if k.startswith("reward/"))
+    groups = "/".join(number(f"groups/{kind}") for kind in ("none", "mixed", "all"))
+    return " | ".join((
+        f"step {row['step']}",
+        f"reward {number('reward')} ({sources}, trace {number('trace_reward')})",
+        f"groups 0/mix/1 {groups}", f"len {number('length', '.0f')}",
+        f"trunc {number('truncated', '.0%')}", f"H {number('entropy')}",
+        f"π(trace) {number('trace_prob')}", f"gnorm {number('grad_norm', '.3f')}",
+        " ".join(f"{phase} {spent:.1f}s" for phase, spent in seconds.items())))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The complete rows of a file; a killed run may have left half a row at its end."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def append(path: Path, row: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """The whole file or the old one."""
+    half_written = path.with_name(f".{path.name}.tmp")
+    half_written.write_text(text)
+    half_written.rename(path)

@@ -1,0 +1,41 @@
+"""What tests share: a tiny untrained model of the toy, and the program as a user starts it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"  # real data, where there is some
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random model of the toy's shape and its tokenizer: the program takes it for a toy."""
+    import toy
+
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = toy.make_tokenizer()
+    toy.make_model(tokenizer, seed=0).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def command(*args, ranks: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    return [*launcher, *map(str, args)]
+
+
+def run(*args, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """python (or torchrun) ARGS in the project's directory."""
+    result = subprocess.run(command(*args, ranks=ranks), cwd=ROOT, text=True, capture_output=True,
+                            timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result

@@ -1,0 +1,101 @@
+"""Bad input ends at once, with a message that names the flag and the fix."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from conftest import run
+
+import toy
+from run import InputError
+from luffy import ALGORITHMS, Config, check, parse_args
+
+
+def refused(*args, ranks: int = 1) -> str:
+    result = run("luffy.py", *args, ranks=ranks, check=False)
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--gama", "1"], "--gama"), (["--algo", "ppo"], "mixed_shaped"), (["--steps", "x"], "--steps"),
+    (["--token_mean", "maybe"], "--token_mean"), (["--step", "3"], "--step"),
+])
+def test_flags_that_do_not_parse(capsys, args, words):
+    with pytest.raises(SystemExit) as exit:
+        parse_args(args)
+    assert exit.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_every_row_names_fields_and_is_reached_by_its_name():
+    names = {f.name for f in fields(Config)}
+    for algo, row in ALGORITHMS.items():
+        assert row.keys() <= names
+        cfg = parse_args(["--algo", algo, "--model", "Qwen/Qwen2.5-Math-7B"])
+        assert all(getattr(cfg, k) == v for k, v in row.items())
+        assert cfg.rollouts + cfg.traces in (1, 8)
+
+
+def test_the_papers_recipe_is_the_default_and_the_toy_changes_sizes_only():
+    cfg = parse_args(["--model", "Qwen/Qwen2.5-Math-7B"])
+    paper = dict(problems_per_step=128, rollouts=7, traces=1, updates_per_step=2, lr=1e-6,
+                 beta1=0.9, beta2=0.999, weight_decay=0.01, max_grad_norm=1.0, temperature=1.0,
+                 max_prompt_tokens=1024, max_response_tokens=8192, gamma=0.1, steps=500, clip=None,
+                 normalize_std=False, entropy_coef=2.5e-4, shaping="luffy")
+    assert {k: getattr(cfg, k) for k in paper} == paper
+    arms = {"rollouts", "traces", "shaping", "gamma", "clip", "shape_rollouts", "baseline",
+            "trace_advantage", "normalize_std", "token_mean", "sft_coef"}
+    assert not arms & toy.RECIPE.keys()
+    assert parse_args(["--algo", "sft"]).lr == toy.RECIPE["lr"]
+    assert parse_args(["--lr", "1", "--clip", "none", "--token_mean", "true"]).token_mean is True
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--problems_per_step", "9"], ["--problems_per_step 9", "multiple of 2"]),
+    (["--traces", "2"], ["--traces 2"]),
+    (["--rollouts", "0", "--traces", "0"], ["empty group"]),
+    (["--shaping", "cubic"], ["--shaping cubic", "luffy"]),
+    (["--save_every", "0"], ["--save_every", "at least 1"]),
+    (["--temperature", "0"], ["--temperature"]),
+])
+def test_configurations_that_cannot_run(args, words):
+    with pytest.raises(InputError) as error:
+        check(parse_args(args))
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_response_longer_than_the_context(tiny_model, tmp_path):
+    error = refused("--model", tiny_model, "--out", tmp_path / "run", "--max_response_tokens", 300)
+    assert "--max_response_tokens 300" in error and "256" in error
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    error = refused("--model", tmp_path / "absent", "--data", "toy", "--out", tmp_path / "run")
+    assert "--model" in error and "absent" in error
+
+
+def test_data_that_cannot_be_trained_on(tiny_model, tmp_path):
+    row = {"prompt": [{"role": "user", "content": "b2,c5,-;e?"}],
+           "reward_model": {"ground_truth": "5"}}
+    wrong = row | {"target": [{"role": "assistant", "content": "\\boxed{4}"}]}
+    (tmp_path / "bare.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "wrong.jsonl").write_text(json.dumps(wrong) + "\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    for name, words in (("bare", "no trace"), ("wrong", "wrong trace"), ("empty", "no rows")):
+        error = refused("--model", tiny_model, "--data", tmp_path / f"{name}.jsonl",
+                        "--out", tmp_path / "run")
+        assert words in error and f"{name}.jsonl" in error
+
+
+def test_the_directory_of_something_else_is_refused(tiny_model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("five years of work")
+    error = refused("--model", tiny_model, "--out", tmp_path)
+    assert "--out" in error and "not empty" in error
+    assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_ranks_other_than_0_are_silent(tiny_model, tmp_path):
+    result = run("luffy.py", "--model", tiny_model, "--out", tmp_path / "run", "--steps", 1,
+                 "--eval_samples", 1, ranks=2)
+    assert result.stdout.count("step 1 | reward") == 1 and result.stdout.count("luffy = ") == 1

@@ -1,0 +1,103 @@
+"""Kill it at any moment and start the same command again: nothing happened."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, command, run
+from safetensors.torch import load_file
+
+
+def luffy(model, out, *more):
+    return ("luffy.py", "--model", model, "--out", out, "--steps", 6, "--save_every", 2,
+            "--problems_per_step", 4, "--updates_per_step", 2, "--max_response_tokens", 64,
+            "--lr", 1e-2, "--eval_samples", 1, "--sample_every", 2, *more)
+
+
+def start(*args) -> subprocess.Popen:
+    return subprocess.Popen(command(*args), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for_step(process, n: int) -> None:
+    for line in process.stdout:
+        if line.startswith(f"step {n} "):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(*luffy(tiny_model, out))
+    return out
+
+
+def assert_same_run(a, b):
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    one, two = (load_file(d / "checkpoint-000006" / "model.safetensors") for d in (a, b))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_kill_9_in_mid_step_and_again(tiny_model, tmp_path, whole):
+    out = tmp_path / "run"
+    process = start(*luffy(tiny_model, out))
+    wait_for_step(process, 5)  # checkpoints 2 and 4 are there, step 6 is under way
+    process.kill()
+    process.wait()
+    assert (out / "checkpoint-000004").exists() and not (out / "checkpoint-000006").exists()
+    half_written = out / ".checkpoint-000006.tmp"  # as if killed while saving
+    half_written.mkdir()
+    (half_written / "model.safetensors").write_bytes(b"half")
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')
+    result = run(*luffy(tiny_model, out))
+    assert "after step 4" in result.stdout
+    assert_same_run(out, whole)
+    # a second start finds everything done, and changes nothing
+    run(*luffy(tiny_model, out))
+    assert_same_run(out, whole)
+
+
+def test_more_steps_continue_a_finished_run(tiny_model, tmp_path, whole):
+    out = tmp_path / "run"
+    run(*luffy(tiny_model, out, "--steps", 2))
+    run(*luffy(tiny_model, out))
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_curves(tiny_model, tmp_path):
+    out = tmp_path / "run"
+    process = start(*luffy(tiny_model, out, "--steps", 1000, "--save_every", 1000))
+    wait_for_step(process, 3)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # torchrun's echo of the same Ctrl-C
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert (out / f"checkpoint-{last:06d}" / "model.safetensors").exists(), rest
+    assert (out / "curves.png").stat().st_size > 10_000
+
+
+def test_another_configuration_is_refused(tiny_model, whole):
+    before = time.time()
+    result = run(*luffy(tiny_model, whole, "--gamma", 0.2, "--lr", 1e-4), check=False)
+    assert result.returncode != 0
+    for words in ("gamma was 0.1, now 0.2", "lr was 0.01, now 0.0001", "--out"):
+        assert words in result.stderr
+    assert all(f.stat().st_mtime < before for f in whole.rglob("*"))
+
+
+def test_two_ranks_resume_what_one_began(tiny_model, tmp_path, whole):
+    """The optimizer's shards do not depend on how many ranks wrote them."""
+    out = tmp_path / "run"
+    run(*luffy(tiny_model, out, "--steps", 4))
+    run(*luffy(tiny_model, out), ranks=2)
+    one, two = (load_file(d / "checkpoint-000006" / "model.safetensors") for d in (out, whole))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)

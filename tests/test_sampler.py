@@ -1,0 +1,83 @@
+"""The sampler samples from the policy it was given, and says with which log-probs."""
+
+import pytest
+import torch
+
+from data import Problem
+from luffy import Policy, Trajectory, collate
+from run import from_pretrained
+from sampler import TorchSampler, draw
+
+PROMPTS = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3], [2, 17, 3]]
+
+
+@pytest.fixture(scope="module")
+def sampler(tiny_model):
+    return TorchSampler(tiny_model, eos=1)
+
+
+def generate(sampler, prompts=PROMPTS, n=4, seeds=(10, 11, 12), temperature=1.0, max_tokens=12):
+    return sampler.generate(prompts, n, seeds=list(seeds), temperature=temperature,
+                            max_tokens=max_tokens)
+
+
+def test_logprobs_are_the_trainers(sampler, tiny_model):
+    """Left padding, cache and dropped rows in the sampler; packing in the trainer: one policy."""
+    for temperature in (1.0, 0.5):
+        policy = Policy(from_pretrained(tiny_model, attn_implementation="packed"), temperature)
+        for prompt, group in zip(PROMPTS, generate(sampler, temperature=temperature)):
+            problem = Problem("", "", prompt_ids=tuple(prompt))
+            logp, _ = policy(collate([Trajectory(0, problem, s.tokens, logp_sampler=s.logps)
+                                      for s in group]))
+            expected = torch.tensor([lp for s in group for lp in s.logps])
+            torch.testing.assert_close(logp.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompts_samples_depend_on_its_seed_alone(sampler):
+    def tokens(*args, **kwargs):
+        return [[s.tokens for s in group] for group in generate(sampler, *args, **kwargs)]
+
+    together = tokens()
+    assert generate(sampler) == generate(sampler)  # log-probs too, bit for bit
+    for i in range(3):  # alone, or in another place of the batch
+        assert tokens([PROMPTS[i]], seeds=[10 + i])[0] == together[i]
+    assert tokens(PROMPTS[::-1], seeds=(12, 11, 10)) == together[::-1]
+    assert tokens(seeds=(20, 21, 22)) != together
+    assert len(set(map(tuple, together[0]))) > 1
+
+
+def test_responses_end_in_one_eos_or_are_full(sampler):
+    samples = [s for group in generate(sampler, n=64, max_tokens=30) for s in group]
+    ended = [s for s in samples if s.tokens[-1] == 1]
+    assert ended and all(s.tokens.count(1) == 1 for s in ended)
+    assert all(len(s.tokens) == 30 for s in samples if s.tokens[-1] != 1)
+    assert all(len(s.tokens) == len(s.logps) for s in samples)
+
+
+def test_greedy_equals_transformers(sampler):
+    for prompt, group in zip(PROMPTS, generate(sampler, n=1, temperature=0)):
+        expected = sampler.model.generate(torch.tensor([prompt]), do_sample=False, eos_token_id=1,
+                                          max_new_tokens=12, pad_token_id=0)[0, len(prompt):]
+        assert group[0].tokens == expected.tolist()
+
+
+def test_draw_follows_the_distribution():
+    logits = torch.tensor([0.0, 1.0, -1e9, 2.0])
+    luck = (torch.arange(10_000) + 0.5) / 10_000
+    tokens, logp = draw(logits.expand(10_000, 4), luck, temperature=2.0)
+    expected = (logits / 2.0).softmax(-1)
+    torch.testing.assert_close(tokens.bincount(minlength=4) / 10_000, expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(logp.exp(), expected[tokens])
+
+
+def test_weights_pushed_are_weights_used(sampler, tiny_model):
+    before = generate(sampler, temperature=0)
+    model = from_pretrained(tiny_model)
+    original = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    sampler.load_weights(model.named_parameters())
+    assert generate(sampler, temperature=0) != before
+    sampler.load_weights(original.items())
+    assert generate(sampler, temperature=0) == before

@@ -1,0 +1,206 @@
+"""One update: its gradient depends on the trajectories alone, and on all of them."""
+
+import contextlib
+import copy
+import random
+
+import pytest
+import torch
+
+from data import Problem
+from luffy import ALGORITHMS, Config, Policy, ShardedAdamW, Trajectory, collate, from_pretrained
+from luffy import group_advantages, mixed_policy_objective, pack, record_old_logprobs, set_weights
+from luffy import update
+
+
+class OneRank(torch.nn.Module):
+    """What update() needs of DDP, without a process group."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, batch):
+        return self.policy(batch)
+
+    def no_sync(self):
+        return contextlib.nullcontext()
+
+
+class KeepGradient(ShardedAdamW):
+    """An optimizer that looks at the gradient and steps like the real one."""
+
+    def step(self, max_norm):
+        self.seen = torch.cat([p.grad.flatten().clone() for p in self.params])
+        return super().step(max_norm)
+
+
+@pytest.fixture
+def policy(tiny_model):
+    model = from_pretrained(tiny_model, attn_implementation="packed")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    return OneRank(Policy(model, 1.0))
+
+
+def make_trajectories(cfg: Config, problems: int = 4) -> list[Trajectory]:
+    rng, made = random.Random(0), []
+    for position in range(problems):
+        problem = Problem("", "", prompt_ids=tuple(rng.choices(range(5, 50), k=rng.randint(3, 9))),
+                          source="s")
+        rewards = torch.tensor([[float(rng.random() < 0.3) for _ in range(cfg.rollouts)]
+                                + [1.0] * cfg.traces])
+        advantages = group_advantages(rewards)[0].tolist()
+        for i, advantage in enumerate(advantages):
+            response = rng.choices(range(5, 50), k=rng.randint(2, 20))
+            made.append(Trajectory(position, problem, response, off_policy=i >= cfg.rollouts,
+                                   logp_sampler=None, reward=rewards[0, i].item(),
+                                   advantage=advantage or 0.5))
+    return made
+
+
+def config(algo: str = "luffy", **kwargs) -> Config:
+    return Config(**ALGORITHMS[algo] | dict(problems_per_step=4, updates_per_step=1, lr=1e-3,
+                                            max_response_tokens=32) | kwargs)
+
+
+def one_gradient(policy, trajectories, cfg):
+    policy = copy.deepcopy(policy)
+    optimizer = KeepGradient(policy.parameters(), lr=cfg.lr)
+    update(policy, optimizer, copy.deepcopy(trajectories), cfg)
+    return optimizer.seen
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_gradient_is_the_same_for_any_token_budget_and_order(policy, algo):
+    cfg = config(algo, token_budget=10_000)
+    trajectories = make_trajectories(cfg)
+    expected = one_gradient(policy, trajectories, cfg)
+    assert expected.norm() > 0
+    for budget in (1, 40, 200):
+        found = one_gradient(policy, trajectories, config(algo, token_budget=budget))
+        assert (found - expected).norm() <= 1e-5 * expected.norm(), budget
+    for order in range(3):
+        shuffled = random.Random(order).sample(trajectories, len(trajectories))
+        found = one_gradient(policy, shuffled, config(algo, token_budget=100))
+        assert (found - expected).norm() <= 1e-5 * expected.norm(), order
+
+
+@pytest.mark.parametrize("algo", ["luffy", "grpo", "rl_sft", "sft"])
+def test_the_normaliser_by_hand(policy, algo):
+    """One forward a trajectory, the loss of the paper summed in plain Python."""
+    cfg = config(algo, token_budget=100)
+    trajectories = make_trajectories(cfg)
+    rl = [t for t in trajectories if not (t.off_policy and algo in ("rl_sft", "sft"))]
+    sft_tokens = sum(len(t.response) for t in trajectories if t.off_policy)
+    z = sum(len(t.response) for t in rl) if algo == "grpo" else len(rl) * 32
+    reference, loss = copy.deepcopy(policy.policy), 0.0
+    reference.zero_grad()
+    for t in trajectories:
+        ids = torch.tensor([[*t.problem.prompt_ids, *t.response]])
+        logits = reference.model(input_ids=ids, use_cache=False, lengths=[ids.shape[1]]).logits[0]
+        log_p = logits[len(t.problem.prompt_ids) - 1:-1].log_softmax(-1)
+        logp = log_p.gather(1, torch.tensor(t.response)[:, None])[:, 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        if t.off_policy and algo in ("rl_sft", "sft"):
+            weight, objective = cfg.sft_coef / sft_tokens, t.advantage * logp
+        elif t.off_policy:
+            weight, objective = 1 / z, t.advantage * logp.exp() / (logp.exp() + cfg.gamma)
+        else:
+            weight, objective = 1 / z, t.advantage * (logp - logp.detach()).exp()
+        loss = loss - weight * (objective + cfg.entropy_coef * entropy).sum()
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
+    found = one_gradient(policy, trajectories, cfg)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_packed_equals_one_by_one(policy):
+    trajectories = make_trajectories(config())
+    for t in trajectories:
+        t.weight = 1.0
+    packed = pack(trajectories, 150)
+    assert 1 < len(packed) < len(trajectories)
+    assert all(sum(batch.lengths) <= 150 for batch in packed)
+    assert sorted(id(t) for b in packed for t in b.trajectories) == sorted(map(id, trajectories))
+    for batch in packed:
+        together = policy(batch)[0].split([len(t.response) for t in batch.trajectories])
+        for t, logp in zip(batch.trajectories, together):
+            torch.testing.assert_close(logp, policy(collate([t]))[0], rtol=1e-5, atol=1e-5)
+
+
+def test_old_logprobs_are_recorded_before_the_policy_moves(policy):
+    """The ratio of the second mini-batch is against the policy that sampled, not the moved one."""
+    cfg = config(updates_per_step=2, token_budget=100)
+    trajectories = make_trajectories(cfg)
+    later = [t for t in trajectories if t.position >= 2]
+    expected = copy.deepcopy(later)
+    record_old_logprobs(policy, expected, cfg)
+    metrics = update(policy, ShardedAdamW(policy.parameters(), lr=1e-2), trajectories, cfg)
+    for t, e in zip(later, expected):
+        if t.off_policy:
+            assert t.logp_old is None
+        else:
+            torch.testing.assert_close(t.logp_old, e.logp_old)
+    assert metrics["ratio"] != 1.0 and metrics["skipped_updates"] == 0
+
+
+def test_an_update_without_signal_is_skipped_and_counted(policy):
+    cfg = config(entropy_coef=1.0)
+    trajectories = make_trajectories(cfg)
+    for t in trajectories:
+        t.advantage = 0.0
+    before = copy.deepcopy(policy.state_dict())
+    metrics = update(policy, ShardedAdamW(policy.parameters(), lr=1.0), trajectories, cfg)
+    assert metrics["skipped_updates"] == 1
+    assert all(torch.equal(before[k], v) for k, v in policy.state_dict().items())
+
+
+def test_an_update_changes_no_trajectory_but_for_what_it_records(policy):
+    cfg = config(updates_per_step=2)
+    trajectories = make_trajectories(cfg)
+    before = copy.deepcopy(trajectories)
+    update(policy, ShardedAdamW(policy.parameters(), lr=1e-3), trajectories, cfg)
+    for t, b in zip(trajectories, before):
+        for name in ("position", "problem", "response", "off_policy", "reward", "advantage"):
+            assert getattr(t, name) == getattr(b, name)
+
+
+def test_weights_of_rl_tokens_do_not_depend_on_length():
+    cfg = config("rl_sft")
+    trajectories = make_trajectories(cfg)
+    set_weights(trajectories, cfg)
+    assert {t.weight for t in trajectories if not t.off_policy} == {1 / (4 * 7 * 32)}
+    sft = [t for t in trajectories if t.off_policy]
+    assert sum(t.weight * len(t.response) for t in sft) == pytest.approx(cfg.sft_coef)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = ShardedAdamW([p], lr=1.0)
+    p.grad = torch.tensor([1.0, float("nan"), 1.0])
+    with pytest.raises(FloatingPointError):
+        optimizer.step(1.0)
+    assert p.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_one_rank_is_plain_adamw_bit_for_bit():
+    torch.manual_seed(0)
+    mine, theirs = (torch.nn.Parameter(torch.arange(6.0)) for _ in range(2))
+    settings = dict(lr=0.1, betas=(0.9, 0.95), weight_decay=0.01, eps=1e-8)
+    a, b = ShardedAdamW([mine], **settings), torch.optim.AdamW([theirs], **settings)
+    for _ in range(5):
+        gradient = torch.randn(6) * 10
+        mine.grad, theirs.grad = gradient.clone(), gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+        assert a.step(1.0) == norm.item()
+        b.step()
+        assert torch.equal(mine, theirs)
+
+
+def test_objective_is_the_one_update_uses():
+    """A guard on the default arguments: luffy's are Config's."""
+    cfg = Config()
+    x = (torch.tensor([-1.0]), torch.tensor([0.0]), torch.tensor([0.5]), torch.tensor([True]))
+    assert mixed_policy_objective(*x) == mixed_policy_objective(
+        *x, shaping=cfg.shaping, gamma=cfg.gamma, clip=cfg.clip)

@@ -1,0 +1,270 @@
+r"""The laptop world: a small arithmetic, its teacher, a base model with the skill, not the habit.
+
+    python toy.py --goals 1.0 --out DIR        # another base model; then: luffy.py --model DIR
+
+A problem gives two terms of a sequence, its rule x_n = x_{n-1} op x_{n-2} (mod 7), and the letter
+of the term that is asked for; letters are consecutive. The answer is the last three terms.
+
+    prompt    b2,c5,-;e?
+    trace     d=5-2=3;e=3-5=5;\boxed{535}
+
+`easy` problems take 1 or 2 steps, `hard` ones 4 to 6. The teacher is right in the end, but
+detours: it `check`s a step, or writes a wrong value and says `wait`. The base model has read short
+answers to easy questions, and listings: long chains of steps without a question or a box. So it has
+the skill for a hard problem, but after two steps it boxes; to go on is right but unlikely. The knob
+GOALS says how many of the listings stop at a letter named in the prompt, as a solution must: the
+fewer, the further the base model is from the steps that decide a hard problem. Out of distribution
+(`ood`) are hard problems with the operator *, which the base model knows and no trace shows.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import random
+import shutil
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Tokenizer
+
+from data import Problem
+from run import InputError
+
+# What the laptop's run differs in from the paper's, for every algorithm: sizes, and the learning
+# rate of a model with 114 thousand parameters.
+RECIPE = dict(
+    data="toy", eval_data="toy/val", steps=200, problems_per_step=16, max_prompt_tokens=32,
+    max_response_tokens=96, lr=3e-4, beta2=0.95, weight_decay=0.0, entropy_coef=0.0,
+    updates_per_step=2, token_budget=4096, save_every=50,
+)
+
+# ------------------------------------------------------------------ problems
+MODULUS = 7
+LETTERS = "abcdefghijkl"
+OPERATORS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
+EASY, HARD = (1, 2), (4, 5, 6)  # steps
+SIZES = {  # problems of each kind in each split; no problem is in two splits
+    "train": dict(easy=128, hard=128),
+    "val": dict(easy=64, hard=64, ood=64),
+    "test": dict(easy=200, hard=200, ood=200),
+    "dev": dict(easy=64, hard=64, ood=64),  # this toy and its RECIPE were tuned on train and dev
+}
+
+
+class Chain:
+    """A sequence: its first letter, first two terms, operator, and the number of steps to ask."""
+
+    def __init__(self, start: int, x: int, y: int, op: str, steps: int):
+        self.start, self.op, self.steps, self.terms = start, op, steps, [x, y]
+        while len(self.terms) < max(HARD) + 4:
+            self.terms.append(OPERATORS[op](self.terms[-1], self.terms[-2]) % MODULUS)
+
+    def letter(self, i: int) -> str:
+        return LETTERS[(self.start + i) % len(LETTERS)]
+
+    def question(self, mark: str = "?") -> str:
+        x, y, *_ = self.terms
+        return (f"{self.letter(0)}{x},{self.letter(1)}{y},{self.op};"
+                f"{self.letter(self.steps + 1)}{mark}")
+
+    def answer(self, steps: int) -> str:
+        return "".join(map(str, self.terms[steps - 1:steps + 2]))
+
+    def is_fair(self) -> bool:
+        """No other stopping point gives the right box, nor an early one after a single slip.
+
+        Any wrong value x_n is followed by values that fit it, so a box that begins with the right
+        digit is one slip from being right by luck.
+        """
+        right = self.answer(self.steps)
+        luck = self.steps in HARD and right[0] in (self.answer(n)[0] for n in (1, 2, 3))
+        return not luck and all(self.answer(n) != right
+                                for n in range(1, self.steps + 3) if n != self.steps)
+
+
+def working(chain: Chain, steps: int, rng: random.Random, check: float, wait: float) -> str:
+    """`steps` steps, written out; each detours with the probabilities `check` and `wait`."""
+    text = ""
+    for i in range(2, steps + 2):
+        y, x, value = chain.terms[i - 2:i + 1]
+        step, luck = f"{chain.letter(i)}={x}{chain.op}{y}=", rng.random()
+        if luck < check:
+            text += f"{step}{value}check"
+        elif luck < check + wait:
+            text += f"{step}{(value + rng.randrange(1, MODULUS)) % MODULUS}wait"
+        text += f"{step}{value};"
+    return text
+
+
+def response(chain: Chain, steps: int, rng: random.Random, check: float, wait: float) -> str:
+    return working(chain, steps, rng, check, wait) + f"\\boxed{{{chain.answer(steps)}}}"
+
+
+@cache
+def splits() -> dict[str, list[tuple[str, Chain]]]:
+    """split -> [(kind, chain), ...]: all fair problems in one fixed shuffle, dealt out in turn."""
+    decks = {kind: [] for kind in ("easy", "hard", "ood")}
+    for op in OPERATORS:
+        for start in range(len(LETTERS)):
+            for x in range(MODULUS):
+                for y in range(MODULUS):
+                    for steps in EASY + HARD:
+                        chain = Chain(start, x, y, op, steps)
+                        if chain.is_fair() and (op != "*" or steps in HARD):
+                            kind = "ood" if op == "*" else "easy" if steps in EASY else "hard"
+                            decks[kind].append(chain)
+    for kind, deck in decks.items():
+        random.Random(f"toy {kind}").shuffle(deck)
+    return {split: [(kind, decks[kind].pop()) for kind, n in sizes.items() for _ in range(n)]
+            for split, sizes in SIZES.items()}
+
+
+def problems(split: str = "train") -> list[Problem]:
+    """The problems of a split (a key of SIZES); their sources are easy, hard and ood."""
+    if split not in SIZES:
+        raise InputError(f"toy/{split}: the toy's splits are {', '.join(SIZES)}")
+    rng = random.Random(f"toy teacher {split}")
+    return [
+        Problem(
+            prompt=[{"role": "user", "content": chain.question()}],
+            answer=chain.answer(chain.steps),
+            trace=response(chain, chain.steps, rng, check=0.2, wait=0.1),
+            source=kind,
+        )
+        for kind, chain in splits()[split]
+    ]
+
+
+# ------------------------------------------------------------------ the base model
+GOALS = 0.5  # share of the listings that stop at the letter they name
+LISTINGS = 0.2  # share of documents that are listings
+RIGHT = 0.7  # share of answers that stop at the right step, not one early or late
+DETOUR = 0.05  # share of steps with a detour, half of them a check, half a wait
+
+
+@cache
+def held_out() -> set[str]:
+    return {chain.question() for split in ("val", "test") for _, chain in splits()[split]}
+
+
+def document(rng: random.Random, goals: float) -> tuple[str, str]:
+    """One (prompt, response) of the base model's corpus; never a question of val or test."""
+    while True:
+        chain = Chain(rng.randrange(len(LETTERS)), rng.randrange(MODULUS), rng.randrange(MODULUS),
+                      rng.choice("+-*"), steps=rng.choice(EASY))
+        if chain.question() not in held_out():
+            break
+    if rng.random() < LISTINGS:
+        steps = rng.randint(2, 7)
+        chain.steps = steps if rng.random() < goals else rng.randint(2, 7)
+        return chain.question(mark="."), working(chain, steps, rng, DETOUR / 2, DETOUR / 2)
+    steps = chain.steps if rng.random() < RIGHT else sum(EASY) - chain.steps
+    return chain.question(), response(chain, steps, rng, DETOUR / 2, DETOUR / 2)
+
+
+def make_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a character, and one for each word the teacher uses.
+
+    A Qwen2Tokenizer without merges: the only kind that AutoTokenizer loads back unchanged when it
+    stands next to a Qwen2 config.
+    """
+    special = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>"]
+    words = ["\\boxed{", "check", "wait"]
+    characters = list("0123456789abcdefghijklmnopqrstuvwxyz=+-*,;?.{}")
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(special + words + characters)}, merges=[],
+        pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token=None,
+        additional_special_tokens=["<user>", "<assistant>"])
+    tokenizer.add_tokens([AddedToken(w, normalized=False, special=False) for w in words])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")
+    return tokenizer
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
+    """A tiny Qwen2. Heads of 32: the smallest that vLLM's CPU attention takes."""
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
+        initializer_range=0.08, tie_word_embeddings=False, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        luffy_toy=True))  # not Qwen2's: the mark by which `is_toy` knows a checkpoint again
+
+
+def train_base(goals: float, seed: int, steps: int = 500, documents: int = 96,
+               lr: float = 5e-3) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
+    """Next-token prediction on the responses of `steps` x `documents` documents. Under a minute."""
+    tokenizer, rng = make_tokenizer(), random.Random(f"toy base {seed}")
+    model = make_model(tokenizer, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / 30, 0.55 + 0.45 * math.cos(math.pi * step / steps)))  # warm up, cosine to 0.1
+    for _ in tqdm(range(steps), desc="training the toy's base model", leave=False):
+        batch = sorted((document(rng, goals) for _ in range(documents)), key=lambda d: len(d[1]))
+        short = sum(len(text) <= 40 for _, text in batch)
+        tokens = 0
+        for part in filter(None, (batch[:short], batch[short:])):  # two parts: less padding
+            ids, labels = pad_documents(part, tokenizer)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            loss.backward()
+            tokens += (labels >= 0).sum()
+        for parameter in model.parameters():
+            parameter.grad /= tokens
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model, tokenizer
+
+
+def pad_documents(batch: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S) ids and labels, right-padded; the label is -100 on prompts and padding."""
+    prompts = [tokenizer.encode(f"<user>{prompt}<assistant>") for prompt, _ in batch]
+    answers = [tokenizer.encode(text) + [tokenizer.eos_token_id] for _, text in batch]
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers))
+    ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+    labels = torch.full((len(batch), width), -100)
+    for row, (p, a) in enumerate(zip(prompts, answers)):
+        ids[row, :len(p) + len(a)] = torch.tensor(p + a)
+        labels[row, len(p):len(p) + len(a)] = torch.tensor(a)
+    return ids, labels
+
+
+def save_base(directory: Path, goals: float, seed: int) -> Path:
+    """Train a base model and write it where from_pretrained finds it, complete or not at all."""
+    model, tokenizer = train_base(goals, seed)
+    half_written = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(half_written, ignore_errors=True)
+    model.save_pretrained(half_written)
+    tokenizer.save_pretrained(half_written)
+    half_written.rename(directory)
+    return directory
+
+
+def base_model() -> Path:
+    """The default base model: trained when this file has changed since, then cached."""
+    fingerprint = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    directory = Path(os.environ.get("LUFFY_CACHE", "runs")) / f"toy-base-{fingerprint}"
+    return directory if directory.exists() else save_base(directory, GOALS, seed=0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train a base model.", allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="a directory that does not exist")
+    parser.add_argument("--goals", type=float, default=GOALS,
+                        help=f"0 to 1: how likely the tokens that decide hard problems ({GOALS})")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"--out {args.out} exists; name a new directory")
+    save_base(args.out, args.goals, args.seed)
+    print(f"base model in {args.out}; next: python luffy.py --model {args.out}")
