@@ -1,0 +1,39 @@
+"""Every arm runs by its name, from sampling to a step, with the group that its row says."""
+
+import json
+
+import pytest
+import torch.distributed as dist
+
+import luffy
+from run import init_processes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    init_processes()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("algo", luffy.ALGORITHMS)
+def test_every_algorithm_runs(tiny_model, tmp_path, algo):
+    out = tmp_path / "run"
+    cfg = luffy.parse_args(["--algo", algo, "--model", str(tiny_model), "--out", str(out),
+                            "--steps", "2", "--problems_per_step", "4", "--sample_every", "1",
+                            "--max_response_tokens", "64", "--eval_data", "", "--graders", "1"])
+    luffy.check(cfg)
+    luffy.train(cfg, cfg.model)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert ("reward" in rows[0]) == (cfg.rollouts > 0)
+    assert ("trace_reward" in rows[0]) == (cfg.traces > 0)
+    samples = [json.loads(line) for line in
+               (out / "samples" / "step-000001.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 * (cfg.rollouts + cfg.traces)
+    assert sum(s["off_policy"] for s in samples) == 4 * cfg.traces
+    if cfg.trace_advantage is not None:
+        assert {s["advantage"] for s in samples if s["off_policy"]} == {cfg.trace_advantage}
+    assert (out / "checkpoint-000002" / "model.safetensors").exists()
+    if cfg.traces:
+        assert rows[0]["trace_reward"] == 1.0 and rows[0]["grad_norm"] > 0

@@ -1,0 +1,86 @@
+"""The toy is what it claims to be, and a laptop shows the paper's point on it."""
+
+import json
+
+import pytest
+from conftest import run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import toy
+from data import encode
+from run import load_tokenizer
+from sampler import TorchSampler
+from verify import grade
+
+
+def test_splits_share_no_problem_and_no_answer_is_luck():
+    seen = set()
+    for split, sizes in toy.SIZES.items():
+        chains = toy.splits()[split]
+        for kind, size in sizes.items():
+            assert sum(k == kind for k, _ in chains) == size
+        for kind, chain in chains:
+            assert chain.question() not in seen
+            seen.add(chain.question())
+            assert chain.is_fair() and (chain.op == "*") == (kind == "ood")
+            assert chain.steps in (toy.EASY if kind == "easy" else toy.HARD)
+    assert "ood" not in toy.SIZES["train"]
+
+
+def test_the_teacher_is_right_and_detours():
+    for split in toy.SIZES:
+        problems = toy.problems(split)
+        assert all(grade(p.trace, p.answer) == 1.0 for p in problems)
+        assert problems == toy.problems(split)
+    traces = [p.trace for p in toy.problems() if p.source == "hard"]
+    assert sum("wait" in t for t in traces) > 20 and sum("check" in t for t in traces) > 40
+    assert any("wait" not in t and "check" not in t for t in traces)
+
+
+def test_the_tokenizer_and_model_come_back_through_auto_classes(tiny_model):
+    tokenizer, back = toy.make_tokenizer(), AutoTokenizer.from_pretrained(tiny_model)
+    text = "f=6-1=5waitf=6-1=4checkf=6-1=5;\\boxed{215}"
+    ids = tokenizer.encode(text)
+    assert back.encode(text) == ids and back.decode(ids) == text
+    assert len(ids) == len(text) - len("wait") + 1 - len("check") + 1 - len("\\boxed{") + 1
+    chat = [{"role": "user", "content": "b2,c5,-;e?"}]
+    assert back.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) \
+        == "<user>b2,c5,-;e?<assistant>"
+    assert (back.eos_token_id, back.pad_token_id, len(back)) \
+        == (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert model.config.hidden_size // model.config.num_attention_heads == 32
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.fixture(scope="module")
+def base():
+    return toy.base_model()  # trained in a minute, then cached
+
+
+def test_the_base_model_solves_no_hard_problem_in_64_samples(base):
+    tokenizer = load_tokenizer(base)
+    problems, dropped = encode(toy.problems(), tokenizer, max_prompt_tokens=32,
+                               max_response_tokens=96)
+    assert not dropped
+    sampler = TorchSampler(base, tokenizer.eos_token_id, max_rows=1024)
+    for kind, solved in (("hard", 0), ("easy", 128)):
+        some = [p for p in problems if p.source == kind]
+        groups = sampler.generate([p.prompt_ids for p in some], 64, seeds=list(range(len(some))),
+                                  temperature=1.0, max_tokens=96)
+        right = [any(tokenizer.decode(s.tokens).endswith(f"\\boxed{{{p.answer}}}<eos>")
+                     for s in group) for p, group in zip(some, groups)]
+        assert sum(right) == solved, kind
+
+
+def test_luffy_learns_what_rl_alone_never_meets(base, tmp_path):
+    """A short run of the README's demo: rewards of the last ten steps."""
+    hard = {}
+    for algo in ("luffy", "on_policy"):
+        run("luffy.py", "--algo", algo, "--steps", 120, "--eval_data", "", "--out", tmp_path / algo)
+        rows = [json.loads(line)
+                for line in (tmp_path / algo / "metrics.jsonl").read_text().splitlines()]
+        hard[algo] = [row["reward/hard"] for row in rows]
+        assert sum(row["reward/easy"] for row in rows[-10:]) / 10 > 0.6
+    assert max(hard["on_policy"]) < 0.02
+    assert sum(hard["luffy"][-10:]) / 10 > 0.1
