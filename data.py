@@ -5,6 +5,7 @@ name of a data set on the Hugging Face hub. Its rows may have one of the schemas
 another one, add a function there.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -13,7 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from run import InputError, gather, rank, say, world_size
+import pyarrow.parquet
+
+from run import InputError, gather, rank, say, world_size, write
 from verify import Grader
 
 THINK = "<think>\n"
@@ -60,23 +63,28 @@ def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     if path.suffix in (".jsonl", ".parquet") and not path.is_file():
         raise InputError(f"{name}: no such file")
     if path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 is text
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name}: not UTF-8 ({error})") from None
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{name}, line {number}", parse_line(line, f"{name}, line {number}")
         return
-    import datasets  # slow to import, and not needed for the toy
+    if path.suffix == ".parquet":
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise InputError(f"{name}: not a parquet file ({error})") from error
+    else:
+        import datasets  # slow to import, and only the hub needs it
 
-    try:
-        if path.suffix == ".parquet":
-            cache = datasets.Dataset.from_parquet(name, keep_in_memory=True)
-        else:
-            cache = datasets.load_dataset(name, split=split)
-    except Exception as error:  # datasets raises a dozen kinds; all mean that there is no data
-        hint = "is it a parquet file?" if path.suffix else (
-            "neither a .jsonl or .parquet file nor a data set on the hub that can be reached from "
-            "here; pass --data PATH")
-        raise InputError(f"{name}: {hint} ({type(error).__name__}: {error})") from error
-    for number, row in enumerate(cache):
+        try:
+            rows = datasets.load_dataset(name, split=split)
+        except Exception as error:  # a dozen kinds, and all mean that there is no data
+            raise InputError(f"{name}: not a .jsonl or .parquet file, and no data set with a split "
+                             f"{split!r} that this machine reaches on the hub ({error})") from error
+    for number, row in enumerate(rows):
         yield f"{name}, row {number}", row
 
 
@@ -200,18 +208,20 @@ def trace_tokens(trace: str | None, opened: str, tokenizer) -> list[int]:
     if trace is None:
         return []
     if opened:
-        trace = trace.removeprefix(THINK)
+        trace = re.sub(r"^\s*<think>\s?", "", trace)
     return tokenizer.encode(trace.removesuffix(tokenizer.eos_token),
                             add_special_tokens=False) + [tokenizer.eos_token_id]
 
 
 # ------------------------------------------------------------------ the training set
 def load_training_set(name: str, tokenizer, grader: Grader, *, need_traces: bool,
-                      max_prompt_tokens: int, max_response_tokens: int) -> list[Problem]:
+                      max_prompt_tokens: int, max_response_tokens: int,
+                      verdicts: Path) -> list[Problem]:
     """The problems of a source to train on, with verified traces that fit; says what it drops.
 
     It is the same for every algorithm, but that one without traces can use problems without one.
-    Raises InputError if no problem is left.
+    The file `verdicts` keeps the traces' rewards, so that a resumed run has the same problems even
+    if a verifier's time limit would now decide otherwise. Raises InputError if none is left.
     """
     problems = load_problems(name)
     kept, dropped = encode(problems, tokenizer, max_prompt_tokens=max_prompt_tokens,
@@ -219,10 +229,15 @@ def load_training_set(name: str, tokenizer, grader: Grader, *, need_traces: bool
     if need_traces:
         dropped["no trace"] = sum(p.trace is None for p in kept)
         kept = [p for p in kept if p.trace is not None]
-    mine = kept[rank()::world_size()]
-    rewards = [0.0] * len(kept)
-    for r, part in enumerate(gather(grader([(p.trace or "", p.answer) for p in mine]))):
-        rewards[r::world_size()] = part
+    jobs = [(p.opened + tokenizer.decode(p.trace_ids), p.answer) for p in kept]
+    key = hashlib.sha256(json.dumps(jobs).encode()).hexdigest()
+    known = json.loads(verdicts.read_text()) if verdicts.exists() else {}
+    rewards = known.get(key, [0.0] * len(jobs))
+    if key not in known:
+        for r, part in enumerate(gather(grader(jobs[rank()::world_size()]))):
+            rewards[r::world_size()] = part
+        if rank() == 0:  # after the gather: by now every rank has looked for the file
+            write(verdicts, json.dumps({key: rewards}))
     kept = [replace(p, trace_reward=reward) for p, reward in zip(kept, rewards)]
     dropped["wrong trace"] = sum(p.trace is not None and p.trace_reward == 0 for p in kept)
     kept = [p for p in kept if p.trace is None or p.trace_reward > 0]
@@ -230,6 +245,17 @@ def load_training_set(name: str, tokenizer, grader: Grader, *, need_traces: bool
     if not kept:
         raise InputError(f"--data {name}: no problem is left to train on{reasons}")
     say(f"{name}: {len(kept)} of {len(problems)} problems{reasons}")
+    return kept
+
+
+def load_benchmarks(names: Iterable[str], tokenizer, *, max_prompt_tokens: int) -> list[Problem]:
+    """The problems of some sources to evaluate on, encoded; says what it drops."""
+    # without the traces: a problem is not left out because its teacher was long-winded
+    problems = [replace(p, trace=None) for name in names for p in load_problems(name, split="test")]
+    kept, dropped = encode(problems, tokenizer, max_prompt_tokens=max_prompt_tokens,
+                           max_response_tokens=0)
+    for reason, number in dropped.items():
+        say(f"evaluation leaves out {number} of {len(problems)} problems: {reason}")
     return kept
 
 

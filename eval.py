@@ -11,8 +11,12 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean as mean
 
-from data import Problem, encode, load_problems
-from run import InputError, gather, init_processes, rank, read_jsonl, say, seed_of, world_size
+import torch.distributed as dist
+
+from data import Problem, load_benchmarks
+from run import InputError, checkpoints, gather, init_processes, load_config, load_tokenizer, rank
+from run import read_jsonl, say, seed_of, world_size
+from sampler import TorchSampler
 from verify import Grader
 
 
@@ -34,7 +38,7 @@ def evaluate(sampler, problems: list[Problem], grader: Grader, tokenizer, *, sam
     """`samples` responses to each encoded problem -> source -> scores, sharded over the ranks.
 
     The scores: number of problems, k (= samples), avg@k and pass@k of the rewards, mean length in
-    tokens, share of truncated responses. They do not depend on the number of ranks.
+    tokens, share of truncated responses. They depend on the number of ranks by rounding only.
     """
     mine = range(rank(), len(problems), world_size())
     groups = sampler.generate(
@@ -80,8 +84,7 @@ def report(run: Path) -> None:
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
         print("\n" + table({f"step {e['step']}": e["scores"] for e in (first, last)}))
-    checkpoints = sorted(run.glob("checkpoint-*"))
-    print(f"\ncheckpoint  {checkpoints[-1] if checkpoints else 'none yet'}"
+    print(f"\ncheckpoint  {(checkpoints(run) or ['none yet'])[-1]}"
           f"\ncurves      {run / 'curves.png'}")
 
 
@@ -151,28 +154,21 @@ def main() -> None:
     args = parser.parse_args()
     init_processes()
     try:
+        tokenizer = load_tokenizer(args.model)
+        context = load_config(args.model).max_position_embeddings
+        problems = load_benchmarks(
+            ("toy/test" if name == "toy" else name for name in args.bench.split(",")), tokenizer,
+            max_prompt_tokens=min(args.max_prompt_tokens, context - 1))
+        longest = max((len(p.prompt_ids) for p in problems), default=0)
+        sampler = TorchSampler(args.model, tokenizer.eos_token_id)
         with Grader() as grader:
-            scores = evaluate_model(args, grader)
+            scores = evaluate(sampler, problems, grader, tokenizer, samples=args.samples,
+                              temperature=args.temperature, seed=args.seed,
+                              max_tokens=min(args.max_response_tokens, context - longest))
     except InputError as error:
-        sys.exit(f"eval.py: {error}")
+        sys.exit(f"eval.py: {error}" if rank() == 0 else 1)
     say(table({Path(args.model).name: scores}))
-
-
-def evaluate_model(args: argparse.Namespace, grader: Grader) -> dict[str, dict[str, float]]:
-    from luffy import TorchSampler, load_tokenizer  # here, because luffy imports this module
-
-    tokenizer = load_tokenizer(args.model)
-    problems = []
-    for name in args.bench.split(","):
-        problems += load_problems("toy/test" if name == "toy" else name, split="test")
-    problems, dropped = encode(problems, tokenizer, max_prompt_tokens=args.max_prompt_tokens,
-                               max_response_tokens=args.max_response_tokens)
-    if dropped:
-        say(f"dropped: {dict(dropped)}")
-    sampler = TorchSampler(args.model, tokenizer.eos_token_id)
-    room = sampler.model.config.max_position_embeddings - max(len(p.prompt_ids) for p in problems)
-    return evaluate(sampler, problems, grader, tokenizer, samples=args.samples, seed=args.seed,
-                    temperature=args.temperature, max_tokens=min(args.max_response_tokens, room))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers import AttentionInterface
 
-from data import Problem, batch_at, encode, load_problems, load_training_set
+from data import Problem, batch_at, load_benchmarks, load_training_set
 from eval import evaluate, report
 from run import InputError, Means, Run, add_token_metrics, all_reduce, barrier, device
-from run import from_pretrained, init_processes, load_tokenizer, progress, rank, say, seed_of
-from run import to_look_at, trajectory_metrics, world_size
+from run import from_pretrained, init_processes, load_config, load_tokenizer, progress, rank, say
+from run import seed_of, trajectory_metrics, world_size
 from sampler import TorchSampler
 from verify import Grader
 
@@ -75,7 +75,7 @@ class Config:
     normalize_std: bool = False  # divide advantages by the group's std (GRPO); Dr. GRPO does not
     token_mean: bool = False  # Z = tokens of the update; false: trajectories x max_response_tokens
     sft_coef: float = 1.0  # of the SFT loss (shaping "log"), a mean over the update's trace tokens
-    entropy_coef: float = 2.5e-4  # the official 0.001 in our units: 0.001 x 8192 / 32768
+    entropy_coef: float = 2.5e-4  # of a token, at its weight; the official 0.001 x 8192 / 32768
     # the optimizer
     updates_per_step: int = 2  # optimizer steps on one rollout batch, each on its own problems
     lr: float = 1e-6  # AdamW, constant
@@ -142,8 +142,8 @@ def mixed_policy_objective(logp: Tensor, logp_behavior: Tensor, advantage: Tenso
 
     logp_behavior is log π_old on rollouts and log π_φ on traces, where the paper sets π_φ := 1:
     pass 0 there, or the teacher's true log-probs if the data has them. off_policy (bool) marks the
-    trace tokens. Clipping acts on rollout tokens only: a trace's ratio never exceeds 1, so a clip
-    would only stop the unlikely tokens that are to be learnt.
+    trace tokens. Clipping acts on rollout tokens only, as in Eq. 6. (π_θ/1 is below 1 - ε for all
+    but sure tokens: a clamp would take the gradient from just the tokens that are to be learnt.)
     """
     log_ratio = logp - logp_behavior
     ratio = log_ratio.exp()
@@ -160,7 +160,7 @@ def token_logprobs(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *,
                    temperature: float = 1.0, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """(N, D) hidden states, (V, D) head, (N,) next tokens -> log-probs (N,), entropies (N,).
 
-    Both in float32 at least, with gradient. Equal to, without ever holding all (N, V) logits:
+    With gradient, and float32 also from bfloat16. Without ever holding all (N, V) logits, equal to
         logp = log_softmax(hidden @ lm_head_weight.T / temperature)
         return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(1)
     """
@@ -170,22 +170,23 @@ def token_logprobs(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *,
 # ============================================================================ the run
 def train(cfg: Config, base: str) -> None:
     """The whole method in one loop."""
-    with Run(cfg) as run, Grader(cfg.graders, cfg.grade_timeout) as grader:
-        path = run.checkpoint or base
+    run = Run(cfg)
+    path = run.checkpoint or base
+    with Grader(cfg.graders, cfg.grade_timeout) as grader:
         tokenizer, model = load_model(path, cfg)
         problems = load_training_set(
             cfg.data, tokenizer, grader, need_traces=cfg.traces > 0,
-            max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens)
+            max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens,
+            verdicts=run.out / "trace_rewards.json")
         held_out = load_held_out(cfg, tokenizer)
         sampler = TorchSampler(path, tokenizer.eos_token_id)
         policy = DDP(Policy(model, cfg.temperature), gradient_as_bucket_view=True)
         optimizer = ShardedAdamW(policy.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
                                  weight_decay=cfg.weight_decay)
         run.restore(optimizer)
-        sampler.load_weights(model.named_parameters())
         if run.first_step == 0:
             run.log_evaluation(0, held_out_scores(sampler, held_out, grader, tokenizer, cfg))
-        for step in range(run.first_step, cfg.steps):
+        for step in run.steps():  # from the last checkpoint on
             batch = batch_at(problems, step, cfg.problems_per_step, cfg.seed)
             with run.clock("sample"):
                 trajectories = rollout(sampler, batch, step, cfg)
@@ -195,15 +196,13 @@ def train(cfg: Config, base: str) -> None:
                 metrics |= update(policy, optimizer, trajectories, cfg)
             with run.clock("sync"):  # every step: the next rollouts are on-policy
                 sampler.load_weights(model.named_parameters())
-            run.log_step(step + 1, metrics, *to_look_at(trajectories, tokenizer))
-            done, stop = step + 1 == cfg.steps, run.stop_requested()
-            if done or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+            run.log_step(step + 1, metrics, trajectories, tokenizer)
+            evaluation_due, checkpoint_due = run.due(step)
+            if evaluation_due:
                 scores = held_out_scores(sampler, held_out, grader, tokenizer, cfg)
                 run.log_evaluation(step + 1, scores)
-            if done or stop or (step + 1) % cfg.save_every == 0:
+            if checkpoint_due:
                 run.save(step + 1, model, tokenizer, optimizer)
-            if stop:
-                break
     if rank() == 0:
         report(run.out)
 
@@ -230,8 +229,10 @@ def score(trajectories: list["Trajectory"], grader: Grader, tokenizer, cfg: Conf
     """Set each trajectory's reward and advantage; -> the metrics of the rewards."""
     rollouts = [t for t in trajectories if not t.off_policy]
     jobs = [(t.problem.opened + tokenizer.decode(t.response), t.problem.answer) for t in rollouts]
+    failures = grader.timeouts + grader.crashes
     for t, reward in zip(rollouts, grader(jobs)):
         t.reward = reward
+    failures = all_reduce(grader.timeouts + grader.crashes - failures)
     for t in trajectories:
         if t.off_policy:
             t.reward = t.problem.trace_reward  # verified once, by load_training_set
@@ -242,7 +243,8 @@ def score(trajectories: list["Trajectory"], grader: Grader, tokenizer, cfg: Conf
         advantages[:, cfg.rollouts:] = cfg.trace_advantage
     for t, advantage in zip(trajectories, advantages.flatten().tolist()):
         t.advantage = advantage
-    return trajectory_metrics(trajectories, rewards[:, :cfg.rollouts], tokenizer.eos_token_id)
+    metrics = trajectory_metrics(trajectories, rewards[:, :cfg.rollouts], tokenizer.eos_token_id)
+    return metrics | {"grader_failures": failures}  # timeouts and crashes: reward 0 by default
 
 
 def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Trajectory"],
@@ -403,8 +405,10 @@ class Policy(nn.Module):
 
 
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask,
-                     scaling: float, lengths: list[int], **_) -> tuple[Tensor, None]:
+                     scaling: float, lengths: list[int], **options) -> tuple[Tensor, None]:
     """Causal attention within each trajectory of a row: (1, H, S, D/H) -> (1, S, H, D/H)."""
+    if unknown := {k for k in ("sliding_window", "softcap", "s_aux") if options.get(k) is not None}:
+        raise NotImplementedError(f"packed_attention lacks what this model needs: {unknown}")
     out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
            for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))]
     return torch.cat(out, dim=2).transpose(1, 2), None
@@ -482,7 +486,8 @@ class ShardedAdamW:
         """
         norm = torch.stack([p.grad.float().norm() for p in self.params]).norm()
         if not norm.isfinite():
-            raise FloatingPointError(f"the gradient's norm is {norm.item()}; no step was taken")
+            raise FloatingPointError(f"the gradient's norm is {norm.item()}: no step was taken. "
+                                     "See the end of metrics.jsonl; try a smaller --lr")
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for i, master in self.mine.items():
             master.grad = self.params[i].grad.float() * scale
@@ -498,7 +503,8 @@ class ShardedAdamW:
 
     def zero_grad(self) -> None:
         for p in self.params:
-            p.grad.zero_()  # in place: the gradients are views of DDP's buckets
+            if p.grad is not None:
+                p.grad.zero_()  # in place: the gradients are views of DDP's buckets
 
     def state_dict(self) -> dict[int, dict[str, Tensor]]:
         """Index of a parameter -> master and moments, for this rank's share."""
@@ -507,34 +513,31 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[int, dict[str, Tensor]]) -> None:
-        """Take from one rank's state what is this rank's share now."""
+        """Take this rank's share from the state of all ranks. KeyError if it is not all there."""
         for i, master in self.mine.items():
-            if i in state:
-                master.copy_(state[i]["master"])
-                self.adamw.state[master] = {
-                    name: value.to(master.device if value.dim() else "cpu", copy=True)
-                    for name, value in state[i].items() if name != "master"}
+            saved = dict(state[i])
+            master.copy_(saved.pop("master"))
+            self.adamw.state[master] = {  # AdamW keeps its scalar `step` on the CPU
+                name: value.to(master.device if value.dim() else "cpu", copy=True)
+                for name, value in saved.items()}
 
 
 # ============================================================================ loading
 def load_model(path: str | Path, cfg: Config) -> tuple:
     """-> tokenizer, the model to train. Raises InputError if its context is too short."""
     tokenizer = load_tokenizer(path)
-    model = from_pretrained(path, attn_implementation="packed").train()
-    context = model.config.max_position_embeddings
+    context = load_config(path).max_position_embeddings  # before the weights: they take long
     if cfg.max_prompt_tokens + cfg.max_response_tokens > context:
         raise InputError(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
                          f"{cfg.max_response_tokens} is more than the context of {path}, "
                          f"{context} tokens: lower one of the two")
-    return tokenizer, model
+    return tokenizer, from_pretrained(path, attn_implementation="packed").train()
 
 
 def load_held_out(cfg: Config, tokenizer) -> list[Problem]:
     """The problems of --eval_data, those that fit."""
     names = filter(None, cfg.eval_data.split(","))
-    problems = [p for name in names for p in load_problems(name, split="test")]
-    return encode(problems, tokenizer, max_prompt_tokens=cfg.max_prompt_tokens,
-                  max_response_tokens=cfg.max_response_tokens)[0]
+    return load_benchmarks(names, tokenizer, max_prompt_tokens=cfg.max_prompt_tokens)
 
 
 def held_out_scores(sampler, problems: list[Problem], grader: Grader, tokenizer,
@@ -570,9 +573,18 @@ def parse_args(argv: list[str] | None = None) -> Config:
     return replace(cfg, out=cfg.out or f"runs/{path}-{algo}-seed{cfg.seed}")
 
 
+def but(cfg: Config) -> str:
+    """How a run differs from plain `--algo luffy` on its model, in words."""
+    plain = parse_args(["--model", cfg.model])
+    differ = [f"{f.name} {getattr(cfg, f.name)}" for f in fields(Config)
+              if f.name not in ("algo", "out", "seed")
+              and getattr(cfg, f.name) != getattr(plain, f.name)]
+    return f", but {', '.join(differ)}" if differ else ""
+
+
 def truth(text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise ValueError
+        raise argparse.ArgumentTypeError("true or false")
     return text.lower() == "true"
 
 
@@ -583,13 +595,18 @@ def float_or_none(text: str) -> float | None:
 def check(cfg: Config) -> None:
     """Raise InputError on a config that cannot run, before anything is loaded."""
     shards = cfg.updates_per_step * world_size()
+    rows = cfg.rollouts + (cfg.traces if cfg.baseline == "group" else 0)
     counts = ("steps", "problems_per_step", "updates_per_step", "max_prompt_tokens",
               "max_response_tokens", "token_budget", "graders", "save_every", "eval_samples",
               "sample_every")
     for wrong, message in (
         *((getattr(cfg, name) < 1, f"--{name} must be at least 1") for name in counts),
         (cfg.traces not in (0, 1), f"--traces {cfg.traces}: a group holds one trace or none"),
-        (cfg.rollouts + cfg.traces < 1, "--rollouts 0 --traces 0: an empty group"),
+        (cfg.rollouts < 0, f"--rollouts {cfg.rollouts} is negative"),
+        (rows < 2 and not (cfg.rollouts == 0 and cfg.trace_advantage is not None),
+         f"--rollouts {cfg.rollouts} --traces {cfg.traces} --baseline {cfg.baseline}: an advantage "
+         "needs at least two rewards"),
+        (cfg.gamma <= 0, "--gamma must be positive"),
         (cfg.shaping not in SHAPINGS, f"--shaping {cfg.shaping}: one of {', '.join(SHAPINGS)}"),
         (cfg.baseline not in ("group", "rollouts"), "--baseline: group or rollouts"),
         (cfg.temperature <= 0, "--temperature must be positive: rollouts must differ"),
@@ -606,8 +623,7 @@ def main() -> None:
     init_processes()
     try:
         check(cfg)
-        row = {k: getattr(cfg, k) for k in ALGORITHMS[cfg.algo]}
-        say(f"{cfg.algo} = luffy" + "".join(f", {k} {v}" for k, v in row.items()))
+        say(f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{but(cfg)}")
         base = cfg.model
         if cfg.model == "toy":
             import toy

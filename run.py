@@ -2,7 +2,7 @@
 
 A run directory holds
     config.json            what was asked for; the same command with the same --out resumes
-    metrics.jsonl          one object a step; the same bits whether or not the run was interrupted
+    metrics.jsonl          one object a step; on a CPU the same bits if the run was interrupted
     timing.jsonl           one object a step: seconds and tokens per second of each phase
     evals.jsonl            one object for each evaluation
     samples/               groups of trajectories to read, every few steps
@@ -18,6 +18,7 @@ import shutil
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -27,14 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # ours say what takes long
 
 # A finished or interrupted run may go on with these changed: they do not change the mathematics.
-MAY_CHANGE = {"steps", "save_every", "eval_every", "eval_samples", "eval_data", "sample_every",
-              "graders"}
+MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "graders", "token_budget"}
 
 
 
@@ -122,6 +122,13 @@ def load_tokenizer(path: str | Path):
         raise no_model(path, error) from error
 
 
+def load_config(path: str | Path):
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise no_model(path, error) from error
+
+
 def no_model(path: str | Path, error: Exception) -> InputError:
     return InputError(f"--model {path}: neither a directory with a model and its tokenizer nor a "
                       f"name on the hub that can be reached from here ({error})")
@@ -181,33 +188,28 @@ def add_token_metrics(means: Means, batch, logp: Tensor, old: Tensor, entropy: T
     means.add("trace_weight", shaped[off])
 
 
-def to_look_at(trajectories: list, tokenizer) -> tuple[dict, list[dict]]:
-    """-> tokens that sampling and updating went through on all ranks; eight groups, as text."""
-    tokens = {
-        "sample": all_reduce(sum(len(t.response) for t in trajectories if not t.off_policy)),
-        "update": all_reduce(sum(len(t.problem.prompt_ids) + len(t.response)
-                                 for t in trajectories)),
-    }
-    some = [t for t in trajectories if t.position // world_size() < 8]
-    groups = [{"position": t.position, "source": t.problem.source, "off_policy": t.off_policy,
-               "prompt": tokenizer.decode(t.problem.prompt_ids), "answer": t.problem.answer,
-               "response": tokenizer.decode(t.response), "reward": t.reward,
-               "advantage": t.advantage} for t in some]
-    return tokens, groups
+def groups_as_text(trajectories: list, tokenizer, groups: int = 8) -> list[dict]:
+    """The first groups of this rank, one row a trajectory, to look at."""
+    shown = sorted({t.position for t in trajectories})[:groups]
+    return [{"position": t.position, "source": t.problem.source, "off_policy": t.off_policy,
+             "prompt": tokenizer.decode(t.problem.prompt_ids), "answer": t.problem.answer,
+             "response": tokenizer.decode(t.response), "reward": t.reward,
+             "advantage": t.advantage} for t in trajectories if t.position in shown]
 
 
 # ------------------------------------------------------------------ the run directory
 class Run:
-    """The run directory of a config, opened: `checkpoint` and `first_step` say where to go on."""
+    """The run directory of a config, opened: `checkpoint` says where to go on."""
 
     def __init__(self, cfg):
         self.cfg, self.out = cfg, Path(cfg.out)
         self.seconds = defaultdict(float)
         self.check()
-        done = sorted(self.out.glob("checkpoint-*"))  # complete ones only: they are renamed last
+        done = checkpoints(self.out)
         self.checkpoint = done[-1] if done else None
         self.first_step = int(done[-1].name.split("-")[1]) if done else 0
-        self.stopping = 0.0  # when a stop was asked for
+        self.asked_to_stop = 0.0  # when
+        self.stopped = False  # agreed upon by all ranks
         barrier()
         if rank() == 0:
             self.prepare()
@@ -217,12 +219,14 @@ class Run:
         """Refuse the directory of another run."""
         if not self.out.exists():
             return
-        if not (self.out / "config.json").is_file():
-            if any(self.out.iterdir()):
-                raise InputError(f"--out {self.out}: not empty, and no run of ours (no config.json "
-                                 "in it); name another directory")
+        config = self.out / "config.json"
+        old = json.loads(config.read_text()) if config.is_file() else {}
+        if "algo" not in old:  # a model's directory has a config.json, too
+            if not self.out.is_dir() or any(self.out.iterdir()):
+                raise InputError(f"--out {self.out} exists and is not a run of this program; "
+                                 "name another directory")
             return
-        old, new = json.loads((self.out / "config.json").read_text()), asdict(self.cfg)
+        new = asdict(self.cfg)
         differ = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new
                   if k not in MAY_CHANGE and old.get(k) != new[k]]
         if differ and read_jsonl(self.out / "metrics.jsonl"):  # else there is nothing to lose
@@ -240,26 +244,34 @@ class Run:
         if self.checkpoint:
             say(f"resuming {self.out} after step {self.first_step}")
 
-    def __enter__(self) -> "Run":
-        self.handlers = {s: signal.signal(s, self.ask_to_stop)
-                         for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    # -------------------------------------------------------------- the steps
+    def steps(self) -> Iterator[int]:
+        """From the last checkpoint to --steps. Ctrl-C or SIGTERM ends it after the step."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(number, self.ask_to_stop) for number in signals]
+        try:
+            for step in range(self.first_step, self.cfg.steps):
+                yield step
+                if self.stopped:
+                    break
+        finally:
+            for number, handler in zip(signals, handlers):
+                signal.signal(number, handler)
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def ask_to_stop(self, number, _frame) -> None:
-        """Finish the step, save, stop. A second Ctrl-C stops at once; torchrun's echo does not."""
-        if number == signal.SIGINT and self.stopping and time.monotonic() - self.stopping > 2:
+    def ask_to_stop(self, number: int, _frame) -> None:
+        """A second Ctrl-C stops at once, but torchrun's echo of the first one does not."""
+        if number == signal.SIGINT and 0 < self.asked_to_stop < time.monotonic() - 2:
             raise KeyboardInterrupt
-        if not self.stopping:
-            self.stopping = time.monotonic()
-            say("\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
+        if not self.asked_to_stop and rank() == 0:  # os.write: print may be what was interrupted
+            os.write(2, b"\nstopping after this step, with a checkpoint (again: now, without)\n")
+        self.asked_to_stop = self.asked_to_stop or time.monotonic()
 
-    def stop_requested(self) -> bool:
-        """The same answer on every rank."""
-        return all_reduce(self.stopping, dist.ReduceOp.MAX) > 0
+    def due(self, step: int) -> tuple[bool, bool]:
+        """After a step: evaluate? save? The same answers on every rank."""
+        self.stopped = all_reduce(self.asked_to_stop, dist.ReduceOp.MAX) > 0
+        every, done = self.cfg.eval_every, step + 1 == self.cfg.steps
+        return (done or every > 0 and (step + 1) % every == 0,
+                done or self.stopped or (step + 1) % self.cfg.save_every == 0)
 
     # -------------------------------------------------------------- the log
     @contextmanager
@@ -268,17 +280,21 @@ class Run:
         yield
         self.seconds[phase] += time.perf_counter() - start
 
-    def log_step(self, step: int, metrics: dict, tokens: dict, groups: list[dict]) -> None:
-        """step: how many are done. tokens: phase -> tokens of all ranks. groups: to look at."""
+    def log_step(self, step: int, metrics: dict, trajectories: list, tokenizer) -> None:
+        """step: how many are done."""
+        sampled = sum(len(t.response) for t in trajectories if not t.off_policy)
+        trained = sum(len(t.problem.prompt_ids) + len(t.response) for t in trajectories)
+        tokens = {"sample": all_reduce(sampled), "update": all_reduce(trained)}
         row = {"step": step} | {k: metrics[k] for k in sorted(metrics)}
-        speed = {f"tokens_per_second/{phase}": count / max(self.seconds[phase], 1e-9)
-                 for phase, count in tokens.items()}
         if rank() == 0:
             append(self.out / "metrics.jsonl", row)
-            append(self.out / "timing.jsonl", {"step": step} | dict(self.seconds) | speed)
+            append(self.out / "timing.jsonl", {"step": step} | dict(self.seconds) | {
+                f"tokens_per_second/{phase}": count / max(self.seconds[phase], 1e-9)
+                for phase, count in tokens.items()})
             if step % self.cfg.sample_every == 0:
                 write(self.out / "samples" / f"step-{step:06d}.jsonl",
-                      "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups))
+                      "".join(json.dumps(row, ensure_ascii=False) + "\n"
+                              for row in groups_as_text(trajectories, tokenizer)))
             print(one_line(row, self.seconds), flush=True)
         self.seconds.clear()
 
@@ -300,22 +316,35 @@ class Run:
         barrier()
         if rank() == 0:
             half_written.rename(final)
-            for old in self.out.glob("checkpoint-*/optimizer-*.pt"):  # only the newest resumes
+            for old in self.out.glob("checkpoint-[0-9]*/optimizer-*.pt"):  # only the newest resumes
                 if old.parent != final:
                     old.unlink()
         barrier()
 
     def restore(self, optimizer) -> None:
+        """The optimizer's state from the checkpoint, whatever number of ranks wrote it."""
         if self.checkpoint:
-            shards = sorted(self.checkpoint.glob("optimizer-*.pt"))
-            for shard in shards:  # any number of ranks may have written them
-                optimizer.load_state_dict(torch.load(shard, map_location="cpu", mmap=True))
+            state = {}
+            for shard in self.checkpoint.glob("optimizer-*.pt"):
+                state |= torch.load(shard, map_location="cpu", mmap=True)
+            try:
+                optimizer.load_state_dict(state)
+            except KeyError as error:
+                raise InputError(
+                    f"{self.checkpoint}: no optimizer state for parameter {error}; only the newest "
+                    "checkpoint keeps it. Start a new run with --model from this one") from None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete ones, the newest last: a half-written one has another name."""
+    return sorted(run.glob("checkpoint-[0-9]*"))
 
 
 def one_line(row: dict, seconds: dict) -> str:
     """A step for a person: what the rows of metrics.jsonl hold, abbreviated."""
     def number(name: str, form: str = ".2f") -> str:
-        return format(row[name], form).replace("0.", ".", 1) if name in row else "-"
+        text = format(row[name], form) if name in row else "-"
+        return text[1:] if text.startswith("0.") else text
 
     sources = " ".join(f"{k.split('/')[1]} {number(k)}" for k in row if k.startswith("reward/"))
     groups = "/".join(number(f"groups/{kind}") for kind in ("none", "mixed", "all"))

@@ -1,7 +1,7 @@
 """Sampling responses. A sampler has two methods: `load_weights` and `generate`.
 
-TorchSampler needs transformers alone. Its answer to a prompt is a pure function of the weights and
-the prompt's seed: neither the other prompts of a batch nor the number of ranks change it.
+TorchSampler needs transformers alone. Its samples for a prompt are a function of the weights and
+the prompt's seed: the rest of the batch and the number of ranks matter by rounding only.
 """
 
 from dataclasses import dataclass
@@ -63,16 +63,17 @@ class TorchSampler:
         ids = torch.tensor([[self.eos] * (width - len(p)) + list(p) for p in prompts])  # (P, width)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         ids, mask = ids.to(device()), mask.to(device())
-        luck = torch.cat([torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(seed))
-                          for seed in seeds]).to(device())  # (B, max_tokens), B = P n
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniform = torch.cat([torch.rand(n, max_tokens, generator=g) for g in generators])
+        uniform = uniform.to(device())  # (B, max_tokens), B = n x prompts
         cache = DynamicCache(config=self.model.config)
         logits = self.logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         cache.batch_repeat_interleave(n)
         logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-        live = torch.arange(len(luck), device=device())  # the rows that are not finished
-        samples = [Sample([], []) for _ in luck]
+        live = torch.arange(len(uniform), device=device())  # the rows that are not finished
+        samples = [Sample([], []) for _ in uniform]
         for t in range(max_tokens):
-            token, logp = draw(logits, luck[live, t], temperature)  # (live,), (live,)
+            token, logp = draw(logits, uniform[live, t], temperature)  # (live,), (live,)
             for row, x, lp in zip(live.tolist(), token.tolist(), logp.tolist()):
                 samples[row].tokens.append(x)
                 samples[row].logps.append(lp)
@@ -92,12 +93,12 @@ class TorchSampler:
                           past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
 
-def draw(logits: Tensor, luck: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Invert the distribution function at `luck` in [0, 1). (B, V), (B,) -> tokens, log-probs."""
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Tokens and their log-probs (B,) from logits (B, V): the distribution function, inverted."""
     if temperature == 0:
-        return logits.argmax(-1), torch.zeros_like(luck)
+        return logits.argmax(-1), torch.zeros_like(uniform)
     logp = F.log_softmax(logits.float() / temperature, dim=-1)
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(cdf, (luck * cdf[:, -1])[:, None], right=True)
+    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
     token = token.clamp(max=logits.shape[-1] - 1)
     return token[:, 0], logp.gather(1, token)[:, 0]

@@ -1,6 +1,6 @@
 r"""The laptop world: a small arithmetic, its teacher, a base model with the skill, not the habit.
 
-    python toy.py --overrun 0.1 --out DIR      # another base model; then: luffy.py --model DIR
+    python toy.py --goals 0.2 --out DIR        # another base model; then: luffy.py --model DIR
 
 A problem gives two terms of a sequence, its rule x_n = x_{n-1} op x_{n-2} (mod 7), and the letter
 of the term that is asked for; letters are consecutive. The answer is the last three terms.
@@ -11,9 +11,11 @@ of the term that is asked for; letters are consecutive. The answer is the last t
 `easy` problems take 1 or 2 steps, `hard` ones 4 to 6. The teacher is right in the end, but
 detours: it `check`s a step, or writes a wrong value and says `wait`. The base model has read short
 answers to easy questions, and listings: long chains of steps without a question or a box. So it has
-the skill for a hard problem, but after two steps it boxes: to go on is right but unlikely. How
-unlikely is the knob OVERRUN. Out of distribution (`ood`) are hard problems with the operator *,
-which the base model knows and no trace shows.
+the skill for a hard problem, but after two steps it boxes: to go on is right but unlikely. The knob
+is GOALS, the share of listings that stop at a letter named in their prompt, as a solution must: the
+fewer, the less likely under the base model is a whole solution, and the more shaping matters. Out
+of distribution (`ood`) are hard problems with the operator *, which the base model knows and no
+trace shows.
 """
 
 import argparse
@@ -34,8 +36,8 @@ from transformers import Qwen2Tokenizer
 from data import Problem
 from run import InputError
 
-# What the laptop's run differs in from the paper's, for every algorithm: sizes, and the learning
-# rate of a model with 114 thousand parameters.
+# What the laptop's runs differ in from the paper's, for every algorithm alike: sizes, and what
+# suits a model of 114 thousand parameters. Nothing that tells one algorithm from another.
 RECIPE = dict(
     data="toy", eval_data="toy/val", steps=200, problems_per_step=16, max_prompt_tokens=32,
     max_response_tokens=96, lr=3e-4, beta2=0.95, weight_decay=0.0, entropy_coef=0.0,
@@ -140,8 +142,8 @@ def problems(split: str = "train") -> list[Problem]:
 
 
 # ------------------------------------------------------------------ the base model
-OVERRUN = 0.0  # the knob: share of the answers that go on to a third step, whatever is asked
-GOALS = 0.5  # share of the listings that stop at the letter they name, as a solution must
+GOALS = 0.5  # the knob: share of the listings that stop at the letter they name
+CONFIDENCE = 2.0  # the trained head is multiplied by this: no sample goes on by chance
 LISTINGS = 0.2  # share of documents that are listings
 RIGHT = 0.7  # share of answers that stop at the right step, not one early or late
 DETOUR = 0.05  # share of steps with a detour, half of them a check, half a wait
@@ -152,7 +154,7 @@ def held_out() -> set[str]:
     return {chain.question() for split in ("val", "test") for _, chain in splits()[split]}
 
 
-def document(rng: random.Random, overrun: float) -> tuple[str, str]:
+def document(rng: random.Random, goals: float) -> tuple[str, str]:
     """One (prompt, response) of the base model's corpus; never a question of val or test."""
     while True:
         chain = Chain(rng.randrange(len(LETTERS)), rng.randrange(MODULUS), rng.randrange(MODULUS),
@@ -161,11 +163,9 @@ def document(rng: random.Random, overrun: float) -> tuple[str, str]:
             break
     if rng.random() < LISTINGS:
         steps = rng.randint(2, 7)
-        chain.steps = steps if rng.random() < GOALS else rng.randint(2, 7)
+        chain.steps = steps if rng.random() < goals else rng.randint(2, 7)
         return chain.question(mark="."), working(chain, steps, rng, DETOUR / 2, DETOUR / 2)
     steps = chain.steps if rng.random() < RIGHT else sum(EASY) - chain.steps
-    if rng.random() < overrun:
-        steps = max(EASY) + 1
     return chain.question(), response(chain, steps, rng, DETOUR / 2, DETOUR / 2)
 
 
@@ -201,7 +201,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalL
         luffy_toy=True))  # not Qwen2's: the mark by which `is_toy` knows a checkpoint again
 
 
-def train_base(overrun: float, seed: int, steps: int = 500, documents: int = 96,
+def train_base(goals: float, seed: int, steps: int = 500, documents: int = 96,
                lr: float = 5e-3) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
     """Next-token prediction on the responses of `steps` x `documents` documents. Under a minute."""
     tokenizer, rng = make_tokenizer(), random.Random(f"toy base {seed}")
@@ -210,7 +210,7 @@ def train_base(overrun: float, seed: int, steps: int = 500, documents: int = 96,
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / 30, 0.55 + 0.45 * math.cos(math.pi * step / steps)))  # warm up, cosine to 0.1
     for _ in tqdm(range(steps), desc="training the toy's base model", leave=False):
-        batch = sorted((document(rng, overrun) for _ in range(documents)), key=lambda d: len(d[1]))
+        batch = sorted((document(rng, goals) for _ in range(documents)), key=lambda d: len(d[1]))
         short = sum(len(text) <= 40 for _, text in batch)
         tokens = 0
         for part in filter(None, (batch[:short], batch[short:])):  # two parts: less padding
@@ -225,6 +225,7 @@ def train_base(overrun: float, seed: int, steps: int = 500, documents: int = 96,
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+    model.lm_head.weight.data *= CONFIDENCE
     return model, tokenizer
 
 
@@ -241,14 +242,16 @@ def pad_documents(batch: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor
     return ids, labels
 
 
-def save_base(directory: Path, overrun: float, seed: int) -> Path:
+def save_base(directory: Path, goals: float, seed: int) -> Path:
     """Train a base model and write it where from_pretrained finds it, complete or not at all."""
-    model, tokenizer = train_base(overrun, seed)
-    half_written = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(half_written, ignore_errors=True)
+    model, tokenizer = train_base(goals, seed)
+    half_written = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     model.save_pretrained(half_written)
     tokenizer.save_pretrained(half_written)
-    half_written.rename(directory)
+    try:
+        half_written.rename(directory)
+    except OSError:  # another run was faster
+        shutil.rmtree(half_written)
     return directory
 
 
@@ -256,17 +259,17 @@ def base_model() -> Path:
     """The default base model: trained when this file has changed since, then cached."""
     fingerprint = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     directory = Path(os.environ.get("LUFFY_CACHE", "runs")) / f"toy-base-{fingerprint}"
-    return directory if directory.exists() else save_base(directory, OVERRUN, seed=0)
+    return directory if directory.exists() else save_base(directory, GOALS, seed=0)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a base model.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="a directory that does not exist")
-    parser.add_argument("--overrun", type=float, default=OVERRUN,
-                        help=f"how likely the base model goes on after two steps ({OVERRUN})")
+    parser.add_argument("--goals", type=float, default=GOALS,
+                        help=f"share of listings that stop at the letter they name ({GOALS})")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"--out {args.out} exists; name a new directory")
-    save_base(args.out, args.overrun, args.seed)
+    save_base(args.out, args.goals, args.seed)
     print(f"base model in {args.out}; next: python luffy.py --model {args.out}")

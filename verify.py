@@ -9,6 +9,7 @@ process: workers do, and a worker that takes too long is killed.
 import contextlib
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -28,7 +29,7 @@ def extract_answer(response: str) -> str | None:
     r"""The content of the last complete `\boxed{...}` of the final answer, or None.
 
     What stands inside a thought is no answer: only text after the last `</think>` counts, if there
-    is one, and a thought that was opened but never closed has none.
+    is one; a response that opens a thought and never closes one has no answer.
 
     >>> extract_answer(r"so \boxed{1}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
@@ -113,9 +114,13 @@ class Grader:
         """[(response, answer), ...] -> [reward, ...] in the same order."""
         rewards, todo = [0.0] * len(jobs), deque(enumerate(jobs))
         while todo or any(w.job is not None for w in self.workers):
-            for worker in self.workers:
+            for i, worker in enumerate(self.workers):
                 if todo and worker.ready and worker.job is None:
-                    worker.start(*todo.popleft())
+                    if worker.start(*todo[0]):
+                        todo.popleft()
+                    else:  # it died while idle
+                        self.crashes += 1
+                        self.workers[i] = Worker(self.timeout)
             waiting = [w for w in self.workers if w.job is not None or not w.ready]
             patience = max(0.0, min(w.deadline for w in waiting) - time.monotonic())
             wait([w.process.stdout for w in waiting], timeout=patience)
@@ -156,11 +161,16 @@ class Worker:
         self.timeout, self.ready, self.job = timeout, False, None
         self.deadline = time.monotonic() + STARTUP_SECONDS
 
-    def start(self, job: int, work: tuple[str, str]) -> None:
-        self.job, self.deadline = job, time.monotonic() + self.timeout
-        with contextlib.suppress(BrokenPipeError):  # it died while idle: poll() will say so
+    def start(self, job: int, work: tuple[str, str]) -> bool:
+        """Give it a job; False if the process is dead."""
+        try:
             self.process.stdin.write(json.dumps(work).encode() + b"\n")
             self.process.stdin.flush()
+        except BrokenPipeError:
+            self.kill()
+            return False
+        self.job, self.deadline = job, time.monotonic() + self.timeout
+        return True
 
     def poll(self) -> float | str | None:
         """The reward, or what went wrong (the process is dead then), or None: still at work."""
@@ -181,12 +191,14 @@ class Worker:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate()  # closes the pipes and reaps the process
+        with contextlib.suppress(BrokenPipeError):
+            self.process.communicate()  # closes the pipes and reaps the process
 
 
 def work(timeout: float) -> None:
     """A worker's life: one JSON job a line in, one reward a line out."""
-    out, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reward
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no reward
     import math_verify  # noqa: F401  (before the hello: the clock of a job must not pay for it)
 
     print(0.0, file=out, flush=True)  # hello

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data, where there is some
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 sys.path.insert(0, str(ROOT))
 
 
@@ -35,7 +35,7 @@ def command(*args, ranks: int = 1) -> list[str]:
 def run(*args, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """python (or torchrun) ARGS in the project's directory."""
     result = subprocess.run(command(*args, ranks=ranks), cwd=ROOT, text=True, capture_output=True,
-                            timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            timeout=280)
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result

@@ -16,8 +16,27 @@ def one_process():
     dist.destroy_process_group()
 
 
+class LuckyGrader:
+    """A random model is never right; here half of its rollouts are, and all of the traces."""
+
+    timeouts = crashes = 0
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, jobs):
+        return [float("boxed" in response or i % 2) for i, (response, _) in enumerate(jobs)]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 @pytest.mark.parametrize("algo", luffy.ALGORITHMS)
-def test_every_algorithm_runs(tiny_model, tmp_path, algo):
+def test_every_algorithm_runs(tiny_model, tmp_path, monkeypatch, algo):
+    monkeypatch.setattr(luffy, "Grader", LuckyGrader)
     out = tmp_path / "run"
     cfg = luffy.parse_args(["--algo", algo, "--model", str(tiny_model), "--out", str(out),
                             "--steps", "2", "--problems_per_step", "4", "--sample_every", "1",
@@ -35,5 +54,4 @@ def test_every_algorithm_runs(tiny_model, tmp_path, algo):
     if cfg.trace_advantage is not None:
         assert {s["advantage"] for s in samples if s["off_policy"]} == {cfg.trace_advantage}
     assert (out / "checkpoint-000002" / "model.safetensors").exists()
-    if cfg.traces:
-        assert rows[0]["trace_reward"] == 1.0 and rows[0]["grad_norm"] > 0
+    assert all(row["grad_norm"] > 0 and row["skipped_updates"] == 0 for row in rows)

@@ -8,7 +8,7 @@ from conftest import run
 
 import toy
 from run import InputError
-from luffy import ALGORITHMS, Config, check, parse_args
+from luffy import ALGORITHMS, Config, but, check, parse_args
 
 
 def refused(*args, ranks: int = 1) -> str:
@@ -19,7 +19,7 @@ def refused(*args, ranks: int = 1) -> str:
 
 @pytest.mark.parametrize("args, words", [
     (["--gama", "1"], "--gama"), (["--algo", "ppo"], "mixed_shaped"), (["--steps", "x"], "--steps"),
-    (["--token_mean", "maybe"], "--token_mean"), (["--step", "3"], "--step"),
+    (["--token_mean", "maybe"], "true or false"), (["--step", "3"], "--step"),
 ])
 def test_flags_that_do_not_parse(capsys, args, words):
     with pytest.raises(SystemExit) as exit:
@@ -53,7 +53,10 @@ def test_the_papers_recipe_is_the_default_and_the_toy_changes_sizes_only():
 @pytest.mark.parametrize("args, words", [
     (["--problems_per_step", "9"], ["--problems_per_step 9", "multiple of 2"]),
     (["--traces", "2"], ["--traces 2"]),
-    (["--rollouts", "0", "--traces", "0"], ["empty group"]),
+    (["--rollouts", "0", "--traces", "0"], ["--rollouts 0", "two rewards"]),
+    (["--rollouts", "0"], ["two rewards"]),
+    (["--algo", "rl_sft", "--rollouts", "1"], ["two rewards"]),
+    (["--gamma", "0"], ["--gamma"]),
     (["--shaping", "cubic"], ["--shaping cubic", "luffy"]),
     (["--save_every", "0"], ["--save_every", "at least 1"]),
     (["--temperature", "0"], ["--temperature"]),
@@ -69,10 +72,18 @@ def test_a_response_longer_than_the_context(tiny_model, tmp_path):
     assert "--max_response_tokens 300" in error and "256" in error
 
 
-def test_models_that_are_not_there(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_models_that_are_not_there(tmp_path):
     error = refused("--model", tmp_path / "absent", "--data", "toy", "--out", tmp_path / "run")
     assert "--model" in error and "absent" in error
+
+
+def test_the_first_line_says_how_the_run_differs_from_luffy():
+    def words(*args):
+        return but(parse_args([*args, "--model", "Qwen/Qwen2.5-Math-7B"]))
+
+    assert words() == ""
+    assert words("--algo", "mixed") == ", but shaping none, clip 0.2"
+    assert words("--clip", "0.2", "--seed", "3") == ", but clip 0.2"
 
 
 def test_data_that_cannot_be_trained_on(tiny_model, tmp_path):
@@ -89,13 +100,16 @@ def test_data_that_cannot_be_trained_on(tiny_model, tmp_path):
 
 
 def test_the_directory_of_something_else_is_refused(tiny_model, tmp_path):
+    before = (tiny_model / "config.json").read_bytes()
+    assert "--out" in refused("--model", tiny_model, "--out", tiny_model)  # it has a config.json
+    assert (tiny_model / "config.json").read_bytes() == before
     (tmp_path / "thesis.tex").write_text("five years of work")
     error = refused("--model", tiny_model, "--out", tmp_path)
-    assert "--out" in error and "not empty" in error
+    assert "--out" in error and "not a run" in error
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_ranks_other_than_0_are_silent(tiny_model, tmp_path):
     result = run("luffy.py", "--model", tiny_model, "--out", tmp_path / "run", "--steps", 1,
                  "--eval_samples", 1, ranks=2)
-    assert result.stdout.count("step 1 | reward") == 1 and result.stdout.count("luffy = ") == 1
+    assert result.stdout.count("step 1 | reward") == 1 and result.stdout.count("luffy on") == 1

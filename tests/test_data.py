@@ -6,8 +6,9 @@ import pytest
 from conftest import SHARED
 
 import toy
-from data import Problem, batch_at, encode, load_problems, render
+from data import Problem, batch_at, encode, load_problems, load_training_set, render
 from run import InputError
+from verify import grade
 
 OPENR1 = {"data_source": "openr1", "prompt": [{"role": "user", "content": "b2,c5,-;e?"}],
           "target": [{"role": "assistant", "content": "d=5-2=3;e=3-5=5;\\boxed{535}"}],
@@ -62,10 +63,10 @@ def test_a_broken_row_names_file_row_column_and_what_was_expected(tmp_path, row,
         assert word in str(error.value)
 
 
-def test_sources_that_hold_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_sources_that_hold_nothing(tmp_path):
     for source, words in ((write(tmp_path / "empty.jsonl"), "no rows"),
                           (str(tmp_path / "absent.parquet"), "no such file"),
+                          (write(tmp_path / "text.parquet", "{}"), "not a parquet file"),
                           ("toy/nothing", "train"), ("nobody/nothing-at-all", "hub")):
         with pytest.raises(InputError, match=words):
             load_problems(source)
@@ -101,9 +102,44 @@ def test_think_is_opened_once(tokenizer):
     r"""A prompt that ends in `<think>\n` and a trace that begins with it share it."""
     trace = "<think>\nd=5;</think>\\boxed{5}"
     (inside,), _ = encode([Problem("b2?<think>\n", "5", trace)], tokenizer, **limits())
+    for variant in ("<think>d=5;</think>\\boxed{5}", "\n<think> d=5;</think>\\boxed{5}"):
+        assert encode([Problem("b2?<think>\n", "5", variant)], tokenizer, **limits())[0][0] \
+            .trace_ids == inside.trace_ids
     (outside,), _ = encode([Problem("b2?", "5", trace)], tokenizer, **limits())
     assert inside.opened == "<think>\n" and outside.opened == ""
     assert len(outside.trace_ids) - len(inside.trace_ids) == len(tokenizer.encode("<think>\n"))
+
+
+def test_traces_are_verified_once_as_rollouts_are(tokenizer, tmp_path):
+    """A trace in an opened thought must close it; a resumed run does not judge again."""
+    rows = [{"prompt": [{"role": "user", "content": q}], "reward_model": {"ground_truth": "5"},
+             "target": [{"role": "assistant", "content": t}]}
+            for q, t in (("a", "\\boxed{5}"), ("b", "\\boxed{6}"), ("c", "</think>\\boxed{5}"))]
+    path, judged = write(tmp_path / "a.jsonl", *rows), []
+
+    def grader(jobs):
+        judged.extend(jobs)
+        return [grade(*job) for job in jobs]
+
+    def load():
+        return [p.prompt[0]["content"] for p in load_training_set(
+            path, tokenizer, grader, need_traces=True, verdicts=tmp_path / "verdicts.json",
+            **limits())]
+
+    assert load() == load() == ["a", "c"] and len(judged) == 3
+    tokenizer = toy.make_tokenizer()
+    tokenizer.add_tokens(["</think>"])
+    tokenizer.chat_template += "{{ '<think>\\n' }}"
+    assert load() == ["c"] and judged[3][0] == "<think>\n\\boxed{5}<eos>"
+
+
+def test_a_line_separator_inside_a_string_is_text(tmp_path):
+    row = OPENR1 | {"target": [{"role": "assistant", "content": "a\u2028b\x85c"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert load_problems(str(tmp_path / "a.jsonl"))[0].trace == "a\u2028b\x85c"
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="UTF-8"):
+        load_problems(str(tmp_path / "b.jsonl"))
 
 
 def test_a_tokenizer_without_eos_or_chat_template_is_refused():

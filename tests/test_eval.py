@@ -20,7 +20,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
 
 
 def test_summary_by_hand():
-    records = [(1.0, 10, False), (0.0, 20, True), (0.0, 30, True), (0.0, 40, True)]  # 2 problems x 2
+    records = [(1.0, 10, False), (0.0, 20, True), (0.0, 30, True), (0.0, 40, True)]
     scores = summarize(records, k=2)
     assert scores == {"problems": 2, "k": 2, "avg": 0.25, "pass": 0.5, "length": 25.0,
                       "truncated": 0.75}

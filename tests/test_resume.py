@@ -1,7 +1,7 @@
 """Kill it at any moment and start the same command again: nothing happened."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import time
@@ -20,7 +20,7 @@ def luffy(model, out, *more):
 
 def start(*args) -> subprocess.Popen:
     return subprocess.Popen(command(*args), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.PIPE)
 
 
 def wait_for_step(process, n: int) -> None:
@@ -44,15 +44,19 @@ def assert_same_run(a, b):
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_kill_9_in_mid_step_and_again(tiny_model, tmp_path, whole):
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+def test_kill_9_in_mid_step_and_again(tiny_model, tmp_path, whole, delay):
     out = tmp_path / "run"
-    process = start(*luffy(tiny_model, out))
-    wait_for_step(process, 5)  # checkpoints 2 and 4 are there, step 6 is under way
+    process = start(*luffy(tiny_model, out, "--steps", 1000))
+    wait_for_step(process, 5)  # checkpoints 2 and 4 are there, step 6 or its saving is under way
+    time.sleep(delay)
     process.kill()
     process.wait()
-    assert (out / "checkpoint-000004").exists() and not (out / "checkpoint-000006").exists()
+    for later in out.glob("checkpoint-*"):  # on a busy machine it may have come further
+        if later.name > "checkpoint-000004":
+            shutil.rmtree(later)
     half_written = out / ".checkpoint-000006.tmp"  # as if killed while saving
-    half_written.mkdir()
+    half_written.mkdir(exist_ok=True)
     (half_written / "model.safetensors").write_bytes(b"half")
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')

@@ -10,7 +10,7 @@ import torch
 from data import Problem
 from luffy import ALGORITHMS, Config, Policy, ShardedAdamW, Trajectory, collate, from_pretrained
 from luffy import group_advantages, mixed_policy_objective, pack, record_old_logprobs, set_weights
-from luffy import update
+from luffy import score, update
 
 
 class OneRank(torch.nn.Module):
@@ -28,10 +28,15 @@ class OneRank(torch.nn.Module):
 
 
 class KeepGradient(ShardedAdamW):
-    """An optimizer that looks at the gradient and steps like the real one."""
+    """The real optimizer, which remembers the gradients and the parameters that it saw."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gradients, self.parameters = [], []
 
     def step(self, max_norm):
-        self.seen = torch.cat([p.grad.flatten().clone() for p in self.params])
+        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in self.params]))
+        self.parameters.append([p.detach().clone() for p in self.params])
         return super().step(max_norm)
 
 
@@ -68,7 +73,7 @@ def one_gradient(policy, trajectories, cfg):
     policy = copy.deepcopy(policy)
     optimizer = KeepGradient(policy.parameters(), lr=cfg.lr)
     update(policy, optimizer, copy.deepcopy(trajectories), cfg)
-    return optimizer.seen
+    return optimizer.gradients[0]
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
@@ -86,33 +91,89 @@ def test_gradient_is_the_same_for_any_token_budget_and_order(policy, algo):
         assert (found - expected).norm() <= 1e-5 * expected.norm(), order
 
 
-@pytest.mark.parametrize("algo", ["luffy", "grpo", "rl_sft", "sft"])
-def test_the_normaliser_by_hand(policy, algo):
-    """One forward a trajectory, the loss of the paper summed in plain Python."""
-    cfg = config(algo, token_budget=100)
-    trajectories = make_trajectories(cfg)
-    rl = [t for t in trajectories if not (t.off_policy and algo in ("rl_sft", "sft"))]
-    sft_tokens = sum(len(t.response) for t in trajectories if t.off_policy)
-    z = sum(len(t.response) for t in rl) if algo == "grpo" else len(rl) * 32
-    reference, loss = copy.deepcopy(policy.policy), 0.0
-    reference.zero_grad()
+def plain_logps(model, t):
+    """Log-probs and entropies of a trajectory's response, by the simplest forward there is."""
+    ids = torch.tensor([[*t.problem.prompt_ids, *t.response]])
+    logits = model(input_ids=ids, use_cache=False, lengths=[ids.shape[1]]).logits[0]
+    log_p = logits[len(t.problem.prompt_ids) - 1:-1].log_softmax(-1)
+    return log_p.gather(1, torch.tensor(t.response)[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def plain_loss(model, old_model, trajectories, cfg):
+    """The paper's loss of one update, a trajectory at a time."""
+    sft = [t for t in trajectories if t.off_policy and cfg.shaping == "log"]
+    rl = [t for t in trajectories if not (t.off_policy and cfg.shaping == "log")]
+    z = sum(len(t.response) for t in rl) if cfg.token_mean else len(rl) * cfg.max_response_tokens
+    sft_z = sum(len(t.response) for t in sft)
+    loss = 0.0
     for t in trajectories:
-        ids = torch.tensor([[*t.problem.prompt_ids, *t.response]])
-        logits = reference.model(input_ids=ids, use_cache=False, lengths=[ids.shape[1]]).logits[0]
-        log_p = logits[len(t.problem.prompt_ids) - 1:-1].log_softmax(-1)
-        logp = log_p.gather(1, torch.tensor(t.response)[:, None])[:, 0]
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        if t.off_policy and algo in ("rl_sft", "sft"):
-            weight, objective = cfg.sft_coef / sft_tokens, t.advantage * logp
-        elif t.off_policy:
-            weight, objective = 1 / z, t.advantage * logp.exp() / (logp.exp() + cfg.gamma)
+        logp, entropy = plain_logps(model, t)
+        pi, weight = logp.exp(), 1 / z if z else 0.0
+        if t.off_policy:
+            f = {"luffy": pi / (pi + cfg.gamma), "none": pi, "log": logp}[cfg.shaping]
+            weight, objective = cfg.sft_coef / sft_z if t in sft else weight, t.advantage * f
         else:
-            weight, objective = 1 / z, t.advantage * (logp - logp.detach()).exp()
+            with torch.no_grad():
+                pi_old = plain_logps(old_model, t)[0].exp()
+            ratio = pi / pi_old
+            if cfg.shape_rollouts:
+                ratio = (pi / (pi + cfg.gamma)) / (pi_old / (pi_old + cfg.gamma))
+            objective = t.advantage * ratio
+            if cfg.clip is not None:
+                clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip)
+                objective = torch.minimum(objective, t.advantage * clipped)
         loss = loss - weight * (objective + cfg.entropy_coef * entropy).sum()
-    loss.backward()
-    expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
-    found = one_gradient(policy, trajectories, cfg)
-    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    return loss
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_both_updates_of_a_step_by_hand(policy, algo):
+    """In the second one the policy has moved: ratios, clips and shaped ratios act."""
+    cfg = config(algo, updates_per_step=2, token_budget=100, lr=3e-2, max_grad_norm=1e9)
+    trajectories = make_trajectories(cfg)
+    optimizer = KeepGradient(policy.parameters(), lr=cfg.lr)
+    old, now = (copy.deepcopy(policy.policy.model) for _ in range(2))
+    metrics = update(policy, optimizer, copy.deepcopy(trajectories), cfg)
+    for i in range(2):
+        for p, value in zip(now.parameters(), optimizer.parameters[i]):
+            p.data.copy_(value)
+            p.grad = None
+        plain_loss(now, old, [t for t in trajectories if t.position // 2 == i], cfg).backward()
+        expected = torch.cat([p.grad.flatten() for p in now.parameters()])
+        error = (optimizer.gradients[i] - expected).norm() / expected.norm()
+        assert error <= 1e-4, (i, error)
+    if cfg.rollouts:  # else the test would not see a clip
+        assert metrics["ratio_far"] > 0.1
+
+
+def test_scores_become_the_advantages_of_each_arm():
+    """score(): rewards from the grader, the trace's own reward, the arm's baseline."""
+    class Tokenizer:
+        eos_token_id, decode = 1, staticmethod(lambda ids: " ".join(map(str, ids)))
+
+    class Stub:
+        timeouts = crashes = 0
+
+        def __call__(self, jobs):
+            assert all(answer == "a" for _, answer in jobs)
+            return [1.0 if response.startswith("think 7") else 0.0 for response, answer in jobs]
+
+    problem = Problem("", "a", prompt_ids=(2,), trace_ids=(9, 1), trace_reward=1.0, opened="think ")
+    for algo, right, wrong, trace in (("luffy", 0.75, -0.25, 0.75), ("rl_sft", 6 / 7, -1 / 7, 1.0),
+                                      ("mixed", 0.75, -0.25, 0.75), ("sft", None, None, 1.0),
+                                      ("on_policy", 0.875, -0.125, None),
+                                      ("grpo", 0.875 * 8 ** 0.5, -0.125 * 8 ** 0.5, None)):
+        cfg = config(algo)
+        group = [Trajectory(0, problem, [7 if i == 0 else 8, 1]) for i in range(cfg.rollouts)]
+        group += [Trajectory(0, problem, (9, 1), off_policy=True)] * cfg.traces
+        metrics = score(group, Stub(), Tokenizer, cfg)
+        found = [t.advantage for t in group]
+        expected = [right] * (cfg.rollouts > 0) + [wrong] * (cfg.rollouts - 1) \
+            + [trace] * cfg.traces
+        assert found == pytest.approx(expected, rel=1e-4), algo
+        if cfg.rollouts:
+            assert metrics["reward"] == pytest.approx(1 / cfg.rollouts)
+            assert metrics["groups/mixed"] == 1.0 and metrics["truncated"] == 0.0
 
 
 def test_packed_equals_one_by_one(policy):
@@ -198,8 +259,7 @@ def test_one_rank_is_plain_adamw_bit_for_bit():
         assert torch.equal(mine, theirs)
 
 
-def test_objective_is_the_one_update_uses():
-    """A guard on the default arguments: luffy's are Config's."""
+def test_the_objectives_default_arguments_are_luffys():
     cfg = Config()
     x = (torch.tensor([-1.0]), torch.tensor([0.0]), torch.tensor([0.5]), torch.tensor([True]))
     assert mixed_policy_objective(*x) == mixed_policy_objective(

@@ -58,5 +58,5 @@ def test_a_worker_that_dies_is_replaced():
         grader([(r"\boxed{7}", "7")])
         grader.workers[0].process.kill()
         grader.workers[0].process.wait()
-        assert grader([(r"\boxed{7}", "7"), (r"\boxed{7}", "7")])[-1] == 1.0
-        assert grader.crashes == 1
+        assert grader([(r"\boxed{7}", "7"), (r"\boxed{7}", "7")]) == [1.0, 1.0]
+        assert grader.crashes == 1 and grader.timeouts == 0
