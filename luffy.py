@@ -48,7 +48,7 @@ from verify import Grader
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The defaults are the paper's; `--model toy` and `--algo` replace some of them."""
+    """One run. The defaults are LUFFY's: the paper's, or the official code's where they differ."""
 
     # what to run
     model: str = "toy"  # "toy", a directory that from_pretrained loads, or a name on the hub
@@ -93,18 +93,19 @@ class Config:
     sample_every: int = 10  # steps between files of sampled groups
 
 
-# The arms of the paper. Each names what it changes in Config's defaults, which are `luffy`.
+# The arms of the paper, as changes of Config's defaults: neighbours differ in one switch.
 ALGORITHMS: dict[str, dict] = {
-    "luffy": {},
-    "mixed_shaped": dict(clip=0.2),
-    "mixed": dict(clip=0.2, shaping="none"),
+    "luffy": dict(rollouts=7, traces=1, shaping="luffy", clip=None),
+    "mixed_shaped": dict(rollouts=7, traces=1, shaping="luffy", clip=0.2),
+    "mixed": dict(rollouts=7, traces=1, shaping="none", clip=0.2),
     "on_policy": dict(rollouts=8, traces=0, clip=0.2),
-    "on_policy_noclip": dict(rollouts=8, traces=0),
+    "on_policy_noclip": dict(rollouts=8, traces=0, clip=None),
     "on_policy_shaped": dict(rollouts=8, traces=0, clip=0.2, shape_rollouts=True),
     "grpo": dict(rollouts=8, traces=0, clip=0.2, normalize_std=True, token_mean=True),
-    "rl_sft": dict(shaping="log", baseline="rollouts", trace_advantage=1.0, sft_coef=0.1),
-    "sft": dict(rollouts=0, shaping="log", trace_advantage=1.0, entropy_coef=0.0, lr=5e-5,
-                problems_per_step=64, updates_per_step=1, steps=2150),
+    "rl_sft": dict(rollouts=7, traces=1, shaping="log", clip=None, trace_advantage=1.0,
+                   baseline="rollouts", sft_coef=0.1),
+    "sft": dict(rollouts=0, traces=1, shaping="log", trace_advantage=1.0, entropy_coef=0.0,
+                lr=5e-5, problems_per_step=64, updates_per_step=1, steps=2150),
 }
 
 

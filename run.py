@@ -346,7 +346,7 @@ def one_line(row: dict, seconds: dict) -> str:
         text = format(row[name], form) if name in row else "-"
         return text[1:] if text.startswith("0.") else text
 
-    sources = " ".join(f"{k.split('/')[1]} {number(k)}" for k in row if k.startswith("reward/"))
+    sources = " ".join(f"{k[7:]} {number(k)}" for k in row if k.startswith("reward/"))
     groups = "/".join(number(f"groups/{kind}") for kind in ("none", "mixed", "all"))
     return " | ".join((
         f"step {row['step']}",

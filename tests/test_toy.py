@@ -77,10 +77,10 @@ def test_luffy_learns_what_rl_alone_never_meets(base, tmp_path):
     """A short run of the README's demo: rewards of the last ten steps."""
     hard = {}
     for algo in ("luffy", "on_policy"):
-        run("luffy.py", "--algo", algo, "--steps", 120, "--eval_data", "", "--out", tmp_path / algo)
+        run("luffy.py", "--algo", algo, "--steps", 80, "--eval_data", "", "--out", tmp_path / algo)
         rows = [json.loads(line)
                 for line in (tmp_path / algo / "metrics.jsonl").read_text().splitlines()]
         hard[algo] = [row["reward/hard"] for row in rows]
         assert sum(row["reward/easy"] for row in rows[-10:]) / 10 > 0.6
     assert max(hard["on_policy"]) < 0.02
-    assert sum(hard["luffy"][-10:]) / 10 > 0.1
+    assert sum(hard["luffy"][-10:]) / 10 > 0.2
