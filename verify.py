@@ -125,18 +125,19 @@ class Grader:
             patience = max(0.0, min(w.deadline for w in waiting) - time.monotonic())
             wait([w.process.stdout for w in waiting], timeout=patience)
             for i, worker in enumerate(self.workers):
-                if worker in waiting and (reply := worker.poll()) is not None:
-                    job = worker.finish()
-                    if isinstance(reply, float):
-                        if job is not None:  # None: it was the hello of a new worker
-                            rewards[job] = reply
-                    else:
-                        if job is None:
-                            raise RuntimeError(f"a grading worker {reply} before its first job; "
-                                               "does `python verify.py 1 1` run?")
-                        self.timeouts += reply == "timed out"
-                        self.crashes += reply == "crashed"
-                        self.workers[i] = Worker(self.timeout)
+                if worker not in waiting or (reply := worker.poll()) is None:
+                    continue
+                job = worker.finish()
+                if isinstance(reply, float):
+                    if job is not None:  # None: it was the hello of a new worker
+                        rewards[job] = reply
+                    continue
+                if job is None:
+                    raise RuntimeError(f"a grading worker {reply} before its first job; "
+                                       "does `python verify.py 1 1` run?")
+                self.timeouts += reply == "timed out"
+                self.crashes += reply == "crashed"
+                self.workers[i] = Worker(self.timeout)
         return rewards
 
     def close(self) -> None:
