@@ -11,11 +11,9 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean as mean
 
-import torch.distributed as dist
-
 from data import Problem, load_benchmarks
-from run import InputError, checkpoints, gather, init_processes, load_config, load_tokenizer, rank
-from run import read_jsonl, say, seed_of, world_size
+from run import InputError, checkpoints, gather, init_processes, leave_processes, load_config
+from run import load_tokenizer, rank, read_jsonl, say, seed_of, world_size
 from sampler import TorchSampler
 from verify import Grader
 
@@ -168,7 +166,7 @@ def main() -> None:
     except InputError as error:
         sys.exit(f"eval.py: {error}" if rank() == 0 else 1)
     say(table({Path(args.model).name: scores}))
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ from transformers import AttentionInterface
 from data import Problem, batch_at, load_benchmarks, load_training_set
 from eval import evaluate, report
 from run import InputError, Means, Run, add_token_metrics, all_reduce, barrier, device
-from run import from_pretrained, init_processes, load_config, load_tokenizer, progress, rank, say
-from run import seed_of, trajectory_metrics, world_size
+from run import from_pretrained, init_processes, leave_processes, load_config, load_tokenizer
+from run import progress, rank, say, seed_of, trajectory_metrics, world_size
 from sampler import TorchSampler
 from verify import Grader
 
@@ -639,7 +639,7 @@ def main() -> None:
                 "    # RL alone stays at zero on the hard problems")
     except InputError as error:
         sys.exit(f"luffy.py: {error}" if rank() == 0 else 1)
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ A run directory holds
 Rank 0 writes all of it, but for the optimizer's shards.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -87,6 +88,13 @@ def gather(value) -> list:
 
 def barrier() -> None:
     all_reduce(0)
+
+
+def leave_processes() -> None:
+    """Together, and with nothing left that holds the group: gloo's threads abort at exit else."""
+    barrier()
+    gc.collect()  # DDP is in reference cycles
+    dist.destroy_process_group()
 
 
 def seed_of(*key) -> int:

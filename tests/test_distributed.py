@@ -25,53 +25,55 @@ def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo):
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
         for key in a:
-            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
     scores = [rows(tmp_path / n / "evals.jsonl") for n in "12"]
     assert scores[0][0] == scores[1][0]  # the same samples of the same weights
     one, two = (load_file(tmp_path / n / "checkpoint-000002" / "model.safetensors") for n in "12")
     before = load_file(tiny_model / "model.safetensors")
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=2e-6)
     assert any((one[name] - before[name]).abs().max() > 1e-4 for name in one)
 
 
 SHARDED = textwrap.dedent("""
-    import torch, torch.distributed as dist
+    import torch
     from luffy import DDP, ShardedAdamW
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    from run import init_processes, leave_processes, rank
     def net():
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 128),
                                    torch.nn.GELU(), torch.nn.Linear(128, 64)).bfloat16()
-    mine, theirs = (DDP(net(), gradient_as_bucket_view=True) for _ in range(2))
-    settings = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, eps=1e-8)
-    sharded = ShardedAdamW(mine.parameters(), **settings)
-    masters = [p.detach().float().clone() for p in theirs.parameters()]
-    replicated = torch.optim.AdamW(masters, **settings)
-    for step in range(20):
-        g = torch.Generator().manual_seed(100 * step + rank)
-        x, y = torch.randint(64, (2, 16), generator=g)
-        for m in (mine, theirs):
-            m.zero_grad()
-            torch.nn.functional.cross_entropy(m(x).float(), y).backward()
-        for p, w in zip(theirs.parameters(), masters):
-            w.grad = p.grad.float()
-        norm = torch.nn.utils.clip_grad_norm_(masters, 0.5)
-        assert norm > 0.5, "the clip must act"
-        assert sharded.step(0.5) == norm.item()
-        replicated.step()
-        for p, w in zip(theirs.parameters(), masters):
-            p.data.copy_(w)
-        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters()))
-    held = {id(w): w for w in sharded.mine.values()}
-    for i, w in sharded.mine.items():
-        assert torch.equal(w, masters[i])
-    share = sum(w.numel() for w in sharded.mine.values()) / sum(w.numel() for w in masters)
-    assert 0.3 < share < 0.7, share
-    moved = sum((a != b).sum().item() for a, b in zip(mine.parameters(), net().parameters()))
-    print(f"rank {rank}: share {share:.2f}, moved {moved}")
-    assert moved > 1000
+    def compare():
+        mine, theirs = (DDP(net(), gradient_as_bucket_view=True) for _ in range(2))
+        settings = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, eps=1e-8)
+        sharded = ShardedAdamW(mine.parameters(), **settings)
+        masters = [p.detach().float().clone() for p in theirs.parameters()]
+        replicated = torch.optim.AdamW(masters, **settings)
+        for step in range(20):
+            g = torch.Generator().manual_seed(100 * step + rank())
+            x, y = torch.randint(64, (2, 16), generator=g)
+            for m in (mine, theirs):
+                m.zero_grad()
+                torch.nn.functional.cross_entropy(m(x).float(), y).backward()
+            for p, w in zip(theirs.parameters(), masters):
+                w.grad = p.grad.float()
+            norm = torch.nn.utils.clip_grad_norm_(masters, 0.5)
+            assert norm > 0.5, "the clip must act"
+            assert sharded.step(0.5) == norm.item()
+            replicated.step()
+            for p, w in zip(theirs.parameters(), masters):
+                p.data.copy_(w)
+            assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters()))
+        for i, w in sharded.mine.items():
+            assert torch.equal(w, masters[i])
+        share = sum(w.numel() for w in sharded.mine.values()) / sum(w.numel() for w in masters)
+        assert 0.3 < share < 0.7, share
+        moved = sum((a != b).sum().item() for a, b in zip(mine.parameters(), net().parameters()))
+        print(f"rank {rank()}: share {share:.2f}, moved {moved}")
+        assert moved > 1000
+    init_processes()
+    compare()
+    leave_processes()
 """)
 
 
