@@ -9,18 +9,29 @@ import hashlib
 import json
 import random
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet
 
-from run import InputError, gather, rank, say, world_size, write
+from run import InputError, gather, progress, rank, say, world_size, write
 from verify import Grader
 
 THINK = "<think>\n"
 SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."  # for data without one
+
+THINK_SYSTEM = ("Think it through between <think> and </think>, then write the solution and put "
+                "your final answer within \\boxed{}.")
+CHAT_TEMPLATE = (  # ours, in the form of the paper's App. C.2
+    "{% if messages[0]['role'] != 'system' %}{{ SYSTEM + '\n\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ {'system': '', 'user': 'User: This is the problem:\n', 'assistant': 'Assistant: '}"
+    "[message['role']] + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' + OPENING }}{% endif %}")
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,8 @@ class Problem:
     answer: str  # the gold answer, bare LaTeX
     trace: str | None = None  # a teacher's response to the prompt
     source: str = ""  # metrics are reported by source
-    prompt_ids: tuple[int, ...] = ()
-    trace_ids: tuple[int, ...] = ()  # ends in the one EOS
+    prompt_ids: Sequence[int] = ()
+    trace_ids: Sequence[int] = ()  # ends in the one EOS
     trace_reward: float = 0.0  # of the trace, by the verifier
     opened: str = ""  # "<think>\n" if the prompt ends in it: the response is then inside a thought
 
@@ -161,7 +172,7 @@ def messages(row: dict, column: str, where: str) -> list[dict[str, str]]:
 
 
 # ------------------------------------------------------------------ tokens
-def encode(problems: Iterable[Problem], tokenizer, *, max_prompt_tokens: int,
+def encode(problems: list[Problem], tokenizer, *, max_prompt_tokens: int,
            max_response_tokens: int) -> tuple[list[Problem], Counter]:
     """Fill the token fields; drop what does not fit. -> (problems kept, reason -> number dropped).
 
@@ -173,7 +184,9 @@ def encode(problems: Iterable[Problem], tokenizer, *, max_prompt_tokens: int,
         raise InputError("the tokenizer has no EOS token: a response could never end. "
                          "Set eos_token in its tokenizer_config.json")
     kept, dropped = [], Counter()
+    bar = progress("tokens", len(problems))
     for problem in problems:
+        bar.update()
         text = render(problem.prompt, tokenizer)
         prompt_ids = tokenizer.encode(text, add_special_tokens=False)
         opened = THINK if text.endswith(THINK) else ""
@@ -182,11 +195,14 @@ def encode(problems: Iterable[Problem], tokenizer, *, max_prompt_tokens: int,
             dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
         elif len(trace_ids) > max_response_tokens:
             dropped[f"trace longer than {max_response_tokens} tokens"] += 1
+        elif opened and problem.trace is not None and "</think>" not in problem.trace:
+            dropped["trace without the </think> that its prompt asks for"] += 1
         elif tokenizer.eos_token_id in trace_ids[:-1]:
             dropped["EOS inside the trace"] += 1
         else:
-            kept.append(replace(problem, prompt_ids=tuple(prompt_ids),
-                                trace_ids=tuple(trace_ids), opened=opened))
+            kept.append(replace(problem, prompt_ids=array("i", prompt_ids),  # 4 bytes a token
+                                trace_ids=array("i", trace_ids), opened=opened))
+    bar.close()
     return kept, dropped
 
 
@@ -198,6 +214,25 @@ def render(prompt: list[dict[str, str]] | str, tokenizer) -> str:
         raise InputError("the tokenizer has no chat template, and the prompts are chat messages. "
                          "Put a chat_template into its tokenizer_config.json")
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+
+
+def choose_template(problems: list[Problem], tokenizer) -> None:
+    """Give the tokenizer our chat template if its own does not suit the data, and say so.
+
+    It suits if there is one and, where traces have thoughts, a prompt ends in the opened thought.
+    This looks at the data, not at the algorithm: all arms see the same prompts. The template is
+    saved with the checkpoints, as the tokenizer's own.
+    """
+    chats = [p for p in problems if not isinstance(p.prompt, str)]
+    thoughts = any((p.trace or "").lstrip().startswith("<think>") for p in chats)
+    own = tokenizer.chat_template
+    if not chats or own and (not thoughts or render(chats[0].prompt, tokenizer).endswith(THINK)):
+        return
+    system, opening = (THINK_SYSTEM, f" {THINK}") if thoughts else (SYSTEM, "\n")
+    constants = f"{{% set SYSTEM = {system!r} %}}{{% set OPENING = {opening!r} %}}"
+    tokenizer.chat_template = constants + CHAT_TEMPLATE
+    say(f"template    ours ({'its own does not open the thought' if own else 'it has none'}): "
+        f"...{render(chats[0].prompt, tokenizer)[-40:]!r}")
 
 
 def trace_tokens(trace: str | None, opened: str, tokenizer) -> list[int]:
@@ -224,6 +259,7 @@ def load_training_set(name: str, tokenizer, grader: Grader, *, need_traces: bool
     if a verifier's time limit would now decide otherwise. Raises InputError if none is left.
     """
     problems = load_problems(name)
+    choose_template(problems, tokenizer)
     kept, dropped = encode(problems, tokenizer, max_prompt_tokens=max_prompt_tokens,
                            max_response_tokens=max_response_tokens)
     if need_traces:

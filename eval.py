@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import fmean as mean
 
 from data import Problem, load_benchmarks
-from run import InputError, checkpoints, gather, init_processes, leave_processes, load_config
-from run import load_tokenizer, rank, read_jsonl, say, seed_of, world_size
+from model import find, load_config, load_tokenizer
+from run import InputError, checkpoints, gather, init_processes, leave_processes, rank
+from run import read_jsonl, say, seed_of, world_size
 from sampler import TorchSampler
 from verify import Grader
 
@@ -152,13 +153,14 @@ def main() -> None:
     args = parser.parse_args()
     init_processes()
     try:
-        tokenizer = load_tokenizer(args.model)
-        context = load_config(args.model).max_position_embeddings
+        path = find(args.model)
+        tokenizer, config = load_tokenizer(path), load_config(path)
+        context = config.max_position_embeddings
         problems = load_benchmarks(
             ("toy/test" if name == "toy" else name for name in args.bench.split(",")), tokenizer,
             max_prompt_tokens=min(args.max_prompt_tokens, context - 1))
         longest = max((len(p.prompt_ids) for p in problems), default=0)
-        sampler = TorchSampler(args.model, tokenizer.eos_token_id)
+        sampler = TorchSampler(path, config, tokenizer.eos_token_id)
         with Grader() as grader:
             scores = evaluate(sampler, problems, grader, tokenizer, samples=args.samples,
                               temperature=args.temperature, seed=args.seed,

@@ -6,7 +6,8 @@ weight that lets the policy learn from right but unlikely ones. (arXiv:2504.1494
 
     python luffy.py                                                # the toy, minutes on a laptop
     python luffy.py --algo on_policy                               # one switch: RL alone
-    torchrun --nproc_per_node=8 luffy.py --model Qwen/Qwen2.5-Math-7B
+    torchrun --nproc_per_node=8 luffy.py --model Qwen2.5-Math-7B   # the paper's run
+    python luffy.py --model Qwen2.5-Math-7B --dry_run 8x80         # will it fit? needs no GPU
 
 The equations, in the paper's symbols:
     A_i   = r_i - mean(r_1..r_G)           over rollouts and trace together   Eq. 4, without / std
@@ -28,21 +29,25 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from transformers import AttentionInterface
+from torch.distributed.elastic.multiprocessing.errors import record
 
+import plan
 from data import Problem, batch_at, load_benchmarks, load_training_set
 from eval import evaluate, report
+from model import Policy, find, fit_context, from_pretrained, load_config, load_tokenizer
+from model import token_logprobs as token_logprobs  # log π_θ and its entropy
 from run import InputError, Means, Run, add_token_metrics, all_reduce, barrier, device
-from run import from_pretrained, init_processes, leave_processes, load_config, load_tokenizer
-from run import progress, rank, say, seed_of, trajectory_metrics, world_size
-from sampler import TorchSampler
+from run import init_processes, leave_processes, progress, rank, say, seed_of
+from run import trajectory_metrics, world_size
+from sampler import TorchSampler, VLLMSampler
 from verify import Grader
 
 
@@ -83,14 +88,20 @@ class Config:
     beta2: float = 0.999
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    tis_cap: float | None = None  # rollout tokens x min(π_old / π_sampler, cap); none: x 1
     # the machine
+    sampler: str = "auto"  # vllm or torch; auto: vllm on a GPU
+    tensor_parallel: int = 1  # GPUs that share one vLLM engine
+    cache_gib: float = 0.0  # keys and values of vLLM on a GPU; 0: what the plan leaves
     token_budget: int = 32768  # tokens of a micro-batch: memory, not mathematics
+    checkpointing: bool = True  # of activations: recompute layers in the backward pass
     graders: int = 2  # verifier processes of each rank
     grade_timeout: float = 5.0  # seconds, then the reward is 0
     save_every: int = 50  # steps between checkpoints
     eval_every: int = 0  # steps between evaluations; 0: only before and after
     eval_samples: int = 8  # responses to each evaluation problem, at temperature 0.6
     sample_every: int = 10  # steps between files of sampled groups
+    dry_run: str = ""  # print the plan for this machine, or for GPUSxGIB such as 8x80, and stop
 
 
 # The arms of the paper, as changes of Config's defaults: neighbours differ in one switch.
@@ -157,33 +168,25 @@ def mixed_policy_objective(logp: Tensor, logp_behavior: Tensor, advantage: Tenso
     return torch.where(off_policy, off, on)
 
 
-def token_logprobs(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *,
-                   temperature: float = 1.0, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """(N, D) hidden states, (V, D) head, (N,) next tokens -> log-probs (N,), entropies (N,).
-
-    With gradient, and float32 also from bfloat16. Without ever holding all (N, V) logits, equal to
-        logp = log_softmax(hidden @ lm_head_weight.T / temperature)
-        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(1)
-    """
-    return ChunkedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk)
-
-
 # ============================================================================ the run
 def train(cfg: Config, base: str) -> None:
     """The whole method in one loop."""
     run = Run(cfg)
     path = run.checkpoint or base
     with Grader(cfg.graders, cfg.grade_timeout) as grader:
-        tokenizer, model = load_model(path, cfg)
+        tokenizer, config = load_tokenizer(path), load_config(path)
+        fit_context(config, cfg.max_prompt_tokens, cfg.max_response_tokens)
         problems = load_training_set(
             cfg.data, tokenizer, grader, need_traces=cfg.traces > 0,
             max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens,
             verdicts=run.out / "trace_rewards.json")
         held_out = load_held_out(cfg, tokenizer)
-        sampler = TorchSampler(path, tokenizer.eos_token_id)
+        sampler = make_sampler(path, config, tokenizer.eos_token_id, cfg)
+        model = load_model(path, config, cfg)
         policy = DDP(Policy(model, cfg.temperature), gradient_as_bucket_view=True)
         optimizer = ShardedAdamW(policy.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
                                  weight_decay=cfg.weight_decay)
+        sampler.load_weights(model.named_parameters())
         run.restore(optimizer)
         if run.first_step == 0:
             run.log_evaluation(0, held_out_scores(sampler, held_out, grader, tokenizer, cfg))
@@ -271,6 +274,9 @@ def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Tra
                     logp, old.masked_fill(batch.off_policy, 0.0), batch.advantage,
                     batch.off_policy, shaping=cfg.shaping, gamma=cfg.gamma, clip=cfg.clip,
                     shape_rollouts=cfg.shape_rollouts)
+                if cfg.tis_cap is not None:  # π_old is not quite what the sampler sampled from
+                    trust = (old - batch.logp_sampler).exp().clamp(max=cfg.tis_cap)
+                    objective = torch.where(batch.off_policy, objective, trust * objective)
                 loss = -(batch.weight * (objective + cfg.entropy_coef * entropy)).sum()
                 (loss * world_size()).backward()  # DDP averages over ranks; our 1/Z is global
             shaped = SHAPINGS[cfg.shaping](logp.detach(), cfg.gamma)
@@ -310,6 +316,7 @@ class MicroBatch:
     input_ids: Tensor  # (1, S)
     position_ids: Tensor  # (1, S), from 0 again at each trajectory
     lengths: list[int]  # (B,), sum S
+    ends: Tensor  # (B + 1,) int32, their cumulative sums from 0 on
     response_index: Tensor  # (N,), where the response tokens stand in the row
     off_policy: Tensor  # (N,) bool
     advantage: Tensor  # (N,)
@@ -377,6 +384,7 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
         input_ids=tensor(sequences)[None],
         position_ids=tensor([range(n) for n in lengths])[None],
         lengths=lengths,
+        ends=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device()),
         response_index=tensor([range(start, start + len(t.response))
                                for start, t in zip(starts, trajectories)]),
         off_policy=per_token([t.off_policy for t in trajectories], torch.bool),
@@ -386,74 +394,6 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
                             for t, zero in zip(trajectories, blank)]) if recorded else None,
         logp_sampler=tensor([t.logp_sampler or [0.0] * len(t.response) for t in trajectories]),
     )
-
-
-# ============================================================================ the policy
-class Policy(nn.Module):
-    """The language model as DDP wraps it: micro-batch -> log-probs and entropies of its tokens."""
-
-    def __init__(self, model: nn.Module, temperature: float):
-        super().__init__()
-        self.model, self.temperature = model, temperature
-
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        hidden = self.model.base_model(  # use_cache=False: a cache would let trajectories mix
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
-            lengths=batch.lengths).last_hidden_state[0]  # (S, D)
-        return token_logprobs(  # the hidden state before a token predicts it
-            hidden[batch.response_index - 1], self.model.get_output_embeddings().weight,
-            batch.input_ids[0, batch.response_index], temperature=self.temperature)
-
-
-def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask,
-                     scaling: float, lengths: list[int], **options) -> tuple[Tensor, None]:
-    """Causal attention within each trajectory of a row: (1, H, S, D/H) -> (1, S, H, D/H)."""
-    if unknown := {k for k in ("sliding_window", "softcap", "s_aux") if options.get(k) is not None}:
-        raise NotImplementedError(f"packed_attention lacks what this model needs: {unknown}")
-    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-           for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))]
-    return torch.cat(out, dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register("packed", packed_attention)  # without a mask function: none is built
-
-
-class ChunkedLogprobs(torch.autograd.Function):
-    """token_logprobs, `chunk` tokens at a time; the backward pass computes the logits again."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk):
-        ctx.temperature, ctx.chunk = temperature, chunk
-        logps, entropies = [], []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
-            log_p = log_probs(h, weight, temperature)  # (chunk, V)
-            logps.append(log_p.gather(1, y[:, None])[:, 0])
-            entropies.append(-torch.linalg.vecdot(log_p.exp(), log_p))
-        logp, entropy = torch.cat(logps), torch.cat(entropies)
-        ctx.save_for_backward(hidden, weight, targets, entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, targets, entropy = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for i in range(0, len(hidden), ctx.chunk):
-            s = slice(i, i + ctx.chunk)
-            log_p = log_probs(hidden[s], weight, ctx.temperature)
-            # with z the logits:  d logp(y) / dz = 1_y - p   and   dH / dz = -p (log p + H)
-            grad = -log_p.exp() * (grad_logp[s, None]
-                                   + grad_entropy[s, None] * (log_p + entropy[s, None]))
-            grad.scatter_add_(1, targets[s, None], grad_logp[s, None])
-            grad = (grad / ctx.temperature).to(hidden.dtype)
-            grad_hidden[s] = grad @ weight
-            grad_weight.addmm_(grad.T, hidden[s])
-        return grad_hidden, grad_weight, None, None, None
-
-
-def log_probs(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = hidden @ weight.T
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return F.log_softmax(logits / temperature, dim=-1)
 
 
 # ============================================================================ the optimizer
@@ -492,9 +432,8 @@ class ShardedAdamW:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for i, master in self.mine.items():
             master.grad = self.params[i].grad.float() * scale
-        self.adamw.step()
-        self.adamw.zero_grad()
-        for i, master in self.mine.items():
+            self.adamw.step()  # this one alone: the others have no gradient, and it saves memory
+            master.grad = None
             self.params[i].copy_(master)
         if world_size() > 1:
             for work in [dist.broadcast(p.detach(), owner, async_op=True)
@@ -524,15 +463,26 @@ class ShardedAdamW:
 
 
 # ============================================================================ loading
-def load_model(path: str | Path, cfg: Config) -> tuple:
-    """-> tokenizer, the model to train. Raises InputError if its context is too short."""
-    tokenizer = load_tokenizer(path)
-    context = load_config(path).max_position_embeddings  # before the weights: they take long
-    if cfg.max_prompt_tokens + cfg.max_response_tokens > context:
-        raise InputError(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
-                         f"{cfg.max_response_tokens} is more than the context of {path}, "
-                         f"{context} tokens: lower one of the two")
-    return tokenizer, from_pretrained(path, attn_implementation="packed").train()
+def load_model(path: str | Path, config, cfg: Config) -> nn.Module:
+    model = from_pretrained(path, config=config, attn_implementation="packed").train()
+    if cfg.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def make_sampler(path: str | Path, config, eos: int, cfg: Config):
+    """Before the trainer's model is loaded: vLLM looks at what the GPU has free."""
+    say(f"sampler     {sampler_kind(cfg)}")
+    if sampler_kind(cfg) == "torch":
+        return TorchSampler(path, config, eos)
+    return VLLMSampler(path, config, eos, tensor_parallel=cfg.tensor_parallel,
+                       max_tokens=cfg.max_prompt_tokens + cfg.max_response_tokens,
+                       cache_bytes=plan.cache_bytes(cfg, config, world_size()))
+
+
+def sampler_kind(cfg: Config) -> str:
+    on_gpu = "vllm" if torch.cuda.is_available() else "torch"
+    return on_gpu if cfg.sampler == "auto" else cfg.sampler
 
 
 def load_held_out(cfg: Config, tokenizer) -> list[Problem]:
@@ -560,9 +510,10 @@ def parse_args(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in fields(Config):
         kind = {bool: truth, float | None: float_or_none}.get(f.type, f.type)
+        optional = dict(nargs="?", const="this") if f.name == "dry_run" else {}
         parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__,
                             choices=ALGORITHMS if f.name == "algo" else None,
-                            default=argparse.SUPPRESS,
+                            default=argparse.SUPPRESS, **optional,
                             help=f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%"))
     flags = vars(parser.parse_args(argv))
     algo, model = flags.get("algo", Config.algo), flags.get("model", Config.model)
@@ -574,11 +525,10 @@ def parse_args(argv: list[str] | None = None) -> Config:
     return replace(cfg, out=cfg.out or f"runs/{path}-{algo}-seed{cfg.seed}")
 
 
-def but(cfg: Config) -> str:
-    """How a run differs from plain `--algo luffy` on its model, in words."""
-    plain = parse_args(["--model", cfg.model])
+def but(cfg: Config, plain: Config) -> str:
+    """How a run differs from another, in words."""
     differ = [f"{f.name} {getattr(cfg, f.name)}" for f in fields(Config)
-              if f.name not in ("algo", "out", "seed")
+              if f.name not in ("model", "algo", "out", "seed", "dry_run")
               and getattr(cfg, f.name) != getattr(plain, f.name)]
     return f", but {', '.join(differ)}" if differ else ""
 
@@ -593,13 +543,13 @@ def float_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Config, ranks: int) -> None:
     """Raise InputError on a config that cannot run, before anything is loaded."""
-    shards = cfg.updates_per_step * world_size()
+    shards = cfg.updates_per_step * ranks
     rows = cfg.rollouts + (cfg.traces if cfg.baseline == "group" else 0)
     counts = ("steps", "problems_per_step", "updates_per_step", "max_prompt_tokens",
               "max_response_tokens", "token_budget", "graders", "save_every", "eval_samples",
-              "sample_every")
+              "sample_every", "tensor_parallel")
     for wrong, message in (
         *((getattr(cfg, name) < 1, f"--{name} must be at least 1") for name in counts),
         (cfg.traces not in (0, 1), f"--traces {cfg.traces}: a group holds one trace or none"),
@@ -613,19 +563,30 @@ def check(cfg: Config) -> None:
         (cfg.temperature <= 0, "--temperature must be positive: rollouts must differ"),
         (cfg.problems_per_step % shards != 0,
          f"--problems_per_step {cfg.problems_per_step}: must be a multiple of {shards} "
-         f"(--updates_per_step {cfg.updates_per_step} x {world_size()} processes)"),
+         f"(--updates_per_step {cfg.updates_per_step} x {ranks} processes)"),
+        (cfg.sampler not in ("auto", "vllm", "torch"), "--sampler: auto, vllm or torch"),
+        (ranks % cfg.tensor_parallel != 0, f"--tensor_parallel {cfg.tensor_parallel}: {ranks} "
+         "processes cannot be shared out by it"),
+        (not cfg.dry_run and sampler_kind(cfg) == "vllm" and find_spec("vllm") is None,
+         "vLLM is not installed: pip install -r requirements.txt, or --sampler torch (slow)"),
     ):
         if wrong:
             raise InputError(message)
 
 
+@record  # torchrun then shows the error of the rank that failed first
 def main() -> None:
     cfg = parse_args()
-    init_processes()
     try:
-        check(cfg)
-        say(f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{but(cfg)}")
-        base = cfg.model
+        if cfg.dry_run:
+            check(cfg, plan.machine(cfg.dry_run, is_toy(cfg.model))[0])
+            plan.show(cfg, but(cfg, Config()), is_toy(cfg.model))
+            return
+        init_processes()
+        check(cfg, world_size())
+        plain = parse_args(["--model", cfg.model])
+        say(f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{but(cfg, plain)}")
+        base = find(cfg.model)
         if cfg.model == "toy":
             import toy
 

@@ -1,4 +1,4 @@
-"""The machinery of a run: processes, models, metrics; its directory, log and resumption.
+"""The machinery of a run: processes, metrics; its directory, log and resumption.
 
 A run directory holds
     config.json            what was asked for; the same command with the same --out resumes
@@ -14,9 +14,11 @@ Rank 0 writes all of it, but for the optimizer's shards.
 import gc
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -27,17 +29,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
-
-transformers_logging.disable_progress_bar()  # ours say what takes long
 
 # A finished or interrupted run may go on with these changed: they do not change the mathematics.
 MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "graders", "token_budget"}
-
-
 
 
 class InputError(ValueError):
@@ -94,7 +90,8 @@ def leave_processes() -> None:
     """Together, and with nothing left that holds the group: gloo's threads abort at exit else."""
     barrier()
     gc.collect()  # DDP is in reference cycles
-    dist.destroy_process_group()
+    if "vllm" not in sys.modules:  # an engine does it itself, later
+        dist.destroy_process_group()
 
 
 def seed_of(*key) -> int:
@@ -113,55 +110,34 @@ def progress(name: str, total: int) -> tqdm:
     return tqdm(total=total, desc=name, leave=False, delay=2, disable=rank() != 0)
 
 
-# ------------------------------------------------------------------ models
-def from_pretrained(path: str | Path, **kwargs) -> nn.Module:
-    """A causal language model in this machine's precision: bfloat16 on a GPU, float32 on a CPU."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs).to(device())
-    except OSError as error:
-        raise no_model(path, error) from error
-
-
-def load_tokenizer(path: str | Path):
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise no_model(path, error) from error
-
-
-def load_config(path: str | Path):
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise no_model(path, error) from error
-
-
-def no_model(path: str | Path, error: Exception) -> InputError:
-    return InputError(f"--model {path}: neither a directory with a model and its tokenizer nor a "
-                      f"name on the hub that can be reached from here ({error})")
-
-
 # ------------------------------------------------------------------ metrics
 class Means:
-    """Averages of quantities that come in parts, from micro-batches and from ranks."""
+    """Averages and maxima of quantities that come in parts, from micro-batches and from ranks."""
 
     def __init__(self):
         self.parts = defaultdict(lambda: (0.0, 0))  # name -> (sum, count)
+        self.peaks = {}  # name -> maximum
 
     def add(self, name: str, values: torch.Tensor | list) -> None:
         values = torch.as_tensor(values, dtype=torch.float64)
         total, count = self.parts[name]
         self.parts[name] = total + values.sum().item(), count + values.numel()
 
+    def peak(self, name: str, values: torch.Tensor) -> None:
+        if values.numel():
+            self.peaks[name] = max(values.max().item(), self.peaks.get(name, -math.inf))
+
     def reduce(self) -> dict[str, float]:
-        """name -> mean over all ranks, for every name with a value."""
+        """name -> mean (or maximum) over all ranks, for every name with a value."""
         all_ranks = Means()
-        for parts in gather(dict(self.parts)):
+        for parts, peaks in gather((dict(self.parts), self.peaks)):
             for name, (total, count) in parts.items():
                 sum_so_far, count_so_far = all_ranks.parts[name]
                 all_ranks.parts[name] = sum_so_far + total, count_so_far + count
-        return {name: total / count for name, (total, count) in all_ranks.parts.items() if count}
+            for name, value in peaks.items():
+                all_ranks.peak(name, torch.tensor(value, dtype=torch.float64))
+        return all_ranks.peaks | {name: total / count for name, (total, count)
+                                  in all_ranks.parts.items() if count}
 
 
 def trajectory_metrics(trajectories: list, rewards: Tensor, eos: int) -> dict[str, float]:
@@ -192,6 +168,7 @@ def add_token_metrics(means: Means, batch, logp: Tensor, old: Tensor, entropy: T
     means.add("ratio_far", ((logp - old)[on].abs() > 0.2).float())
     # k3 of http://joschu.net/blog/kl-approx.html: unbiased for KL(sampler || trainer)
     means.add("sampler_kl", log_ratio.exp() - 1 - log_ratio)
+    means.peak("sampler_ratio_max", log_ratio.exp())  # --tis_cap cuts it
     means.add("trace_prob", logp[off].exp())
     means.add("trace_weight", shaped[off])
 
@@ -222,6 +199,9 @@ class Run:
         if rank() == 0:
             self.prepare()
         barrier()
+        if not (self.out / "config.json").exists():
+            raise InputError(f"--out {self.out}: rank {rank()} does not see what rank 0 writes "
+                             "there; name a directory on a file system that all nodes share")
 
     def check(self) -> None:
         """Refuse the directory of another run."""

@@ -1,18 +1,26 @@
 """Sampling responses. A sampler has two methods: `load_weights` and `generate`.
 
-TorchSampler needs transformers alone. Its samples for a prompt are a function of the weights and
-the prompt's seed: the rest of the batch and the number of ranks matter by rounding only.
+VLLMSampler is for GPUs, TorchSampler needs transformers alone. In both, the samples for a prompt
+are a function of the weights and the prompt's seed: the rest of the batch and the number of ranks
+matter by rounding only.
 """
 
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DynamicCache
 
-from run import device, from_pretrained, progress
+from model import from_pretrained
+from run import device, progress, rank, world_size
+
+TORCH_ROWS = 512  # responses that TorchSampler decodes together
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,8 @@ class TorchSampler:
     A prompt is prefilled once for its n samples, and a row leaves the batch when it is finished.
     """
 
-    def __init__(self, path: str | Path, eos: int, max_rows: int = 512):
-        self.model = from_pretrained(path, attn_implementation="sdpa").eval()
+    def __init__(self, path: str | Path, config, eos: int, *, max_rows: int = TORCH_ROWS):
+        self.model = from_pretrained(path, config=config, attn_implementation="sdpa").eval()
         self.eos, self.max_rows = eos, max_rows
 
     @torch.no_grad()
@@ -102,3 +110,100 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
     token = token.clamp(max=logits.shape[-1] - 1)
     return token[:, 0], logp.gather(1, token)[:, 0]
+
+
+class VLLMSampler:
+    """One vLLM engine in this process, beside the trainer: weights go to it in memory.
+
+    On a GPU it sleeps while the trainer works, with its weights and its cache dropped. So it starts
+    with no weights and is of no use before the first `load_weights`. Make it on all ranks together,
+    after the process group and before the trainer's model takes the GPU's memory.
+    """
+
+    def __init__(self, path: str | Path, config, eos: int, *, max_tokens: int, cache_bytes: int,
+                 tensor_parallel: int = 1):
+        """max_tokens: of a prompt and its response; cache_bytes: of keys and values, on each GPU.
+
+        tensor_parallel: consecutive ranks that share an engine, and sample for each other.
+        """
+        os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | {  # the engine in this process
+            name: os.environ.get(name, value) for name, value in {
+                "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
+                "RANK": str(rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size()),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items()})
+        import vllm  # slow to import, and only here
+
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            here = dict(enable_sleep_mode=True)
+        else:  # vLLM's CPU build: plain weights, so that load_weights reaches them as on a GPU
+            import vllm._custom_ops
+
+            vllm._custom_ops._supports_onednn = False
+            here = dict(enforce_eager=True, enable_chunked_prefill=False,  # else seeds crash it
+                        max_num_batched_tokens=max(4096, max_tokens))
+        set_num_threads = torch.set_num_threads
+        self.llm = vllm.LLM(
+            str(path), tensor_parallel_size=tensor_parallel, load_format="dummy",
+            distributed_executor_backend="external_launcher",
+            generation_config="vllm", logprobs_mode="processed_logprobs", max_model_len=max_tokens,
+            dtype="bfloat16" if on_gpu else "float32", kv_cache_memory_bytes=cache_bytes,
+            hf_overrides={"max_position_embeddings": config.max_position_embeddings,
+                          "rope_parameters": config.rope_parameters}, **here)
+        torch.set_num_threads = set_num_threads  # the CPU build takes it away
+        self.params = lambda **kwargs: vllm.SamplingParams(
+            stop_token_ids=[eos], logprobs=0, detokenize=False, **kwargs)
+        groups = [dist.new_group(range(i, i + tensor_parallel))
+                  for i in range(0, world_size(), tensor_parallel)]
+        self.group = groups[rank() // tensor_parallel] if tensor_parallel > 1 else None
+        self.weights, self.awake = None, True
+        self.sleep()
+
+    def load_weights(self, named_parameters) -> None:
+        """Push the policy's weights; they are remembered, to be pushed again after a sleep."""
+        self.weights = [(name, p.detach()) for name, p in named_parameters]
+        self.wake()
+
+    def wake(self) -> None:
+        if not self.awake:
+            torch.cuda.empty_cache()  # what the trainer's allocator holds but does not use
+            self.llm.wake_up(tags=["weights"])
+        self.llm.apply_model(lambda model: model.load_weights(self.weights) and None)
+        if not self.awake:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        self.awake = True
+
+    def sleep(self) -> None:
+        if torch.cuda.is_available():
+            self.llm.sleep(level=2)
+            self.awake = False
+
+    def generate(self, prompts: list, n: int, *, seeds: list[int], temperature: float,
+                 max_tokens: int) -> list[list[Sample]]:
+        """n samples for each prompt (token ids), as TorchSampler.generate."""
+        everyones, here = [list(zip(prompts, seeds))], 0
+        if self.group:  # the ranks of an engine must ask it for the same
+            everyones = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(everyones, list(zip(prompts, seeds)), self.group)
+            here = dist.get_rank(self.group)
+        jobs = [job for jobs in everyones for job in jobs]
+        if n == 0 or not jobs:
+            return [[] for _ in prompts]
+        if not self.awake:
+            self.wake()
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt, _ in jobs],
+            [self.params(n=n if temperature else 1, seed=seed, temperature=temperature,
+                         max_tokens=max_tokens) for _, seed in jobs],
+            use_tqdm=partial(tqdm, leave=False, delay=2) if rank() == 0 else False)
+        self.sleep()
+        first = sum(map(len, everyones[:here]))
+        return [(list(map(sample, output.outputs)) * n)[:n]
+                for output in outputs[first:first + len(prompts)]]
+
+
+def sample(output) -> Sample:
+    """From vLLM's CompletionOutput."""
+    logps = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs)]
+    return Sample(list(output.token_ids), logps)

@@ -41,7 +41,7 @@ from run import InputError
 RECIPE = dict(
     data="toy", eval_data="toy/val", steps=200, problems_per_step=16, max_prompt_tokens=32,
     max_response_tokens=96, lr=3e-4, beta2=0.95, weight_decay=0.0, entropy_coef=0.0,
-    updates_per_step=2, token_budget=4096, save_every=50,
+    updates_per_step=2, token_budget=4096, save_every=50, sampler="torch", checkpointing=False,
 )
 
 # ------------------------------------------------------------------ problems

@@ -41,7 +41,7 @@ def test_every_algorithm_runs(tiny_model, tmp_path, monkeypatch, algo):
     cfg = luffy.parse_args(["--algo", algo, "--model", str(tiny_model), "--out", str(out),
                             "--steps", "2", "--problems_per_step", "4", "--sample_every", "1",
                             "--max_response_tokens", "64", "--eval_data", "", "--graders", "1"])
-    luffy.check(cfg)
+    luffy.check(cfg, ranks=1)
     luffy.train(cfg, cfg.model)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]

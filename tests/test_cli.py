@@ -63,7 +63,7 @@ def test_the_papers_recipe_is_the_default_and_the_toy_changes_sizes_only():
 ])
 def test_configurations_that_cannot_run(args, words):
     with pytest.raises(InputError) as error:
-        check(parse_args(args))
+        check(parse_args(args), ranks=1)
     assert all(word in str(error.value) for word in words)
 
 
@@ -79,7 +79,8 @@ def test_models_that_are_not_there(tmp_path):
 
 def test_the_first_line_says_how_the_run_differs_from_luffy():
     def words(*args):
-        return but(parse_args([*args, "--model", "Qwen/Qwen2.5-Math-7B"]))
+        model = ["--model", "Qwen/Qwen2.5-Math-7B"]
+        return but(parse_args([*args, *model]), parse_args(model))
 
     assert words() == ""
     assert words("--algo", "mixed") == ", but shaping none, clip 0.2"

@@ -130,7 +130,7 @@ def test_traces_are_verified_once_as_rollouts_are(tokenizer, tmp_path):
     tokenizer = toy.make_tokenizer()
     tokenizer.add_tokens(["</think>"])
     tokenizer.chat_template += "{{ '<think>\\n' }}"
-    assert load() == ["c"] and judged[3][0] == "<think>\n\\boxed{5}<eos>"
+    assert load() == ["c"] and judged[3][0] == "<think>\n</think>\\boxed{5}<eos>"
 
 
 def test_a_line_separator_inside_a_string_is_text(tmp_path):

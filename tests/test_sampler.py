@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from data import Problem
-from luffy import Policy, Trajectory, collate
-from run import from_pretrained
+from luffy import Trajectory, collate
+from model import Policy, from_pretrained, load_config
 from sampler import TorchSampler, draw
 
 PROMPTS = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3], [2, 17, 3]]
@@ -13,7 +13,7 @@ PROMPTS = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3], [2, 17, 3]]
 
 @pytest.fixture(scope="module")
 def sampler(tiny_model):
-    return TorchSampler(tiny_model, eos=1)
+    return TorchSampler(tiny_model, load_config(tiny_model), eos=1)
 
 
 def generate(sampler, prompts=PROMPTS, n=4, seeds=(10, 11, 12), temperature=1.0, max_tokens=12):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toy
 from data import encode
-from run import load_tokenizer
+from model import load_config, load_tokenizer
 from sampler import TorchSampler
 from verify import grade
 
@@ -63,7 +63,7 @@ def test_the_base_model_solves_no_hard_problem_in_64_samples(base):
     problems, dropped = encode(toy.problems(), tokenizer, max_prompt_tokens=32,
                                max_response_tokens=96)
     assert not dropped
-    sampler = TorchSampler(base, tokenizer.eos_token_id, max_rows=1024)
+    sampler = TorchSampler(base, load_config(base), tokenizer.eos_token_id, max_rows=1024)
     for kind, least, most in (("hard", 0, 0), ("easy", 100, 128)):
         some = [p for p in problems if p.source == kind]
         groups = sampler.generate([p.prompt_ids for p in some], 64, seeds=list(range(len(some))),

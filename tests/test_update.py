@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from data import Problem
-from luffy import ALGORITHMS, Config, Policy, ShardedAdamW, Trajectory, collate, from_pretrained
+from luffy import ALGORITHMS, Config, ShardedAdamW, Trajectory, collate
 from luffy import group_advantages, mixed_policy_objective, pack, record_old_logprobs, set_weights
 from luffy import score, update
+from model import Policy, from_pretrained
 
 
 class OneRank(torch.nn.Module):

@@ -1,0 +1,164 @@
+"""The language model as the trainer uses it: log-probs of packed rows, and how it is loaded."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from run import InputError, device, say
+
+transformers_logging.disable_progress_bar()  # ours say what takes long
+
+
+# ------------------------------------------------------------------ loading
+def find(name: str) -> str:
+    """A directory if there is one of that name, else a name on the hub, with its organisation."""
+    is_bare_qwen = name.startswith("Qwen") and "/" not in name and not Path(name).is_dir()
+    return f"Qwen/{name}" if is_bare_qwen else name
+
+
+def load_tokenizer(path: str | Path):
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise not_found(path, error) from error
+
+
+def load_config(path: str | Path):
+    """Its config alone. Raises InputError if there is no model."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise not_found(path, error) from error
+
+
+def from_pretrained(path: str | Path, **kwargs) -> nn.Module:
+    """A causal language model in this machine's precision: bfloat16 on a GPU, float32 on a CPU."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs).to(device())
+    except OSError as error:
+        raise not_found(path, error) from error
+
+
+def not_found(path: str | Path, error: Exception) -> InputError:
+    return InputError(f"--model {path}: neither a directory with a model and its tokenizer nor a "
+                      f"name on the hub that can be reached from here ({error})")
+
+
+def fit_context(config, max_prompt_tokens: int, max_response_tokens: int):
+    """The config, good for prompts and responses of these lengths; says so if it has to change.
+
+    Qwen2.5-Math was made for 4096 tokens. The paper (App. C.1) lengthens it to 16384 by a larger
+    RoPE base, without training. Raises InputError for any other model that is too short.
+    """
+    needed, context = max_prompt_tokens + max_response_tokens, config.max_position_embeddings
+    if needed <= context:
+        return config
+    rope = getattr(config, "rope_parameters", None) or {}
+    qwen_math = (config.model_type, context, rope.get("rope_theta")) == ("qwen2", 4096, 10000)
+    if not qwen_math or needed > 16384:
+        raise InputError(
+            f"--max_prompt_tokens {max_prompt_tokens} + --max_response_tokens "
+            f"{max_response_tokens} is more than the model's context, {context} tokens: lower one "
+            "of the two, or set max_position_embeddings in its config.json if you know better")
+    config.max_position_embeddings = 16384
+    config.rope_parameters = rope | {"rope_theta": 40000.0}
+    say(f"context     {context} -> 16384 tokens, rope_theta 10000 -> 40000, as in the paper")
+    return config
+
+
+# ------------------------------------------------------------------ the policy
+class Policy(nn.Module):
+    """The language model as DDP wraps it: micro-batch -> log-probs and entropies of its tokens."""
+
+    def __init__(self, model: nn.Module, temperature: float):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, batch) -> tuple[Tensor, Tensor]:
+        hidden = self.model.base_model(  # use_cache=False: a cache would let trajectories mix
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+            lengths=batch.lengths, ends=batch.ends).last_hidden_state[0]  # (S, D)
+        return token_logprobs(  # the hidden state before a token predicts it
+            hidden[batch.response_index - 1], self.model.get_output_embeddings().weight,
+            batch.input_ids[0, batch.response_index], temperature=self.temperature)
+
+
+def token_logprobs(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *,
+                   temperature: float = 1.0, chunk: int = 256) -> tuple[Tensor, Tensor]:
+    """(N, D) hidden states, (V, D) head, (N,) next tokens -> log-probs (N,), entropies (N,).
+
+    With gradient, and float32 also from bfloat16. Without ever holding all (N, V) logits, equal to
+        logp = log_softmax(hidden @ lm_head_weight.T / temperature)
+        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(1)
+    """
+    return ChunkedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk)
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """token_logprobs, `chunk` tokens at a time; the backward pass computes the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        ctx.temperature, ctx.chunk = temperature, chunk
+        logps, entropies = [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
+            log_p = log_probs(h, weight, temperature)  # (chunk, V)
+            logps.append(log_p.gather(1, y[:, None])[:, 0])
+            entropies.append(-log_p.exp().mul_(log_p).sum(1))
+        logp, entropy = torch.cat(logps), torch.cat(entropies)
+        ctx.save_for_backward(hidden, weight, targets, entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, targets, entropy = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i in range(0, len(hidden), ctx.chunk):
+            s = slice(i, i + ctx.chunk)
+            log_p = log_probs(hidden[s], weight, ctx.temperature)
+            p = log_p.exp()
+            # with z the logits:  d logp(y) / dz = 1_y - p   and   dH / dz = -p (log p + H)
+            grad = log_p.add_(entropy[s, None]).mul_(grad_entropy[s, None])
+            grad.add_(grad_logp[s, None]).mul_(p).neg_()
+            grad.scatter_add_(1, targets[s, None], grad_logp[s, None])
+            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            grad_hidden[s] = grad @ weight
+            grad_weight.addmm_(grad.T, hidden[s])
+            del log_p, p, grad  # before the next chunk's
+        return grad_hidden, grad_weight, None, None, None
+
+
+def log_probs(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """(chunk, D), (V, D) -> (chunk, V), float32 also from bfloat16."""
+    logits = hidden @ weight.T
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return F.log_softmax(logits.div_(temperature), dim=-1)
+
+
+# ------------------------------------------------------------------ attention
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask,
+                     scaling: float, lengths: list[int],
+                     ends: Tensor | None = None, **options) -> tuple[Tensor, None]:
+    """Causal attention within each trajectory of a row: (1, H, S, D/H) -> (1, S, H, D/H).
+
+    lengths (B,) sum to S; ends (B + 1,) int32, needed on a GPU, are their sums from 0 on.
+    """
+    if unknown := {k for k in ("sliding_window", "softcap", "s_aux") if options.get(k) is not None}:
+        raise NotImplementedError(f"packed_attention lacks what this model needs: {unknown}")
+    if query.is_cuda:
+        out = varlen_attn(
+            *(x[0].transpose(0, 1) for x in (query, key, value)), ends, ends, max(lengths),
+            max(lengths), scale=scaling, window_size=(-1, 0), enable_gqa=True)  # (-1, 0): causal
+        return out[None], None
+    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+           for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)  # without a mask function: none is built

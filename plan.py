@@ -1,0 +1,231 @@
+"""What a run will do and need, before it starts: batch sizes, tokens and memory of each GPU.
+
+The memory of an update is not a formula: the trainer's own Policy runs forward and backward on fake
+tensors, which have sizes but no data, while every allocation is counted.
+"""
+
+import re
+import weakref
+from math import ceil
+from types import SimpleNamespace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from model import Policy, find, fit_context, load_config
+from run import InputError, say
+from sampler import TORCH_ROWS
+GIB = 2**30
+RESERVE = 6 * GIB  # assumed: CUDA, NCCL, vLLM's graphs and workspace, fragmentation
+MEAN_TOKENS = dict(prompt=200, rollout=2200, trace=4200)  # the paper's run, by arXiv:2604.23747
+SHAPES = {  # the paper's base models, for a machine that does not reach the hub
+    "Qwen/Qwen2.5-Math-7B": dict(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False),
+    "Qwen/Qwen2.5-Math-1.5B": dict(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True),
+}
+
+
+# ------------------------------------------------------------------ memory
+class AllocationCounter(TorchDispatchMode):
+    """Bytes of the tensors that operations make: now, and at the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf.untyped_storage())
+        return out
+
+    def count(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.remove(key)
+        self.now -= size
+
+
+def on_paper(config, dtype: torch.dtype):
+    """The trainer's model with fake tensors for weights; under FakeTensorMode only."""
+    return AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=dtype)
+
+
+def parameter_sizes(config) -> list[int]:
+    with FakeTensorMode():
+        return [p.numel() for p in on_paper(config, torch.bfloat16).parameters()]
+
+
+def activation_bytes(config, dtype: torch.dtype, checkpointing: bool, lengths: list[int]) -> int:
+    """The most that a micro-batch of these trajectories adds to weights and gradients."""
+    tokens = sum(lengths)
+    with FakeTensorMode():
+        policy = Policy(on_paper(config, dtype).train(), temperature=1.0)
+        if checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch = SimpleNamespace(
+            input_ids=torch.zeros(1, tokens, dtype=torch.long), lengths=lengths, ends=None,
+            position_ids=torch.zeros(1, tokens, dtype=torch.long),
+            response_index=torch.arange(1, tokens))  # as if there were no prompts
+        for p in policy.parameters():
+            p.grad = torch.zeros_like(p)
+        with AllocationCounter() as memory:
+            for p in policy.parameters():
+                memory.count(p.untyped_storage())
+                memory.count(p.grad.untyped_storage())
+            before = memory.now
+            logp, entropy = policy(batch)
+            (logp + entropy).sum().backward()
+    return memory.peak - before
+
+
+def cache_bytes_per_token(cfg, config, size: int) -> int:
+    """Keys and values of one token on one GPU."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = ceil(config.num_key_value_heads / cfg.tensor_parallel)
+    return 2 * config.num_hidden_layers * heads * width * size
+
+
+def memory(cfg, config, ranks: int, capacity: int | None) -> list[tuple[str, str, int]]:
+    """(phase, purpose, bytes) on each GPU of `capacity` bytes; None: on a CPU, in float32.
+
+    The last row is the sampler's keys and values: on a GPU, what the others leave.
+    """
+    on_gpu = capacity is not None
+    sizes, dtype = parameter_sizes(config), torch.bfloat16 if on_gpu else torch.float32
+    weights = dtype.itemsize * sum(sizes)
+    share = max(sum(sizes) / ranks, max(sizes))  # ShardedAdamW does not cut tensors
+    row = longest_row(cfg, ranks)
+    table = [
+        ("always", "weights", weights),
+        ("always", "gradients", weights),
+        ("always", f"{'float32 masters and ' if on_gpu else ''}Adam's state, 1/{ranks} of it",
+         round(share * (12 if on_gpu else 8))),
+        ("always", "reserve (assumed)", RESERVE if on_gpu else 0),
+        ("updating", f"activations of {sum(row):,} tokens",
+         activation_bytes(config, dtype, cfg.checkpointing, row)),
+        ("updating", "gradients again, in the first update", weights),  # DDP makes new buckets
+        ("sampling", "the sampler's weights", weights // cfg.tensor_parallel),
+    ]
+    if on_gpu:
+        left = capacity - sum(size for phase, _, size in table if phase != "updating")
+        cached = round(cfg.cache_gib * GIB) or max(0, left)
+    else:
+        cached = (min(sampled(cfg, ranks), TORCH_ROWS) * longest(cfg)
+                  * cache_bytes_per_token(cfg, config, dtype.itemsize))
+    return [*table, ("sampling", "keys and values", cached)]
+
+
+def cache_bytes(cfg, config, ranks: int) -> int:
+    """For VLLMSampler: what --dry_run prints as its keys and values."""
+    if not torch.cuda.is_available():
+        return round(cfg.cache_gib * GIB) or GIB // 4
+    size = memory(cfg, config, ranks, torch.cuda.get_device_properties(0).total_memory)[-1][-1]
+    if size < longest(cfg) * cache_bytes_per_token(cfg, config, 2):
+        raise InputError(f"{size / GIB:.1f} GiB are left for vLLM's keys and values, too little "
+                         "for one response; --dry_run shows what takes the memory")
+    return size
+
+
+# ------------------------------------------------------------------ batches
+def longest(cfg) -> int:
+    return cfg.max_prompt_tokens + cfg.max_response_tokens
+
+
+def sampled(cfg, ranks: int) -> int:
+    """Rollouts of a rank in a step."""
+    return cfg.problems_per_step // ranks * cfg.rollouts
+
+
+def trained(cfg, ranks: int) -> int:
+    """Trajectories of a rank in an update."""
+    return cfg.problems_per_step // cfg.updates_per_step // ranks * (cfg.rollouts + cfg.traces)
+
+
+def longest_row(cfg, ranks: int) -> list[int]:
+    """Lengths of the trajectories in the largest micro-batch that `pack` could make."""
+    tokens = max(longest(cfg), min(cfg.token_budget, trained(cfg, ranks) * longest(cfg)))
+    whole, rest = divmod(tokens, longest(cfg))
+    return [longest(cfg)] * whole + [rest] * (rest > 0)
+
+
+# ------------------------------------------------------------------ the plan
+def machine(text: str, is_toy: bool) -> tuple[int, int | None]:
+    """--dry_run's machine as (processes, bytes of each GPU; None for a CPU)."""
+    if text != "this":
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+        if not match:
+            raise InputError(f"--dry_run {text}: expected GPUSxGIB, such as 8x80")
+        return int(match[1]), int(match[2]) * GIB
+    if torch.cuda.is_available():
+        return torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory
+    return (1, None) if is_toy else (8, 80 * GIB)  # the paper's machine
+
+
+def show(cfg, differences: str, is_toy: bool) -> None:
+    """Print the plan of a run. Raises InputError as the run itself would."""
+    ranks, capacity = machine(cfg.dry_run, is_toy)
+    name, size = find(cfg.model), 4 if capacity is None else 2
+    if cfg.model == "toy":
+        import toy
+
+        config = toy.make_model(toy.make_tokenizer(), seed=0).config
+    elif name in SHAPES:  # so that no network is needed
+        config = Qwen2Config(**SHAPES[name], max_position_embeddings=4096)
+    else:
+        config = load_config(name)
+    fit_context(config, cfg.max_prompt_tokens, cfg.max_response_tokens)
+    table = memory(cfg, config, ranks, capacity)
+    at_once = table[-1][-1] // cache_bytes_per_token(cfg, config, size)
+    each = cfg.rollouts + cfg.traces
+    say(f"recipe      the paper's{differences}")
+    say(f"model       {name}, {sum(parameter_sizes(config)):,} parameters")
+    say(f"machine     {ranks} x "
+        + ("CPU, float32" if capacity is None else f"{capacity / GIB:.0f} GiB, bfloat16"))
+    say(f"step        {cfg.problems_per_step} problems x ({cfg.rollouts} rollouts + {cfg.traces} "
+        f"traces) = {cfg.problems_per_step * each:,} trajectories, {cfg.updates_per_step} updates")
+    say(f"each rank   samples {sampled(cfg, ranks)} rollouts a step: at most "
+        f"{sampled(cfg, ranks) * cfg.max_response_tokens:,} tokens; {at_once:,} fit in at once")
+    rows = ceil(trained(cfg, ranks) / max(1, cfg.token_budget // longest(cfg)))
+    say(f"            trains on {trained(cfg, ranks)} trajectories an update: at most "
+        f"{trained(cfg, ranks) * longest(cfg):,} tokens in {rows} micro-batches")
+    if not is_toy:
+        mean = {kind: min(n, cfg.max_response_tokens) for kind, n in MEAN_TOKENS.items()}
+        tokens = trained(cfg, ranks) * (mean["prompt"] + (
+            cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]) / each)
+        say(f"expected    {sampled(cfg, ranks) * mean['rollout']:,} and {tokens:,.0f} tokens in "
+            f"{ceil(tokens / cfg.token_budget)} micro-batches; in arXiv:2604.23747 a rollout had "
+            f"{mean['rollout']:,} tokens, a trace {mean['trace']:,}")
+    show_memory(table, capacity)
+    if capacity is not None:
+        fits = total(table, "updating") <= capacity and at_once >= longest(cfg)
+        say(f"verdict     {'fits' if fits else 'DOES NOT FIT'} in {capacity / GIB:.0f} GiB" + (
+            "" if fits else ": more GPUs share the optimizer's state; a smaller --token_budget "
+            "needs fewer activations"))
+
+
+def show_memory(table: list[tuple[str, str, int]], capacity: int | None) -> None:
+    unit, name = (2**20, "MiB") if capacity is None else (GIB, "GiB")
+    for phase, purpose, size in table:
+        if size:
+            say(f"{phase:12}{purpose:45}{size / unit:7.1f} {name}")
+    for phase in ("updating", "sampling"):
+        say(f"{'in all':12}{phase:45}{total(table, phase) / unit:7.1f} {name}")
+
+
+def total(table: list[tuple[str, str, int]], phase: str) -> int:
+    return sum(size for when, _, size in table if when in ("always", phase))
