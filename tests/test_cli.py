@@ -60,11 +60,33 @@ def test_the_papers_recipe_is_the_default_and_the_toy_changes_sizes_only():
     (["--shaping", "cubic"], ["--shaping cubic", "luffy"]),
     (["--save_every", "0"], ["--save_every", "at least 1"]),
     (["--temperature", "0"], ["--temperature"]),
+    (["--sampler", "sglang"], ["--sampler", "vllm"]),
+    (["--tensor_parallel", "2"], ["--tensor_parallel 2"]),
 ])
 def test_configurations_that_cannot_run(args, words):
     with pytest.raises(InputError) as error:
         check(parse_args(args), ranks=1)
     assert all(word in str(error.value) for word in words)
+
+
+def test_vllm_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr("luffy.find_spec", lambda name: None)
+    cfg = parse_args(["--sampler", "vllm"])
+    with pytest.raises(InputError, match="pip install -r requirements.txt"):
+        check(cfg, ranks=1)
+    check(parse_args(["--sampler", "vllm", "--dry_run"]), ranks=1)
+    real = parse_args(["--model", "Qwen2.5-Math-7B"])  # auto: on a GPU, vLLM
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(InputError, match="vLLM is not installed"):
+        check(real, ranks=8)
+    check(parse_args([]), ranks=1)  # the toy needs none
+
+
+def test_a_dry_run_needs_no_weights_and_leaves_nothing(tmp_path):
+    out = run("luffy.py", "--model", "Qwen2.5-Math-7B", "--dry_run", "--out", tmp_path / "run")
+    assert "7,615,616,512 parameters" in out.stdout and "fits in 80 GiB" in out.stdout
+    assert not (tmp_path / "run").exists()
+    assert "multiple of 6" in refused("--model", "Qwen2.5-Math-7B", "--dry_run", "3x80")
 
 
 def test_a_response_longer_than_the_context(tiny_model, tmp_path):

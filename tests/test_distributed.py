@@ -1,11 +1,15 @@
-"""Ranks share the work and change nothing: 2 gloo processes against 1."""
+"""Ranks share the work and change nothing: 2 gloo processes against 1, also on two nodes."""
 
 import json
+import socket
+import subprocess
+import sys
 import textwrap
+import time
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from safetensors.torch import load_file
 
 
@@ -13,13 +17,38 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("algo", ["luffy", "rl_sft"])
-def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo):
-    for ranks in (1, 2):
-        run("luffy.py", "--model", tiny_model, "--algo", algo, "--steps", 2, "--out",
-            tmp_path / str(ranks), "--updates_per_step", 2, "--problems_per_step", 8,
-            "--max_response_tokens", 64, "--token_budget", 300, "--entropy_coef", 1e-3,
-            "--eval_samples", 2, ranks=ranks)
+def luffy(model, out, *more):
+    return ["luffy.py", "--model", model, "--steps", 2, "--out", out, "--updates_per_step", 2,
+            "--problems_per_step", 8, "--max_response_tokens", 64, "--token_budget", 300,
+            "--entropy_coef", 1e-3, "--eval_samples", 2, *more]
+
+
+def two_nodes(*args) -> list[subprocess.CompletedProcess]:
+    """torchrun --nnodes=2: two agents that meet at a port of this machine, one process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", *args]
+    nodes = [subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) for _ in range(2)]
+    try:
+        return [subprocess.CompletedProcess(command, 0, *node.communicate(timeout=200))
+                for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+@pytest.mark.parametrize("algo, nodes", [("luffy", 2), ("rl_sft", 1)])
+def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo, nodes):
+    run(*luffy(tiny_model, tmp_path / "1", "--algo", algo))
+    if nodes == 2:
+        said = "".join(node.stdout for node in two_nodes(
+            *luffy(tiny_model, tmp_path / "2", "--algo", algo)))
+        assert said.count("step 2 | reward") == 1
+    else:
+        run(*luffy(tiny_model, tmp_path / "2", "--algo", algo, "--checkpointing", "true"), ranks=2)
     one, two = (rows(tmp_path / n / "metrics.jsonl") for n in "12")
     assert len(one) == len(two) == 2
     for a, b in zip(one, two):
@@ -82,3 +111,32 @@ def test_sharded_adamw_equals_replicated_masters_bit_for_bit(tmp_path):
     script.write_text("import sys; sys.path.insert(0, '.')\n" + SHARDED)
     out = run(script, ranks=2).stdout
     assert out.count("share") == 2, out
+
+
+FAILING = textwrap.dedent("""
+    import sys; sys.path.insert(0, ".")
+    import os, signal
+    import luffy
+    from run import rank
+    how, score = sys.argv.pop(1), luffy.score
+    def fail(*args):
+        if rank() == 1 and how == "raises":
+            raise RuntimeError("the disk of rank 1 is full")
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score(*args)
+    luffy.score = fail
+    luffy.main()
+""")
+
+
+@pytest.mark.parametrize("how, error", [("raises", "the disk of rank 1 is full"),
+                                        ("dies", "Signal 9 (SIGKILL)")])
+def test_a_rank_that_fails_ends_the_job_with_its_error(tiny_model, tmp_path, how, error):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    start = time.monotonic()
+    result = run(script, how, *luffy(tiny_model, tmp_path / "run")[1:], ranks=2, check=False)
+    assert result.returncode != 0 and error in result.stderr
+    assert "rank      : 1" in result.stderr.split("Root Cause")[1]
+    assert time.monotonic() - start < 100

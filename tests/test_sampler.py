@@ -6,7 +6,7 @@ import torch
 from data import Problem
 from luffy import Trajectory, collate
 from model import Policy, from_pretrained, load_config
-from sampler import TorchSampler, draw
+from sampler import TorchSampler, VLLMSampler, draw
 
 PROMPTS = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3], [2, 17, 3]]
 
@@ -68,6 +68,37 @@ def test_draw_follows_the_distribution():
     expected = (logits / 2.0).softmax(-1)
     torch.testing.assert_close(tokens.bincount(minlength=4) / 10_000, expected, atol=2e-4, rtol=0)
     torch.testing.assert_close(logp.exp(), expected[tokens])
+
+
+class Engine:
+    """vLLM's engine, as far as VLLMSampler knows it on a GPU; it writes down what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def __getattr__(self, name):
+        def tell(*args, **kwargs):
+            self.told.append((name, kwargs.get("level") or kwargs.get("tags", [None])[0]))
+            return []
+        return tell
+
+
+def test_an_engine_that_sleeps_is_woken_in_stages_with_the_weights(monkeypatch):
+    """Weights go in before the cache is made; and again, if it slept since they were pushed."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    sampler = object.__new__(VLLMSampler)
+    sampler.llm, sampler.group, sampler.awake = Engine(), None, False
+    sampler.params = lambda **kwargs: kwargs
+    wake = [("wake_up", "weights"), ("apply_model", None), ("wake_up", "kv_cache"),
+            ("reset_prefix_cache", None)]
+    sample = [("generate", None), ("sleep", 2)]
+    sampler.load_weights([])
+    assert sampler.llm.told == wake
+    generate(sampler)
+    assert sampler.llm.told == wake + sample
+    generate(sampler)  # as an evaluation between two steps
+    assert sampler.llm.told == wake + sample + wake + sample
+    assert generate(sampler, n=0) == [[], [], []] and len(sampler.llm.told) == 12
 
 
 def test_weights_pushed_are_weights_used(sampler, tiny_model):

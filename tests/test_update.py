@@ -123,17 +123,26 @@ def plain_loss(model, old_model, trajectories, cfg):
             if cfg.clip is not None:
                 clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip)
                 objective = torch.minimum(objective, t.advantage * clipped)
+            if cfg.tis_cap is not None:
+                trust = pi_old / torch.tensor(t.logp_sampler).exp()
+                objective = trust.clamp(max=cfg.tis_cap) * objective
         loss = loss - weight * (objective + cfg.entropy_coef * entropy).sum()
     return loss
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_both_updates_of_a_step_by_hand(policy, algo):
+@pytest.mark.parametrize("algo, tis_cap", [(algo, None) for algo in ALGORITHMS]
+                         + [("luffy", 1.5), ("on_policy", 1.5)])
+def test_both_updates_of_a_step_by_hand(policy, algo, tis_cap):
     """In the second one the policy has moved: ratios, clips and shaped ratios act."""
-    cfg = config(algo, updates_per_step=2, token_budget=100, lr=3e-2, max_grad_norm=1e9)
+    cfg = config(algo, updates_per_step=2, token_budget=100, lr=3e-2, max_grad_norm=1e9,
+                 tis_cap=tis_cap)
     trajectories = make_trajectories(cfg)
     optimizer = KeepGradient(policy.parameters(), lr=cfg.lr)
     old, now = (copy.deepcopy(policy.policy.model) for _ in range(2))
+    rng = random.Random(0)
+    for t in trajectories:  # a sampler that is not quite the policy
+        if not t.off_policy:
+            t.logp_sampler = [x + rng.gauss(0, 0.5) for x in plain_logps(old, t)[0].tolist()]
     metrics = update(policy, optimizer, copy.deepcopy(trajectories), cfg)
     for i in range(2):
         for p, value in zip(now.parameters(), optimizer.parameters[i]):
@@ -144,7 +153,8 @@ def test_both_updates_of_a_step_by_hand(policy, algo):
         error = (optimizer.gradients[i] - expected).norm() / expected.norm()
         assert error <= 1e-4, (i, error)
     if cfg.rollouts:  # else the test would not see a clip
-        assert metrics["ratio_far"] > 0.1
+        assert metrics["ratio_far"] > 0.1 and metrics["sampler_ratio_max"] > 1.5
+        assert 0.05 < metrics["sampler_kl"] < 0.25  # E[exp x - 1 - x] = .13, x of N(0, .5)
 
 
 def test_scores_become_the_advantages_of_each_arm():
