@@ -179,52 +179,66 @@ def machine(text: str, is_toy: bool) -> tuple[int, int | None]:
 def show(cfg, differences: str, is_toy: bool) -> None:
     """Print the plan of a run. Raises InputError as the run itself would."""
     ranks, capacity = machine(cfg.dry_run, is_toy)
-    name, size = find(cfg.model), 4 if capacity is None else 2
-    if cfg.model == "toy":
-        import toy
-
-        config = toy.make_model(toy.make_tokenizer(), seed=0).config
-    elif name in SHAPES:  # so that no network is needed
-        config = Qwen2Config(**SHAPES[name], max_position_embeddings=4096)
-    else:
-        config = load_config(name)
+    config = shape_of(cfg.model)
     fit_context(config, cfg.max_prompt_tokens, cfg.max_response_tokens)
-    table = memory(cfg, config, ranks, capacity)
-    at_once = table[-1][-1] // cache_bytes_per_token(cfg, config, size)
-    each = cfg.rollouts + cfg.traces
+    parameters = sum(parameter_sizes(config))
     say(f"recipe      the paper's{differences}")
-    say(f"model       {name}, {sum(parameter_sizes(config)):,} parameters")
+    say(f"model       {find(cfg.model)}, {parameters:,} parameters")
     say(f"machine     {ranks} x "
         + ("CPU, float32" if capacity is None else f"{capacity / GIB:.0f} GiB, bfloat16"))
-    say(f"step        {cfg.problems_per_step} problems x ({cfg.rollouts} rollouts + {cfg.traces} "
-        f"traces) = {cfg.problems_per_step * each:,} trajectories, {cfg.updates_per_step} updates")
-    say(f"each rank   samples {sampled(cfg, ranks)} rollouts a step: at most "
-        f"{sampled(cfg, ranks) * cfg.max_response_tokens:,} tokens; {at_once:,} fit in at once")
-    rows = ceil(trained(cfg, ranks) / max(1, cfg.token_budget // longest(cfg)))
-    say(f"            trains on {trained(cfg, ranks)} trajectories an update: at most "
-        f"{trained(cfg, ranks) * longest(cfg):,} tokens in {rows} micro-batches")
+    show_batches(cfg, ranks, MEAN_TOKENS if not is_toy else None)
     if not is_toy:
-        mean = {kind: min(n, cfg.max_response_tokens) for kind, n in MEAN_TOKENS.items()}
-        tokens = trained(cfg, ranks) * (mean["prompt"] + (
-            cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]) / each)
-        say(f"expected    {sampled(cfg, ranks) * mean['rollout']:,} and {tokens:,.0f} tokens in "
-            f"{ceil(tokens / cfg.token_budget)} micro-batches; in arXiv:2604.23747 a rollout had "
-            f"{mean['rollout']:,} tokens, a trace {mean['trace']:,}")
-    show_memory(table, capacity)
+        say(f"disk        {ceil(cfg.steps / cfg.save_every)} checkpoints of "
+            f"{2 * parameters / GIB:.1f} GiB; the newest holds {12 * parameters / GIB:.1f} GiB of "
+            "optimizer state, too")
+    show_memory(memory(cfg, config, ranks, capacity), capacity,
+                longest(cfg) * cache_bytes_per_token(cfg, config, 4 if capacity is None else 2))
+
+
+def shape_of(model: str):
+    """A model's config; of the toy and the paper's models without a file or a network."""
+    if model == "toy":
+        import toy
+
+        return toy.make_model(toy.make_tokenizer(), seed=0).config
+    if find(model) in SHAPES:
+        return Qwen2Config(**SHAPES[find(model)], max_position_embeddings=4096)
+    return load_config(find(model))
+
+
+def show_batches(cfg, ranks: int, mean: dict[str, int] | None) -> None:
+    group, rollouts, share = cfg.rollouts + cfg.traces, sampled(cfg, ranks), trained(cfg, ranks)
+    say(f"step        {cfg.problems_per_step} problems x ({cfg.rollouts} rollouts + {cfg.traces} "
+        f"trace) = {cfg.problems_per_step * group:,} trajectories, {cfg.updates_per_step} updates")
+    say(f"each rank   samples {rollouts} rollouts a step: at most "
+        f"{rollouts * cfg.max_response_tokens:,} tokens")
+    say(f"            trains on {share} trajectories an update: at most {share * longest(cfg):,} "
+        f"tokens in {ceil(share / max(1, cfg.token_budget // longest(cfg)))} micro-batches")
+    if mean:
+        mean = {kind: min(tokens, cfg.max_response_tokens) for kind, tokens in mean.items()}
+        tokens = share * (mean["prompt"] + (
+            cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]) / group)
+        say(f"            expected: {rollouts * mean['rollout']:,}, and {tokens:,.0f} in "
+            f"{ceil(tokens / cfg.token_budget)} micro-batches (rollouts of {mean['rollout']:,} and "
+            f"traces of {mean['trace']:,} tokens, arXiv:2604.23747)")
+
+
+def show_memory(table: list[tuple[str, str, int]], capacity: int | None, response: int) -> None:
+    """The rows, their sums and the verdict; response: bytes of the longest one's cache."""
+    unit, name = (2**20, "MiB") if capacity is None else (GIB, "GiB")
+    say(f"memory      of each {'process' if capacity is None else 'GPU'}, {name}")
+    for phase, purpose, size in table:
+        if size:
+            say(f"  {phase:10}{purpose:44}{size / unit:7.1f}")
+    for phase in ("updating", "sampling"):
+        say(f"  {'in all':10}{phase:44}{total(table, phase) / unit:7.1f}")
+    cached = table[-1][-1] / response
+    say(f"            keys and values of {cached:.1f} responses of the longest kind fit in at once")
     if capacity is not None:
-        fits = total(table, "updating") <= capacity and at_once >= longest(cfg)
+        fits = total(table, "updating") <= capacity and cached >= 1
         say(f"verdict     {'fits' if fits else 'DOES NOT FIT'} in {capacity / GIB:.0f} GiB" + (
             "" if fits else ": more GPUs share the optimizer's state; a smaller --token_budget "
             "needs fewer activations"))
-
-
-def show_memory(table: list[tuple[str, str, int]], capacity: int | None) -> None:
-    unit, name = (2**20, "MiB") if capacity is None else (GIB, "GiB")
-    for phase, purpose, size in table:
-        if size:
-            say(f"{phase:12}{purpose:45}{size / unit:7.1f} {name}")
-    for phase in ("updating", "sampling"):
-        say(f"{'in all':12}{phase:45}{total(table, phase) / unit:7.1f} {name}")
 
 
 def total(table: list[tuple[str, str, int]], phase: str) -> int:

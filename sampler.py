@@ -115,73 +115,60 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
 class VLLMSampler:
     """One vLLM engine in this process, beside the trainer: weights go to it in memory.
 
-    On a GPU it sleeps while the trainer works, with its weights and its cache dropped. So it starts
-    with no weights and is of no use before the first `load_weights`. Make it on all ranks together,
-    after the process group and before the trainer's model takes the GPU's memory.
+    On a GPU it sleeps while the trainer works, and its weights and its cache are gone meanwhile: it
+    always samples from the parameters last given, as they are when `generate` begins.
     """
 
     def __init__(self, path: str | Path, config, eos: int, *, max_tokens: int, cache_bytes: int,
                  tensor_parallel: int = 1):
-        """max_tokens: of a prompt and its response; cache_bytes: of keys and values, on each GPU.
+        """On all ranks together, after the process group and before the trainer's model: the engine
+        looks at what the GPU has free.
 
+        max_tokens: of a prompt and its response; cache_bytes: of keys and values, on each GPU;
         tensor_parallel: consecutive ranks that share an engine, and sample for each other.
         """
-        os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | {  # the engine in this process
-            name: os.environ.get(name, value) for name, value in {
-                "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
-                "RANK": str(rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size()),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items()})
+        for name, value in {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
+            "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
+            "RANK": str(rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size()),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",  # as torchrun sets them
+        }.items():
+            os.environ.setdefault(name, value)
         import vllm  # slow to import, and only here
 
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            here = dict(enable_sleep_mode=True)
-        else:  # vLLM's CPU build: plain weights, so that load_weights reaches them as on a GPU
+        self.eos, self.sleeps = eos, torch.cuda.is_available()
+        if self.sleeps:
+            options = dict(dtype="bfloat16", enable_sleep_mode=True)
+        else:  # vLLM's CPU build
             import vllm._custom_ops
 
-            vllm._custom_ops._supports_onednn = False
-            here = dict(enforce_eager=True, enable_chunked_prefill=False,  # else seeds crash it
-                        max_num_batched_tokens=max(4096, max_tokens))
+            vllm._custom_ops._supports_onednn = False  # else load_weights does not reach them
+            options = dict(dtype="float32", enforce_eager=True, enable_chunked_prefill=False,
+                           max_num_batched_tokens=max(4096, max_tokens))  # chunks and seeds crash
         set_num_threads = torch.set_num_threads
         self.llm = vllm.LLM(
-            str(path), tensor_parallel_size=tensor_parallel, load_format="dummy",
-            distributed_executor_backend="external_launcher",
-            generation_config="vllm", logprobs_mode="processed_logprobs", max_model_len=max_tokens,
-            dtype="bfloat16" if on_gpu else "float32", kv_cache_memory_bytes=cache_bytes,
+            str(path), load_format="dummy", generation_config="vllm", max_model_len=max_tokens,
             hf_overrides={"max_position_embeddings": config.max_position_embeddings,
-                          "rope_parameters": config.rope_parameters}, **here)
+                          "rope_parameters": config.rope_parameters},
+            kv_cache_memory_bytes=cache_bytes, logprobs_mode="processed_logprobs",
+            tensor_parallel_size=tensor_parallel,
+            distributed_executor_backend="external_launcher", **options)
         torch.set_num_threads = set_num_threads  # the CPU build takes it away
-        self.params = lambda **kwargs: vllm.SamplingParams(
-            stop_token_ids=[eos], logprobs=0, detokenize=False, **kwargs)
         groups = [dist.new_group(range(i, i + tensor_parallel))
                   for i in range(0, world_size(), tensor_parallel)]
         self.group = groups[rank() // tensor_parallel] if tensor_parallel > 1 else None
-        self.weights, self.awake = None, True
-        self.sleep()
+        if self.sleeps:
+            self.llm.sleep(level=2)
 
     def load_weights(self, named_parameters) -> None:
-        """Push the policy's weights; they are remembered, to be pushed again after a sleep."""
+        """Sample from these parameters from now on; `generate` takes their values."""
         self.weights = [(name, p.detach()) for name, p in named_parameters]
-        self.wake()
-
-    def wake(self) -> None:
-        if not self.awake:
-            torch.cuda.empty_cache()  # what the trainer's allocator holds but does not use
-            self.llm.wake_up(tags=["weights"])
-        self.llm.apply_model(lambda model: model.load_weights(self.weights) and None)
-        if not self.awake:
-            self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
-        self.awake = True
-
-    def sleep(self) -> None:
-        if torch.cuda.is_available():
-            self.llm.sleep(level=2)
-            self.awake = False
 
     def generate(self, prompts: list, n: int, *, seeds: list[int], temperature: float,
                  max_tokens: int) -> list[list[Sample]]:
         """n samples for each prompt (token ids), as TorchSampler.generate."""
+        from vllm import SamplingParams
+
         everyones, here = [list(zip(prompts, seeds))], 0
         if self.group:  # the ranks of an engine must ask it for the same
             everyones = [None] * dist.get_world_size(self.group)
@@ -190,20 +177,31 @@ class VLLMSampler:
         jobs = [job for jobs in everyones for job in jobs]
         if n == 0 or not jobs:
             return [[] for _ in prompts]
-        if not self.awake:
-            self.wake()
+        self.wake()
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt, _ in jobs],
-            [self.params(n=n if temperature else 1, seed=seed, temperature=temperature,
-                         max_tokens=max_tokens) for _, seed in jobs],
+            [SamplingParams(n=n if temperature else 1, seed=seed, temperature=temperature,
+                            max_tokens=max_tokens, stop_token_ids=[self.eos], logprobs=0,
+                            detokenize=False) for _, seed in jobs],
             use_tqdm=partial(tqdm, leave=False, delay=2) if rank() == 0 else False)
-        self.sleep()
+        if self.sleeps:
+            self.llm.sleep(level=2)
         first = sum(map(len, everyones[:here]))
-        return [(list(map(sample, output.outputs)) * n)[:n]
+        return [(list(map(to_sample, output.outputs)) * n)[:n]
                 for output in outputs[first:first + len(prompts)]]
 
+    def wake(self) -> None:
+        """The order matters: memory for the weights, all of them, then memory for the cache."""
+        if self.sleeps:
+            torch.cuda.empty_cache()  # what the trainer's allocator holds but does not use
+            self.llm.wake_up(tags=["weights"])
+        self.llm.apply_model(lambda model: model.load_weights(self.weights) and None)
+        if self.sleeps:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()  # it holds keys and values of other weights
 
-def sample(output) -> Sample:
+
+def to_sample(output) -> Sample:
     """From vLLM's CompletionOutput."""
     logps = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs)]
     return Sample(list(output.token_ids), logps)

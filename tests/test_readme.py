@@ -5,7 +5,8 @@ import re
 import pytest
 from conftest import ROOT
 
-from luffy import ALGORITHMS, Config
+import plan
+from luffy import ALGORITHMS, Config, but, parse_args
 
 README = (ROOT / "README.md").read_text()
 LINKS = sorted(set(re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)))
@@ -38,6 +39,13 @@ def test_the_table_of_algorithms_is_the_one_in_the_code():
             advantage if cfg.traces else "-",
             cfg.baseline,
         ], name
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python luffy.py (.*--dry_run.*)$", README, re.M))
+def test_the_plans_are_what_the_program_prints(capsys, command):
+    cfg = parse_args(command.split())
+    plan.show(cfg, but(cfg, Config()), is_toy=False)
+    assert f"```\n{capsys.readouterr().out}```\n" in README
 
 
 def test_ci_runs_the_commands_of_the_readme():

@@ -1,5 +1,8 @@
 """The sampler samples from the policy it was given, and says with which log-probs."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -83,22 +86,21 @@ class Engine:
         return tell
 
 
-def test_an_engine_that_sleeps_is_woken_in_stages_with_the_weights(monkeypatch):
-    """Weights go in before the cache is made; and again, if it slept since they were pushed."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+def test_an_engine_that_sleeps_is_woken_in_stages(monkeypatch):
+    """Weights first, all of them, before the cache is made; for every generate, as it slept."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
     sampler = object.__new__(VLLMSampler)
-    sampler.llm, sampler.group, sampler.awake = Engine(), None, False
-    sampler.params = lambda **kwargs: kwargs
-    wake = [("wake_up", "weights"), ("apply_model", None), ("wake_up", "kv_cache"),
-            ("reset_prefix_cache", None)]
-    sample = [("generate", None), ("sleep", 2)]
+    sampler.llm, sampler.group, sampler.sleeps, sampler.eos = Engine(), None, True, 1
     sampler.load_weights([])
-    assert sampler.llm.told == wake
+    assert not sampler.llm.told
+    once = [("wake_up", "weights"), ("apply_model", None), ("wake_up", "kv_cache"),
+            ("reset_prefix_cache", None), ("generate", None), ("sleep", 2)]
     generate(sampler)
-    assert sampler.llm.told == wake + sample
+    assert sampler.llm.told == once
     generate(sampler)  # as an evaluation between two steps
-    assert sampler.llm.told == wake + sample + wake + sample
-    assert generate(sampler, n=0) == [[], [], []] and len(sampler.llm.told) == 12
+    assert sampler.llm.told == once * 2
+    assert generate(sampler, n=0) == [[], [], []]  # as in SFT: it is not woken
+    assert sampler.llm.told == once * 2
 
 
 def test_weights_pushed_are_weights_used(sampler, tiny_model):
