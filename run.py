@@ -33,7 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 # A finished or interrupted run may go on with these changed: they do not change the mathematics.
-MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "graders", "token_budget"}
+MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "graders", "token_budget",
+              "sampler", "tensor_parallel", "cache_gib", "checkpointing", "dry_run"}
 
 
 class InputError(ValueError):
