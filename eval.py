@@ -13,7 +13,7 @@ from statistics import fmean as mean
 
 from data import Problem, load_benchmarks
 from model import find, load_config, load_tokenizer
-from run import InputError, checkpoints, gather, init_processes, leave_processes, rank
+from run import InputError, checkpoints, gather, init_processes, launch, leave_processes, rank
 from run import read_jsonl, say, seed_of, world_size
 from sampler import TorchSampler
 from verify import Grader
@@ -172,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -32,12 +32,12 @@ from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.distributed.elastic.multiprocessing.errors import record
 
 import plan
 from data import Problem, batch_at, load_benchmarks, load_training_set
@@ -45,7 +45,7 @@ from eval import evaluate, report
 from model import Policy, find, fit_context, from_pretrained, load_config, load_tokenizer
 from model import token_logprobs as token_logprobs  # log π_θ and its entropy
 from run import InputError, Means, Run, add_token_metrics, all_reduce, barrier, device
-from run import init_processes, leave_processes, progress, rank, say, seed_of
+from run import init_processes, launch, leave_processes, progress, rank, say, seed_of
 from run import trajectory_metrics, world_size
 from sampler import TorchSampler, VLLMSampler
 from verify import Grader
@@ -472,6 +472,9 @@ def load_model(path: str | Path, config, cfg: Config) -> nn.Module:
 
 def make_sampler(path: str | Path, config, eos: int, cfg: Config):
     """Before the trainer's model is loaded: vLLM looks at what the GPU has free."""
+    if not cfg.rollouts and not cfg.eval_data:  # SFT alone
+        return SimpleNamespace(load_weights=lambda named_parameters: None,
+                               generate=lambda prompts, n, **options: [[] for _ in prompts])
     say(f"sampler     {sampler_kind(cfg)}")
     if sampler_kind(cfg) == "torch":
         return TorchSampler(path, config, eos)
@@ -558,6 +561,8 @@ def check(cfg: Config, ranks: int) -> None:
          f"--rollouts {cfg.rollouts} --traces {cfg.traces} --baseline {cfg.baseline}: an advantage "
          "needs at least two rewards"),
         (cfg.gamma <= 0, "--gamma must be positive"),
+        (cfg.tis_cap is not None and cfg.tis_cap <= 0, "--tis_cap must be positive, or none"),
+        (cfg.cache_gib < 0, "--cache_gib is negative; 0 takes what the plan leaves"),
         (cfg.shaping not in SHAPINGS, f"--shaping {cfg.shaping}: one of {', '.join(SHAPINGS)}"),
         (cfg.baseline not in ("group", "rollouts"), "--baseline: group or rollouts"),
         (cfg.temperature <= 0, "--temperature must be positive: rollouts must differ"),
@@ -574,7 +579,6 @@ def check(cfg: Config, ranks: int) -> None:
             raise InputError(message)
 
 
-@record  # torchrun then shows the error of the rank that failed first
 def main() -> None:
     cfg = parse_args()
     try:
@@ -604,4 +608,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

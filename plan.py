@@ -19,7 +19,9 @@ from model import Policy, find, fit_context, load_config
 from run import InputError, say
 from sampler import TORCH_ROWS
 GIB = 2**30
-RESERVE = 6 * GIB  # assumed: CUDA, NCCL, vLLM's graphs and workspace, fragmentation
+RESERVE = 6 * GIB  # assumed: CUDA, NCCL, vLLM's graphs, fragmentation
+ENGINE = 4 * GIB  # assumed: vLLM's buffers for MAX_PREFILL tokens and MAX_SEQUENCES responses
+ADVICE = "More GPUs share the optimizer's state; a smaller --token_budget has fewer activations"
 MEAN_TOKENS = dict(prompt=200, rollout=2200, trace=4200)  # the paper's run, by arXiv:2604.23747
 SHAPES = {  # the paper's base models, for a machine that does not reach the hub
     "Qwen/Qwen2.5-Math-7B": dict(
@@ -103,8 +105,12 @@ def cache_bytes_per_token(cfg, config, size: int) -> int:
 def memory(cfg, config, ranks: int, capacity: int | None) -> list[tuple[str, str, int]]:
     """(phase, purpose, bytes) on each GPU of `capacity` bytes; None: on a CPU, in float32.
 
-    The last row is the sampler's keys and values: on a GPU, what the others leave.
+    The last row is the sampler's keys and values. Raises InputError if vLLM could not share out
+    the model's heads.
     """
+    if config.num_attention_heads % cfg.tensor_parallel:
+        raise InputError(f"--tensor_parallel {cfg.tensor_parallel}: the model's "
+                         f"{config.num_attention_heads} attention heads cannot be shared out by it")
     on_gpu = capacity is not None
     sizes, dtype = parameter_sizes(config), torch.bfloat16 if on_gpu else torch.float32
     weights = dtype.itemsize * sum(sizes)
@@ -119,26 +125,42 @@ def memory(cfg, config, ranks: int, capacity: int | None) -> list[tuple[str, str
         ("updating", f"activations of {sum(row):,} tokens",
          activation_bytes(config, dtype, cfg.checkpointing, row)),
         ("updating", "gradients again, in the first update", weights),  # DDP makes new buckets
-        ("sampling", "the sampler's weights", weights // cfg.tensor_parallel),
     ]
-    if on_gpu:
-        left = capacity - sum(size for phase, _, size in table if phase != "updating")
-        cached = round(cfg.cache_gib * GIB) or max(0, left)
-    else:
-        cached = (min(sampled(cfg, ranks), TORCH_ROWS) * longest(cfg)
-                  * cache_bytes_per_token(cfg, config, dtype.itemsize))
+    rollouts = sampled(cfg, ranks)
+    response = longest(cfg) * cache_bytes_per_token(cfg, config, dtype.itemsize)
+    if not (rollouts or cfg.eval_data):  # SFT alone
+        return [*table, ("sampling", "keys and values", 0)]
+    if cfg.sampler == "torch" or not on_gpu:
+        return [*table, ("always", "the sampler's weights", weights),
+                ("sampling", "keys and values", min(rollouts, TORCH_ROWS) * response)]
+    table += [("sampling", "vLLM's weights", weights // cfg.tensor_parallel),
+              ("sampling", "vLLM's prefill and sampler (assumed)", ENGINE)]
+    left = capacity - sum(size for phase, _, size in table if phase != "updating")
+    cached = round(cfg.cache_gib * GIB) or min(max(0, left), max(rollouts, 1) * 2 * response)
     return [*table, ("sampling", "keys and values", cached)]
 
 
+def verdict(table: list[tuple[str, str, int]], cfg, config, capacity: int) -> str:
+    """"" if a run fits into GPUs of `capacity` bytes, else why not."""
+    for phase in ("updating", "sampling"):
+        if total(table, phase) > capacity:
+            return f"{phase} takes {total(table, phase) / GIB:.1f} GiB"
+    response = longest(cfg) * cache_bytes_per_token(cfg, config, 2)
+    if cfg.sampler != "torch" and (cfg.rollouts or cfg.eval_data) and table[-1][-1] < response:
+        return "vLLM's keys and values have no room for one response"
+    return ""
+
+
 def cache_bytes(cfg, config, ranks: int) -> int:
-    """For VLLMSampler: what --dry_run prints as its keys and values."""
+    """For VLLMSampler: what --dry_run prints as its keys and values. InputError if it won't fit."""
     if not torch.cuda.is_available():
         return round(cfg.cache_gib * GIB) or GIB // 4
-    size = memory(cfg, config, ranks, torch.cuda.get_device_properties(0).total_memory)[-1][-1]
-    if size < longest(cfg) * cache_bytes_per_token(cfg, config, 2):
-        raise InputError(f"{size / GIB:.1f} GiB are left for vLLM's keys and values, too little "
-                         "for one response; --dry_run shows what takes the memory")
-    return size
+    capacity = torch.cuda.get_device_properties(0).total_memory
+    table = memory(cfg, config, ranks, capacity)
+    if problem := verdict(table, cfg, config, capacity):
+        raise InputError(f"does not fit in {capacity / GIB:.1f} GiB: {problem}. --dry_run shows "
+                         f"what takes the memory. {ADVICE}")
+    return table[-1][-1]
 
 
 # ------------------------------------------------------------------ batches
@@ -188,11 +210,19 @@ def show(cfg, differences: str, is_toy: bool) -> None:
         + ("CPU, float32" if capacity is None else f"{capacity / GIB:.0f} GiB, bfloat16"))
     show_batches(cfg, ranks, MEAN_TOKENS if not is_toy else None)
     if not is_toy:
-        say(f"disk        {ceil(cfg.steps / cfg.save_every)} checkpoints of "
-            f"{2 * parameters / GIB:.1f} GiB; the newest holds {12 * parameters / GIB:.1f} GiB of "
-            "optimizer state, too")
-    show_memory(memory(cfg, config, ranks, capacity), capacity,
-                longest(cfg) * cache_bytes_per_token(cfg, config, 4 if capacity is None else 2))
+        weights, state = 2 * parameters / GIB, 12 * parameters / GIB
+        say(f"disk        {ceil(cfg.steps / cfg.save_every)} checkpoints of {weights:.1f} GiB, and "
+            f"{state:.1f} GiB of optimizer state, twice while one is saved")
+        say(f"host        {weights:.1f} GiB for each GPU while the model is loaded")
+    table = memory(cfg, config, ranks, capacity)
+    say(f"memory      of each {'process, MiB' if capacity is None else 'GPU, GiB'}")
+    show_memory(table, 2**20 if capacity is None else GIB)
+    size = longest(cfg) * cache_bytes_per_token(cfg, config, 4 if capacity is None else 2)
+    say(f"            {table[-1][-1] / size:.1f} of the longest responses fit in at once")
+    if capacity is not None:
+        problem = verdict(table, cfg, config, capacity)
+        say(f"verdict     {'DOES NOT FIT' if problem else 'fits'} in {capacity / GIB:.0f} GiB"
+            + (f": {problem}. {ADVICE}" if problem else ""))
 
 
 def shape_of(model: str):
@@ -223,22 +253,13 @@ def show_batches(cfg, ranks: int, mean: dict[str, int] | None) -> None:
             f"traces of {mean['trace']:,} tokens, arXiv:2604.23747)")
 
 
-def show_memory(table: list[tuple[str, str, int]], capacity: int | None, response: int) -> None:
-    """The rows, their sums and the verdict; response: bytes of the longest one's cache."""
-    unit, name = (2**20, "MiB") if capacity is None else (GIB, "GiB")
-    say(f"memory      of each {'process' if capacity is None else 'GPU'}, {name}")
-    for phase, purpose, size in table:
-        if size:
-            say(f"  {phase:10}{purpose:44}{size / unit:7.1f}")
+def show_memory(table: list[tuple[str, str, int]], unit: int) -> None:
+    for phase in ("always", "updating", "sampling"):
+        for when, purpose, size in table:
+            if when == phase and size:
+                say(f"  {phase:10}{purpose:44}{size / unit:7.1f}")
     for phase in ("updating", "sampling"):
         say(f"  {'in all':10}{phase:44}{total(table, phase) / unit:7.1f}")
-    cached = table[-1][-1] / response
-    say(f"            keys and values of {cached:.1f} responses of the longest kind fit in at once")
-    if capacity is not None:
-        fits = total(table, "updating") <= capacity and cached >= 1
-        say(f"verdict     {'fits' if fits else 'DOES NOT FIT'} in {capacity / GIB:.0f} GiB" + (
-            "" if fits else ": more GPUs share the optimizer's state; a smaller --token_budget "
-            "needs fewer activations"))
 
 
 def total(table: list[tuple[str, str, int]], phase: str) -> int:

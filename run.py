@@ -3,7 +3,8 @@
 A run directory holds
     config.json            what was asked for; the same command with the same --out resumes
     metrics.jsonl          one object a step; on a CPU the same bits if the run was interrupted
-    timing.jsonl           one object a step: seconds and tokens per second of each phase
+    timing.jsonl           one object a step: seconds and tokens per second of each phase; "sync",
+                           the copying of weights, is part of "sample" with vLLM
     evals.jsonl            one object for each evaluation
     samples/               groups of trajectories to read, every few steps
     checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's shards
@@ -30,6 +31,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 # A finished or interrupted run may go on with these changed: they do not change the mathematics.
@@ -93,6 +95,27 @@ def leave_processes() -> None:
     gc.collect()  # DDP is in reference cycles
     if "vllm" not in sys.modules:  # an engine does it itself, later
         dist.destroy_process_group()
+
+
+def launch(main) -> None:
+    """Run a program's main and leave at once, whatever happened.
+
+    At the usual exit vLLM and NCCL take leave of ranks that may be waiting elsewhere, for hours;
+    torchrun ends those, but only when this process is gone.
+    """
+    try:
+        record(main)()  # torchrun then shows the error of the rank that failed first
+        status = 0
+    except SystemExit as exit:
+        status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        if isinstance(exit.code, str):
+            print(exit.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def seed_of(*key) -> int:

@@ -21,6 +21,7 @@ from model import from_pretrained
 from run import device, progress, rank, world_size
 
 TORCH_ROWS = 512  # responses that TorchSampler decodes together
+MAX_SEQUENCES, MAX_PREFILL = 256, 8192  # of a vLLM engine on a GPU: responses, and prompt tokens
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,12 @@ class VLLMSampler:
 
     def __init__(self, path: str | Path, config, eos: int, *, max_tokens: int, cache_bytes: int,
                  tensor_parallel: int = 1):
-        """On all ranks together, after the process group and before the trainer's model: the engine
-        looks at what the GPU has free.
+        """On all ranks together, after the process group and before the trainer takes memory.
 
         max_tokens: of a prompt and its response; cache_bytes: of keys and values, on each GPU;
         tensor_parallel: consecutive ranks that share an engine, and sample for each other.
         """
         for name, value in {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
             "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
             "RANK": str(rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size()),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",  # as torchrun sets them
@@ -138,7 +137,9 @@ class VLLMSampler:
 
         self.eos, self.sleeps = eos, torch.cuda.is_available()
         if self.sleeps:
-            options = dict(dtype="bfloat16", enable_sleep_mode=True)
+            options = dict(dtype="bfloat16", enable_sleep_mode=True, max_num_seqs=MAX_SEQUENCES,
+                           max_num_batched_tokens=MAX_PREFILL,
+                           gpu_memory_utilization=0.01)  # has no use but to be checked: see plan.py
         else:  # vLLM's CPU build
             import vllm._custom_ops
 
@@ -154,9 +155,11 @@ class VLLMSampler:
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher", **options)
         torch.set_num_threads = set_num_threads  # the CPU build takes it away
-        groups = [dist.new_group(range(i, i + tensor_parallel))
-                  for i in range(0, world_size(), tensor_parallel)]
-        self.group = groups[rank() // tensor_parallel] if tensor_parallel > 1 else None
+        self.group = None
+        if tensor_parallel > 1:  # the ranks that share this engine
+            from vllm.distributed.parallel_state import get_tp_group
+
+            self.group = get_tp_group().cpu_group
         if self.sleeps:
             self.llm.sleep(level=2)
 
@@ -198,7 +201,8 @@ class VLLMSampler:
         self.llm.apply_model(lambda model: model.load_weights(self.weights) and None)
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()  # it holds keys and values of other weights
+        if not self.llm.reset_prefix_cache():  # it holds keys and values of other weights
+            raise RuntimeError("vLLM still holds keys and values of old weights")
 
 
 def to_sample(output) -> Sample:

@@ -60,6 +60,8 @@ def test_the_papers_recipe_is_the_default_and_the_toy_changes_sizes_only():
     (["--shaping", "cubic"], ["--shaping cubic", "luffy"]),
     (["--save_every", "0"], ["--save_every", "at least 1"]),
     (["--temperature", "0"], ["--temperature"]),
+    (["--tis_cap", "0"], ["--tis_cap"]),
+    (["--cache_gib", "-1"], ["--cache_gib"]),
     (["--sampler", "sglang"], ["--sampler", "vllm"]),
     (["--tensor_parallel", "2"], ["--tensor_parallel 2"]),
 ])

@@ -117,7 +117,7 @@ FAILING = textwrap.dedent("""
     import sys; sys.path.insert(0, ".")
     import os, signal
     import luffy
-    from run import rank
+    from run import launch, rank
     how, score = sys.argv.pop(1), luffy.score
     def fail(*args):
         if rank() == 1 and how == "raises":
@@ -126,7 +126,7 @@ FAILING = textwrap.dedent("""
             os.kill(os.getpid(), signal.SIGKILL)
         return score(*args)
     luffy.score = fail
-    luffy.main()
+    launch(luffy.main)
 """)
 
 

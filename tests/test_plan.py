@@ -44,7 +44,20 @@ def test_the_arithmetic_of_a_rank(capsys):
     assert plan.cache_bytes_per_token(cfg, config, 2) == 57_344
     assert plan.total(table, "sampling") == 80 * plan.GIB
     halved = plan.memory(luffy.replace(cfg, tensor_parallel=2), config, 8, 80 * plan.GIB)
-    assert halved[-2][-1] == n  # half of the engine's weights
+    assert halved[-3][-1] == n  # half of the engine's weights
+    with pytest.raises(InputError, match="28 attention heads"):
+        plan.memory(luffy.replace(cfg, tensor_parallel=8), config, 8, 80 * plan.GIB)
+
+
+def test_verdicts_of_other_samplers(capsys):
+    """Too large a cache, TorchSampler with hundreds of long responses, SFT without a sampler."""
+    args = ["--model", "Qwen2.5-Math-1.5B", "--dry_run", "1x80"]
+    text = planned(capsys, *args, "--cache_gib", "60")
+    assert "verdict     DOES NOT FIT in 80 GiB: sampling takes" in text
+    text = planned(capsys, *args, "--sampler", "torch")
+    assert "vLLM" not in text and "DOES NOT FIT" in text
+    text = planned(capsys, *args, "--algo", "sft")
+    assert "vLLM" not in text and "verdict     fits in 80 GiB" in text
 
 
 def test_a_machine_that_makes_no_sense():

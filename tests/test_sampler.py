@@ -82,7 +82,7 @@ class Engine:
     def __getattr__(self, name):
         def tell(*args, **kwargs):
             self.told.append((name, kwargs.get("level") or kwargs.get("tags", [None])[0]))
-            return []
+            return [] if name == "generate" else True
         return tell
 
 
