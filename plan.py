@@ -152,14 +152,14 @@ def verdict(table: list[tuple[str, str, int]], cfg, config, capacity: int) -> st
 
 
 def cache_bytes(cfg, config, ranks: int) -> int:
-    """For VLLMSampler: what --dry_run prints as its keys and values. InputError if it won't fit."""
-    if not torch.cuda.is_available():
-        return round(cfg.cache_gib * GIB) or GIB // 4
+    """For VLLMSampler: --cache_gib, or else what the plan has. InputError if that does not fit."""
+    if cfg.cache_gib or not torch.cuda.is_available():
+        return round((cfg.cache_gib or 0.25) * GIB)
     capacity = torch.cuda.get_device_properties(0).total_memory
     table = memory(cfg, config, ranks, capacity)
     if problem := verdict(table, cfg, config, capacity):
-        raise InputError(f"does not fit in {capacity / GIB:.1f} GiB: {problem}. --dry_run shows "
-                         f"what takes the memory. {ADVICE}")
+        raise InputError(f"does not fit in {capacity / GIB:.1f} GiB: {problem}, as --dry_run shows."
+                         f" {ADVICE}. --cache_gib N for keys and values tries it all the same")
     return table[-1][-1]
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,21 @@ def test_the_toys_plan_agrees_with_a_measured_update(tiny_model, tmp_path):
     measured, expected = json.loads(out.stdout.splitlines()[-1])
     assert expected > 300e6
     assert measured == pytest.approx(expected, rel=0.15)
+
+
+def test_the_engine_gets_what_the_plan_says_or_what_is_asked_for(monkeypatch):
+    config = plan.Qwen2Config(**plan.SHAPES["Qwen/Qwen2.5-Math-1.5B"])
+    cfg = luffy.parse_args(["--model", "Qwen2.5-Math-1.5B"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for gib, fits in ((24, False), (80, True)):
+        card = SimpleNamespace(total_memory=gib * plan.GIB)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda _, card=card: card)
+        assert plan.cache_bytes(luffy.replace(cfg, cache_gib=2), config, 1) == 2 * plan.GIB
+        if fits:
+            assert 40 * plan.GIB < plan.cache_bytes(cfg, config, 1) < 50 * plan.GIB
+        else:
+            with pytest.raises(InputError, match="does not fit in 24.0 GiB: updating takes"):
+                plan.cache_bytes(cfg, config, 1)
 
 
 def test_counting_sees_what_is_freed():
