@@ -25,6 +25,7 @@ import argparse
 import inspect
 import json
 import math
+import os
 import re
 import sys
 from contextlib import nullcontext
@@ -75,6 +76,7 @@ class Config:
     gamma: float = 0.1  # the paper's γ in f(x) = x / (x + γ), not a discount
     clip: float | None = None  # PPO's ε on rollout tokens; none: no clipping
     shape_rollouts: bool = False  # rollout ratio f(π_θ) / f(π_old) instead of π_θ / π_old
+    tis_cap: float | None = None  # rollout tokens x min(π_old / π_sampler, cap); none: x 1
     baseline: str = "group"  # mean reward of the whole group, or of its "rollouts"
     trace_advantage: float | None = None  # none: from the group, as every trajectory's
     normalize_std: bool = False  # divide advantages by the group's std (GRPO); Dr. GRPO does not
@@ -88,7 +90,6 @@ class Config:
     beta2: float = 0.999
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    tis_cap: float | None = None  # rollout tokens x min(π_old / π_sampler, cap); none: x 1
     # the machine
     sampler: str = "auto"  # vllm or torch; auto: vllm on a GPU
     tensor_parallel: int = 1  # GPUs that share one vLLM engine
@@ -548,7 +549,7 @@ def float_or_none(text: str) -> float | None:
 
 def check(cfg: Config, ranks: int) -> None:
     """Raise InputError on a config that cannot run, before anything is loaded."""
-    shards = cfg.updates_per_step * ranks
+    shards = max(1, cfg.updates_per_step) * ranks
     rows = cfg.rollouts + (cfg.traces if cfg.baseline == "group" else 0)
     counts = ("steps", "problems_per_step", "updates_per_step", "max_prompt_tokens",
               "max_response_tokens", "token_budget", "graders", "save_every", "eval_samples",
@@ -570,8 +571,8 @@ def check(cfg: Config, ranks: int) -> None:
          f"--problems_per_step {cfg.problems_per_step}: must be a multiple of {shards} "
          f"(--updates_per_step {cfg.updates_per_step} x {ranks} processes)"),
         (cfg.sampler not in ("auto", "vllm", "torch"), "--sampler: auto, vllm or torch"),
-        (ranks % cfg.tensor_parallel != 0, f"--tensor_parallel {cfg.tensor_parallel}: {ranks} "
-         "processes cannot be shared out by it"),
+        (ranks % max(1, cfg.tensor_parallel) != 0, f"--tensor_parallel {cfg.tensor_parallel}: "
+         f"{ranks} processes cannot be shared out by it"),
         (not cfg.dry_run and sampler_kind(cfg) == "vllm" and find_spec("vllm") is None,
          "vLLM is not installed: pip install -r requirements.txt, or --sampler torch (slow)"),
     ):
@@ -583,8 +584,9 @@ def main() -> None:
     cfg = parse_args()
     try:
         if cfg.dry_run:
-            check(cfg, plan.machine(cfg.dry_run, is_toy(cfg.model))[0])
-            plan.show(cfg, but(cfg, Config()), is_toy(cfg.model))
+            if os.environ.get("RANK", "0") == "0":
+                check(cfg, plan.machine(cfg.dry_run, is_toy(cfg.model))[0])
+                plan.show(cfg, but(cfg, Config()), is_toy(cfg.model))
             return
         init_processes()
         check(cfg, world_size())

@@ -4,6 +4,7 @@ The memory of an update is not a formula: the trainer's own Policy runs forward 
 tensors, which have sizes but no data, while every allocation is counted.
 """
 
+import os
 import re
 import weakref
 from math import ceil
@@ -193,9 +194,11 @@ def machine(text: str, is_toy: bool) -> tuple[int, int | None]:
         if not match:
             raise InputError(f"--dry_run {text}: expected GPUSxGIB, such as 8x80")
         return int(match[1]), int(match[2]) * GIB
+    ranks = int(os.environ.get("WORLD_SIZE", 0))  # under torchrun
     if torch.cuda.is_available():
-        return torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory
-    return (1, None) if is_toy else (8, 80 * GIB)  # the paper's machine
+        capacity = torch.cuda.get_device_properties(0).total_memory
+        return ranks or torch.cuda.device_count(), capacity
+    return (ranks or 1, None) if is_toy else (ranks or 8, 80 * GIB)  # the paper's machine
 
 
 def show(cfg, differences: str, is_toy: bool) -> None:

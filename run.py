@@ -223,9 +223,9 @@ class Run:
         if rank() == 0:
             self.prepare()
         barrier()
-        if not (self.out / "config.json").exists():
-            raise InputError(f"--out {self.out}: rank {rank()} does not see what rank 0 writes "
-                             "there; name a directory on a file system that all nodes share")
+        if all_reduce(not (self.out / "config.json").exists()):
+            raise InputError(f"--out {self.out}: not all ranks see what rank 0 writes there; name "
+                             "a directory on a file system that all nodes share")
 
     def check(self) -> None:
         """Refuse the directory of another run."""

@@ -58,6 +58,8 @@ def test_the_papers_recipe_is_the_default_and_the_toy_changes_sizes_only():
     (["--algo", "rl_sft", "--rollouts", "1"], ["two rewards"]),
     (["--gamma", "0"], ["--gamma"]),
     (["--shaping", "cubic"], ["--shaping cubic", "luffy"]),
+    (["--updates_per_step", "0"], ["--updates_per_step", "at least 1"]),
+    (["--tensor_parallel", "0"], ["--tensor_parallel", "at least 1"]),
     (["--save_every", "0"], ["--save_every", "at least 1"]),
     (["--temperature", "0"], ["--temperature"]),
     (["--tis_cap", "0"], ["--tis_cap"]),
@@ -88,6 +90,7 @@ def test_a_dry_run_needs_no_weights_and_leaves_nothing(tmp_path):
     out = run("luffy.py", "--model", "Qwen2.5-Math-7B", "--dry_run", "--out", tmp_path / "run")
     assert "7,615,616,512 parameters" in out.stdout and "fits in 80 GiB" in out.stdout
     assert not (tmp_path / "run").exists()
+    assert run("luffy.py", "--dry_run", ranks=2).stdout.count("machine     2 x CPU") == 1
     assert "multiple of 6" in refused("--model", "Qwen2.5-Math-7B", "--dry_run", "3x80")
 
 

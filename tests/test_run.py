@@ -10,7 +10,9 @@ def test_means_are_over_all_parts_alike():
     means.add("x", torch.tensor([1.0, 2.0]))
     means.add("x", [6.0])
     means.add("y", torch.tensor([]))  # a micro-batch without such tokens
-    assert means.reduce() == {"x": 3.0}
+    for values in ([1.0, 3.0], [], [2.0]):
+        means.peak("z", torch.tensor(values))
+    assert means.reduce() == {"x": 3.0, "z": 3.0}
 
 
 def test_one_line():
