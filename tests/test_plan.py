@@ -16,6 +16,12 @@ import plan
 from run import InputError
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """For tests of the arithmetic: activations are what they would be found to be, nearly."""
+    monkeypatch.setattr(plan, "activation_bytes", lambda *_: 8 * plan.GIB)
+
+
 def planned(capsys, *args) -> str:
     cfg = luffy.parse_args([*args])
     plan.show(cfg, luffy.but(cfg, luffy.Config()), luffy.is_toy(cfg.model))
@@ -29,7 +35,7 @@ def test_a_small_gpu_and_another_recipe(capsys):
     assert "recipe      the paper's, but lr 1e-05\n" in text
 
 
-def test_the_arithmetic_of_a_rank(capsys):
+def test_the_arithmetic_of_a_rank(capsys, quick):
     text = planned(capsys, "--model", "Qwen2.5-Math-7B", "--dry_run", "8x80")
     assert "recipe      the paper's\n" in text and "7,615,616,512 parameters" in text
     assert "= 1,024 trajectories, 2 updates" in text and "verdict     fits in 80 GiB" in text
@@ -50,7 +56,7 @@ def test_the_arithmetic_of_a_rank(capsys):
         plan.memory(luffy.replace(cfg, tensor_parallel=8), config, 8, 80 * plan.GIB)
 
 
-def test_verdicts_of_other_samplers(capsys):
+def test_verdicts_of_other_samplers(capsys, quick):
     """Too large a cache, TorchSampler with hundreds of long responses, SFT without a sampler."""
     args = ["--model", "Qwen2.5-Math-1.5B", "--dry_run", "1x80"]
     text = planned(capsys, *args, "--cache_gib", "60")
@@ -129,7 +135,7 @@ def test_the_toys_plan_agrees_with_a_measured_update(tiny_model, tmp_path):
     assert measured == pytest.approx(expected, rel=0.15)
 
 
-def test_the_engine_gets_what_the_plan_says_or_what_is_asked_for(monkeypatch):
+def test_the_engine_gets_what_the_plan_says_or_what_is_asked_for(monkeypatch, quick):
     config = plan.Qwen2Config(**plan.SHAPES["Qwen/Qwen2.5-Math-1.5B"])
     cfg = luffy.parse_args(["--model", "Qwen2.5-Math-1.5B"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
