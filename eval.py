@@ -13,8 +13,8 @@ from statistics import fmean as mean
 
 from data import Problem, load_benchmarks
 from model import find, load_config, load_tokenizer
-from run import InputError, checkpoints, gather, init_processes, launch, leave_processes, rank
-from run import read_jsonl, say, seed_of, world_size
+from run import InputError, checkpoints, gather, init_processes, launch, rank, read_jsonl, say
+from run import seed_of, world_size
 from sampler import TorchSampler
 from verify import Grader
 
@@ -168,7 +168,6 @@ def main() -> None:
     except InputError as error:
         sys.exit(f"eval.py: {error}" if rank() == 0 else 1)
     say(table({Path(args.model).name: scores}))
-    leave_processes()
 
 
 if __name__ == "__main__":

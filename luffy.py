@@ -46,7 +46,7 @@ from eval import evaluate, report
 from model import Policy, find, fit_context, from_pretrained, load_config, load_tokenizer
 from model import token_logprobs as token_logprobs  # log π_θ and its entropy
 from run import InputError, Means, Run, add_token_metrics, all_reduce, barrier, device
-from run import init_processes, launch, leave_processes, progress, rank, say, seed_of
+from run import init_processes, launch, progress, rank, say, seed_of
 from run import trajectory_metrics, world_size
 from sampler import TorchSampler, VLLMSampler
 from verify import Grader
@@ -103,6 +103,11 @@ class Config:
     eval_samples: int = 8  # responses to each evaluation problem, at temperature 0.6
     sample_every: int = 10  # steps between files of sampled groups
     dry_run: str = ""  # print the plan for this machine, or for GPUSxGIB such as 8x80, and stop
+
+    @property
+    def samples(self) -> bool:
+        """Does a run need a sampler? SFT without evaluation does not."""
+        return bool(self.rollouts or self.eval_data)
 
 
 # The arms of the paper, as changes of Config's defaults: neighbours differ in one switch.
@@ -473,7 +478,7 @@ def load_model(path: str | Path, config, cfg: Config) -> nn.Module:
 
 def make_sampler(path: str | Path, config, eos: int, cfg: Config):
     """Before the trainer's model is loaded: vLLM looks at what the GPU has free."""
-    if not cfg.rollouts and not cfg.eval_data:  # SFT alone
+    if not cfg.samples:
         return SimpleNamespace(load_weights=lambda named_parameters: None,
                                generate=lambda prompts, n, **options: [[] for _ in prompts])
     say(f"sampler     {sampler_kind(cfg)}")
@@ -573,7 +578,8 @@ def check(cfg: Config, ranks: int) -> None:
         (cfg.sampler not in ("auto", "vllm", "torch"), "--sampler: auto, vllm or torch"),
         (ranks % max(1, cfg.tensor_parallel) != 0, f"--tensor_parallel {cfg.tensor_parallel}: "
          f"{ranks} processes cannot be shared out by it"),
-        (not cfg.dry_run and sampler_kind(cfg) == "vllm" and find_spec("vllm") is None,
+        (cfg.samples and not cfg.dry_run and sampler_kind(cfg) == "vllm"
+         and find_spec("vllm") is None,
          "vLLM is not installed: pip install -r requirements.txt, or --sampler torch (slow)"),
     ):
         if wrong:
@@ -606,7 +612,6 @@ def main() -> None:
                 "    # RL alone stays at zero on the hard problems")
     except InputError as error:
         sys.exit(f"luffy.py: {error}" if rank() == 0 else 1)
-    leave_processes()
 
 
 if __name__ == "__main__":

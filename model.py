@@ -50,15 +50,15 @@ def not_found(path: str | Path, error: Exception) -> InputError:
                       f"name on the hub that can be reached from here ({error})")
 
 
-def fit_context(config, max_prompt_tokens: int, max_response_tokens: int):
-    """The config, good for prompts and responses of these lengths; says so if it has to change.
+def fit_context(config, max_prompt_tokens: int, max_response_tokens: int) -> None:
+    """Make a config good for prompts and responses of these lengths; says so if it has to change.
 
     Qwen2.5-Math was made for 4096 tokens. The paper (App. C.1) lengthens it to 16384 by a larger
     RoPE base, without training. Raises InputError for any other model that is too short.
     """
     needed, context = max_prompt_tokens + max_response_tokens, config.max_position_embeddings
     if needed <= context:
-        return config
+        return
     rope = getattr(config, "rope_parameters", None) or {}
     qwen_math = (config.model_type, context, rope.get("rope_theta")) == ("qwen2", 4096, 10000)
     if not qwen_math or needed > 16384:
@@ -69,7 +69,6 @@ def fit_context(config, max_prompt_tokens: int, max_response_tokens: int):
     config.max_position_embeddings = 16384
     config.rope_parameters = rope | {"rope_theta": 40000.0}
     say(f"context     {context} -> 16384 tokens, rope_theta 10000 -> 40000, as in the paper")
-    return config
 
 
 # ------------------------------------------------------------------ the policy
@@ -130,7 +129,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[s] = grad @ weight
             grad_weight.addmm_(grad.T, hidden[s])
-            del log_p, p, grad  # before the next chunk's
+            del log_p, p, grad  # else they live on beside the next chunk's: twice the memory
         return grad_hidden, grad_weight, None, None, None
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from model import Policy, find, fit_context, load_config
 from run import InputError, say
 from sampler import TORCH_ROWS
+
 GIB = 2**30
 RESERVE = 6 * GIB  # assumed: CUDA, NCCL, vLLM's graphs, fragmentation
 ENGINE = 4 * GIB  # assumed: vLLM's buffers for MAX_PREFILL tokens and MAX_SEQUENCES responses
@@ -86,14 +87,14 @@ def activation_bytes(config, dtype: torch.dtype, checkpointing: bool, lengths: l
             response_index=torch.arange(1, tokens))  # as if there were no prompts
         for p in policy.parameters():
             p.grad = torch.zeros_like(p)
-        with AllocationCounter() as memory:
+        with AllocationCounter() as counter:
             for p in policy.parameters():
-                memory.count(p.untyped_storage())
-                memory.count(p.grad.untyped_storage())
-            before = memory.now
+                counter.count(p.untyped_storage())
+                counter.count(p.grad.untyped_storage())
+            before = counter.now
             logp, entropy = policy(batch)
             (logp + entropy).sum().backward()
-    return memory.peak - before
+    return counter.peak - before
 
 
 def cache_bytes_per_token(cfg, config, size: int) -> int:
@@ -129,7 +130,7 @@ def memory(cfg, config, ranks: int, capacity: int | None) -> list[tuple[str, str
     ]
     rollouts = sampled(cfg, ranks)
     response = longest(cfg) * cache_bytes_per_token(cfg, config, dtype.itemsize)
-    if not (rollouts or cfg.eval_data):  # SFT alone
+    if not cfg.samples:
         return [*table, ("sampling", "keys and values", 0)]
     if cfg.sampler == "torch" or not on_gpu:
         return [*table, ("always", "the sampler's weights", weights),
@@ -147,7 +148,7 @@ def verdict(table: list[tuple[str, str, int]], cfg, config, capacity: int) -> st
         if total(table, phase) > capacity:
             return f"{phase} takes {total(table, phase) / GIB:.1f} GiB"
     response = longest(cfg) * cache_bytes_per_token(cfg, config, 2)
-    if cfg.sampler != "torch" and (cfg.rollouts or cfg.eval_data) and table[-1][-1] < response:
+    if cfg.samples and cfg.sampler != "torch" and table[-1][-1] < response:
         return "vLLM's keys and values have no room for one response"
     return ""
 

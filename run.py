@@ -12,7 +12,6 @@ A run directory holds
 Rank 0 writes all of it, but for the optimizer's shards.
 """
 
-import gc
 import hashlib
 import json
 import math
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 # A finished or interrupted run may go on with these changed: they do not change the mathematics.
 MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "graders", "token_budget",
-              "sampler", "tensor_parallel", "cache_gib", "checkpointing", "dry_run"}
+              "sampler", "tensor_parallel", "cache_gib", "checkpointing"}
 
 
 class InputError(ValueError):
@@ -89,22 +88,15 @@ def barrier() -> None:
     all_reduce(0)
 
 
-def leave_processes() -> None:
-    """Together, and with nothing left that holds the group: gloo's threads abort at exit else."""
-    barrier()
-    gc.collect()  # DDP is in reference cycles
-    if "vllm" not in sys.modules:  # an engine does it itself, later
-        dist.destroy_process_group()
-
-
 def launch(main) -> None:
     """Run a program's main and leave at once, whatever happened.
 
     At the usual exit vLLM and NCCL take leave of ranks that may be waiting elsewhere, for hours;
-    torchrun ends those, but only when this process is gone.
+    torchrun ends those, but only when this process is gone. (And gloo aborts, now and then.)
     """
     try:
-        record(main)()  # torchrun then shows the error of the rank that failed first
+        record(main)()  # torchrun then has the error in its summary
+        barrier()  # a rank that is gone early would look like one that died
         status = 0
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)

@@ -139,13 +139,13 @@ class VLLMSampler:
         if self.sleeps:
             options = dict(dtype="bfloat16", enable_sleep_mode=True, max_num_seqs=MAX_SEQUENCES,
                            max_num_batched_tokens=MAX_PREFILL,
-                           gpu_memory_utilization=0.01)  # has no use but to be checked: see plan.py
+                           gpu_memory_utilization=0.01)  # of no use here; but checked as if free
         else:  # vLLM's CPU build
             import vllm._custom_ops
 
             vllm._custom_ops._supports_onednn = False  # else load_weights does not reach them
             options = dict(dtype="float32", enforce_eager=True, enable_chunked_prefill=False,
-                           max_num_batched_tokens=max(4096, max_tokens))  # chunks and seeds crash
+                           max_num_batched_tokens=max(4096, max_tokens))  # seeded chunks crash
         set_num_threads = torch.set_num_threads
         self.llm = vllm.LLM(
             str(path), load_format="dummy", generation_config="vllm", max_model_len=max_tokens,
@@ -190,6 +190,7 @@ class VLLMSampler:
         if self.sleeps:
             self.llm.sleep(level=2)
         first = sum(map(len, everyones[:here]))
+        # vLLM gives a greedy response once: the n samples are that one, n times
         return [(list(map(to_sample, output.outputs)) * n)[:n]
                 for output in outputs[first:first + len(prompts)]]
 

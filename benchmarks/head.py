@@ -32,8 +32,25 @@ def plain(hidden, weight, targets):
 VARIANTS = {"plain": plain, "chunked": token_logprobs}
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+class PeakMemory:
+    """Watches this process: `bytes` is how far its resident memory rose above where it was."""
+
+    def __enter__(self):
+        self.before, self.bytes, self.done = self.resident(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        while not self.done.wait(0.001):
+            self.bytes = max(self.bytes, self.resident() - self.before)
+
+    def resident(self) -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def measure(variant: str, tokens: int) -> dict:
@@ -43,22 +60,12 @@ def measure(variant: str, tokens: int) -> dict:
     weight = (torch.randn(VOCABULARY, WIDTH) * 0.02).requires_grad_()
     targets = torch.randint(VOCABULARY, (tokens,))
     hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)
-    before, peak, done = resident(), 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.process_time()
-    logp, entropy = VARIANTS[variant](hidden, weight, targets)
-    (-logp.mean() - 1e-3 * entropy.mean()).backward()
-    seconds = time.process_time() - start
-    done.set()
-    watcher.join()
-    return {"seconds": seconds, "bytes": peak - before}
+    with PeakMemory() as peak:
+        start = time.process_time()
+        logp, entropy = VARIANTS[variant](hidden, weight, targets)
+        (-logp.mean() - 1e-3 * entropy.mean()).backward()
+        seconds = time.process_time() - start
+    return {"seconds": seconds, "bytes": peak.bytes}
 
 
 def gradient_error() -> float:

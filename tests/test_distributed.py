@@ -23,8 +23,8 @@ def luffy(model, out, *more):
             "--entropy_coef", 1e-3, "--eval_samples", 2, *more]
 
 
-def two_nodes(*args) -> list[subprocess.CompletedProcess]:
-    """torchrun --nnodes=2: two agents that meet at a port of this machine, one process each."""
+def two_nodes(*args) -> str:
+    """torchrun --nnodes=2: two agents that meet at a port of this machine -> what both print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -33,8 +33,9 @@ def two_nodes(*args) -> list[subprocess.CompletedProcess]:
     nodes = [subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE) for _ in range(2)]
     try:
-        return [subprocess.CompletedProcess(command, 0, *node.communicate(timeout=200))
-                for node in nodes]
+        printed = [node.communicate(timeout=200) for node in nodes]
+        assert all(node.returncode == 0 for node in nodes), printed
+        return "".join(out for out, _ in printed)
     finally:
         for node in nodes:
             node.kill()
@@ -44,9 +45,8 @@ def two_nodes(*args) -> list[subprocess.CompletedProcess]:
 def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo, nodes):
     run(*luffy(tiny_model, tmp_path / "1", "--algo", algo))
     if nodes == 2:
-        said = "".join(node.stdout for node in two_nodes(
-            *luffy(tiny_model, tmp_path / "2", "--algo", algo)))
-        assert said.count("step 2 | reward") == 1
+        printed = two_nodes(*luffy(tiny_model, tmp_path / "2", "--algo", algo))
+        assert printed.count("step 2 | reward") == 1
     else:
         run(*luffy(tiny_model, tmp_path / "2", "--algo", algo, "--checkpointing", "true"), ranks=2)
     one, two = (rows(tmp_path / n / "metrics.jsonl") for n in "12")
@@ -67,7 +67,7 @@ def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo, nod
 SHARDED = textwrap.dedent("""
     import torch
     from luffy import DDP, ShardedAdamW
-    from run import init_processes, leave_processes, rank
+    from run import init_processes, launch, rank
     def net():
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 128),
@@ -101,8 +101,7 @@ SHARDED = textwrap.dedent("""
         print(f"rank {rank()}: share {share:.2f}, moved {moved}")
         assert moved > 1000
     init_processes()
-    compare()
-    leave_processes()
+    launch(compare)
 """)
 
 
@@ -130,13 +129,15 @@ FAILING = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize("how, error", [("raises", "the disk of rank 1 is full"),
-                                        ("dies", "Signal 9 (SIGKILL)")])
+@pytest.mark.parametrize("how, error", [
+    ("raises", "[rank1]: RuntimeError: the disk of rank 1 is full"),
+    ("dies", "Signal 9 (SIGKILL)"),
+])
 def test_a_rank_that_fails_ends_the_job_with_its_error(tiny_model, tmp_path, how, error):
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
     start = time.monotonic()
     result = run(script, how, *luffy(tiny_model, tmp_path / "run")[1:], ranks=2, check=False)
     assert result.returncode != 0 and error in result.stderr
-    assert "rank      : 1" in result.stderr.split("Root Cause")[1]
+    assert "rank      : 1" in result.stderr  # in torchrun's summary; within a second any is first
     assert time.monotonic() - start < 100

@@ -26,11 +26,13 @@ def qwen_math(**changes) -> Qwen2Config:
 
 
 def test_qwen_math_gets_the_papers_longer_context(capsys):
-    config = fit_context(qwen_math(), 1024, 8192)
+    config = qwen_math()
+    fit_context(config, 1024, 8192)
     assert config.max_position_embeddings == 16384
     assert config.rope_parameters["rope_theta"] == 40000
     assert "4096 -> 16384" in capsys.readouterr().out
-    config = fit_context(qwen_math(), 1024, 3072)  # long enough as it is
+    config = qwen_math()
+    fit_context(config, 1024, 3072)  # long enough as it is
     assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (4096, 10000)
     assert not capsys.readouterr().out
 

@@ -75,16 +75,12 @@ def test_a_machine_that_makes_no_sense():
 
 MEASURE = textwrap.dedent("""
     # what the first two updates of a run add to this process's resident memory
-    import json, sys, threading
-    from pathlib import Path
+    import json, sys
     sys.path.insert(0, ".")
-    import torch
     import luffy, plan
+    from benchmarks.head import PeakMemory
     from data import Problem
     from run import init_processes
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     def update(cfg):
         policy = luffy.DDP(luffy.Policy(luffy.load_model(sys.argv[1], config, cfg), 1.0),
@@ -104,18 +100,10 @@ MEASURE = textwrap.dedent("""
             "--token_budget", "100000", "--max_response_tokens", "96"])
     update(sizes(8))  # libraries and thread pools are loaded by now
     cfg = sizes(400)
-    before, peak, done = resident(), 0, threading.Event()
-    def watch():
-        global peak
-        while not done.wait(0.001):
-            peak = max(peak, resident())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    update(cfg)
-    done.set()
-    watcher.join()
+    with PeakMemory() as peak:
+        update(cfg)
     table = plan.memory(cfg, config, 1, None)
-    print(json.dumps([peak - before, plan.total(table, "updating")]))
+    print(json.dumps([peak.bytes, plan.total(table, "updating")]))
 """)
 
 

@@ -32,7 +32,7 @@ WATCHED = textwrap.dedent("""
     import luffy
     from data import Problem
     from model import Policy, from_pretrained
-    from run import gather
+    from run import gather, launch
 
     PROMPTS = [(2, 15, 7, 3), (2, 17, 3), (2, 30, 9, 51, 31, 8, 52, 33, 53),
                (2, *range(5, 50)) * 3]  # the last one is long enough for the prefix cache
@@ -74,8 +74,11 @@ WATCHED = textwrap.dedent("""
         return sampler
 
     luffy.make_sampler = make_sampler
-    luffy.main()
-    Path(sys.argv[2], f"notes-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(notes))
+    def main():
+        luffy.main()
+        Path(sys.argv[2], f"notes-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(notes))
+
+    launch(main)
 """)
 
 
