@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from model import from_pretrained
-from run import device, progress, rank, world_size
+from run import barrier, device, progress, rank, world_size
 
 TORCH_ROWS = 512  # responses that TorchSampler decodes together
 MAX_SEQUENCES, MAX_PREFILL = 256, 8192  # of a vLLM engine on a GPU: responses, and prompt tokens
@@ -144,6 +144,10 @@ class VLLMSampler:
             import vllm._custom_ops
 
             vllm._custom_ops._supports_onednn = False  # else load_weights does not reach them
+            if rank() == 0:  # what an earlier run left, under the very names of this one
+                for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
+                    left.unlink()
+            barrier()
             options = dict(dtype="float32", enforce_eager=True, enable_chunked_prefill=False,
                            max_num_batched_tokens=max(4096, max_tokens))  # seeded chunks crash
         set_num_threads = torch.set_num_threads
