@@ -28,6 +28,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -46,7 +47,7 @@ from eval import evaluate, report
 from model import Policy, find, fit_context, from_pretrained, load_config, load_tokenizer
 from model import token_logprobs as token_logprobs  # log π_θ and its entropy
 from run import InputError, Means, Run, add_token_metrics, all_reduce, barrier, device
-from run import init_processes, launch, progress, rank, say, seed_of
+from run import gather, init_processes, launch, progress, rank, say, seed_of
 from run import trajectory_metrics, world_size
 from sampler import TorchSampler, VLLMSampler
 from verify import Grader
@@ -71,6 +72,7 @@ class Config:
     max_prompt_tokens: int = 1024
     max_response_tokens: int = 8192  # traces with their EOS, too
     temperature: float = 1.0  # of the rollouts; top_p = 1
+    lenient: bool = False  # the official code's reward: a right answer without a box counts, too
     # the objective
     shaping: str = "luffy"  # f on trace tokens, a row of SHAPINGS
     gamma: float = 0.1  # the paper's γ in f(x) = x / (x + γ), not a discount
@@ -179,7 +181,7 @@ def train(cfg: Config, base: str) -> None:
     """The whole method in one loop."""
     run = Run(cfg)
     path = run.checkpoint or base
-    with Grader(cfg.graders, cfg.grade_timeout) as grader:
+    with Grader(cfg.graders, cfg.grade_timeout, cfg.lenient) as grader:
         tokenizer, config = load_tokenizer(path), load_config(path)
         fit_context(config, cfg.max_prompt_tokens, cfg.max_response_tokens)
         problems = load_training_set(
@@ -239,10 +241,10 @@ def score(trajectories: list["Trajectory"], grader: Grader, tokenizer, cfg: Conf
     """Set each trajectory's reward and advantage; -> the metrics of the rewards."""
     rollouts = [t for t in trajectories if not t.off_policy]
     jobs = [(t.problem.opened + tokenizer.decode(t.response), t.problem.answer) for t in rollouts]
-    failures = grader.timeouts + grader.crashes
+    before = grader.failures.copy()
     for t, reward in zip(rollouts, grader(jobs)):
         t.reward = reward
-    failures = all_reduce(grader.timeouts + grader.crashes - failures)
+    failures = sum(gather(grader.failures - before), Counter())  # these have reward 0 by default
     for t in trajectories:
         if t.off_policy:
             t.reward = t.problem.trace_reward  # verified once, by load_training_set
@@ -254,7 +256,8 @@ def score(trajectories: list["Trajectory"], grader: Grader, tokenizer, cfg: Conf
     for t, advantage in zip(trajectories, advantages.flatten().tolist()):
         t.advantage = advantage
     metrics = trajectory_metrics(trajectories, rewards[:, :cfg.rollouts], tokenizer.eos_token_id)
-    return metrics | {"grader_failures": failures}  # timeouts and crashes: reward 0 by default
+    return metrics | {"grader_failures": failures.total()} | {
+        f"grader_failures/{kind}": count for kind, count in failures.items()}
 
 
 def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Trajectory"],

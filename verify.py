@@ -1,35 +1,57 @@
 """Is this answer right? Rule-based rewards: 1.0 for a right final answer in \\boxed{}, else 0.0.
 
-    python verify.py RESPONSE ANSWER        # prints the extracted answer and the verdict
+    python verify.py RESPONSE ANSWER        # what is extracted, how it is read, right or not, why
 
-The text graded here was written by a model, so the `Grader` never parses it in the trainer's
-process: workers do, and a worker that takes too long is killed.
+Strict, the default: the last complete box after the thought is the answer, and it must have the
+value of the gold answer. There is no tolerance: 0.333 is not 1/3, (1,2) is not {1,2}.
+Lenient: the reward of the official code (math-verify reads all of the text after the thought, a box
+or none, and rounds to 6 decimals), so that results can be reported under both.
+
+What is graded was written by a model. Nothing here evaluates it as Python, and whatever parses it
+runs in a worker of `Grader`: a process with little memory that is killed when it takes too long.
 """
 
+import argparse
 import contextlib
 import json
 import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate, permutations
 from multiprocessing.connection import wait
 from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
 
-BOXED = "\\boxed{"
-INTEGER = re.compile(r"[+-]?\d{1,4000}")
-STARTUP_SECONDS = 120  # for a worker to import sympy, on a machine busy with other ranks' workers
+MAX_LENGTH, MAX_DEPTH = 1000, 25  # of an answer: characters, brackets in brackets
+WORKER_BYTES, STARTUP_SECONDS = 2**30, 120  # a worker imports sympy; 16 of them do at once
 
 
-# ------------------------------------------------------------------ one answer
+class Verdict(NamedTuple):
+    right: bool
+    reason: str
+    failure: str | None = None  # what ended the grading: "timeout", "crash" or an exception's name
+
+
+# ------------------------------------------------------------------ what the answer is
+BOX = re.compile(r"\\?\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)  # or a brace, or an escaped one
+
+
 def extract_answer(response: str) -> str | None:
-    r"""The content of the last complete `\boxed{...}` of the final answer, or None.
+    r"""The content of the last complete `\boxed{...}` (or `\fbox`) after the thought, or None.
 
     What stands inside a thought is no answer: only text after the last `</think>` counts, if there
-    is one; a response that opens a thought and never closes one has no answer.
+    is one; a response that opens a thought and never closes one has no answer. Where the prompt
+    itself ends in `<think>`, put that before the response.
 
     >>> extract_answer(r"so \boxed{1}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
@@ -38,112 +60,250 @@ def extract_answer(response: str) -> str | None:
     >>> extract_answer(r"<think> I am still thinking, maybe \boxed{1}") is None
     True
     """
-    thought, closed, answer = response.rpartition("</think>")
+    thought, closed, text = response.rpartition("</think>")
     if not closed and "<think>" in response:
         return None
-    start = answer.rfind(BOXED)
-    while start >= 0:  # from the last box to the first, until one is complete
-        content = balanced(answer, start + len(BOXED))
-        if content is not None:
-            return content.strip()
-        start = answer.rfind(BOXED, 0, start)
+    last, opened = None, []  # (start, end) of the box that begins last; where each `{` began
+    for token in BOX.finditer(text):  # once through, so that no text takes long
+        if token[0] == "}" and opened:
+            start, is_box = opened.pop()
+            if is_box and (last is None or start > last[0]):
+                last = start, token.start()
+        elif token[0][-1] == "{" and token[0] != r"\{":
+            opened.append((token.end(), token[0] != "{"))
+    return text[slice(*last)].strip() if last else None
+
+
+# ------------------------------------------------------------------ one way to write it
+TEXT = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox)\s*"
+WORDS = (r"percent(?:age)?|pct|degrees?|dollars?|cents?|units?|inch(?:es)?|feet|miles?|yards?|"
+         r"(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo)?grams?|lit(?:er|re)s?|mph|hours?|minutes?|"
+         r"seconds?|days?|weeks?|months?|years?|square|cubic|per")
+SYMBOLS = str.maketrans({"π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "−": "-",
+                         "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "√": r"\sqrt ", "°": "",
+                         "½": r"\frac{1}{2}", "²": "^2", "³": "^3", "\u200b": "", "\ufeff": ""})
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
+    (r"\\?\$", ""),  # $...$, and \$5
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
+    (r"(?<=[0-9])(?:,\\!|\\[,! ]|\{,\})\s*(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234 and 1\,234
+    (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])", " "),
+    (r"(?:\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z]))(?:\s*[CF]\b)?", ""),
+    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+    (r"(?<![\\a-zA-Z_0-9.])([0-9]*\.?[0-9]+)[eE]([+-]?[0-9]+)(?!\.?[0-9]|[a-zA-Z])",
+     r"\1\\times 10^{\2}"),  # 4.5e33
+    (r"(?<=[0-9])\.(?![0-9])", ""),  # 3. and -1./3
+    (r"(?:\\\\|[\s.])+$", ""),
+    (r"\s*\\?%$", ""),  # 28\%
+    (rf"(?<=[0-9a-zA-Z)}}])(?:\s*{TEXT}\{{(?!\s*(?:and|or|[mbtr]+illion|thousand|hundred|dozen)\b)"
+     r"[^{}0-9]*\}\s*(?:\^\s*\{?-?[0-9]\}?)?)+$", ""),  # 3 \text{ m}^2, but not 3 \text{ million}
+    (rf"(?<=[0-9])(?:\s*(?:{WORDS})\b| [kcm]m\b| ft\b| kg\b)+(?:\^\{{?[0-9]\}}?)?$", ""),  # 5 cm
+    (rf"^{TEXT}\{{([^{{}}]*)\}}$", r"\1"),  # \text{east}
+    (r"\\frac\s*([0-9])", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),  # \frac12
+    (r"^([+-]?(?:[0-9]+\s+)?)([0-9]+)\s*/\s*([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 1/2, 1 1/2
+    (r"_([0-9A-Za-z])(?![0-9A-Za-z])", r"_{\1}"),  # a_1
+    (r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", ""), (r"\s+", " ")]]
+
+
+@lru_cache(maxsize=4096)  # the rollouts of a problem have one gold answer
+def normal_form(answer: str) -> str:
+    r"""An answer (of at most MAX_LENGTH characters) without what does not change its value.
+
+    >>> normal_form(r"\dfrac12 \text{ cm}."), normal_form("$4.5e33$"), normal_form(r"90^\circ")
+    ('\\frac{1}{2}', '4.5\\times 10^{33}', '90')
+    """
+    answer = answer.translate(SYMBOLS).strip()
+    for pattern, replacement in REWRITES:
+        answer = pattern.sub(replacement, answer)
+    return answer
+
+
+# ------------------------------------------------------------------ the same value?
+ASSIGNMENT = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?=(?=[^=<>]+$)")
+DECIMAL = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+)?)(?<=[0-9])"
+                     r"(?:(?:\\times|\\cdot|\*) ?10\^\{?([+-]?[0-9]{1,3})\}?)?")
+FRACTION = re.compile(r"([+-]?)([0-9]*) ?\\frac\{([+-]?[0-9]+)\}\{([+-]?[0-9]+)\}")
+BASED = re.compile(r"([0-9][0-9A-F]*)_\{?([0-9]+)\}?")  # 204_5
+CHOICE = re.compile(r"\(?([A-Za-z])(?:[).:]+(?!.*\b[A-Z]\b).*)?")  # C, (C), or C. and some text
+TUPLE, SET = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]"), re.compile(r"\\\{.*,.*\\\}")
+TOO_BIG = re.compile(r"[0-9]{400}|\^[{(]?[+-]?[0-9]{5}|[0-9]{5}!|\^[{(]?[0-9]+\^")  # to be computed
+
+
+def number(text: str) -> Fraction | None:
+    """The exact value of a decimal, a fraction or a mixed number in normal form."""
+    if match := DECIMAL.fullmatch(text):
+        return Fraction(match[1].replace(",", "")) * Fraction(10) ** int(match[2] or 0)
+    match = FRACTION.fullmatch(text)
+    if not match or int(match[4]) == 0 or match[2] and "-" in match[3] + match[4]:
+        return None
+    value = int(match[2] or 0) + Fraction(int(match[3]), int(match[4]))
+    return -value if match[1] == "-" else value
+
+
+def compare(given: str, answer: str) -> Verdict | None:
+    """What can be said of two answers without a parser, which is most; else None. Microseconds."""
+    if max(len(given), len(answer)) > MAX_LENGTH:
+        return Verdict(given.strip() == answer.strip(), "too long to be parsed")
+    in_words = re.search(TEXT, given + answer)
+    given, answer = normal_form(given), normal_form(answer)
+    if ("=" in given) != ("=" in answer):  # x = 5
+        given, answer = ASSIGNMENT.sub("", given), ASSIGNMENT.sub("", answer)
+    if not given or not answer:
+        return Verdict(False, "empty")
+    if given == answer:
+        return Verdict(True, "same text")
+    if in_words and re.fullmatch(r"[A-Za-z]{2}[A-Za-z ]*", answer):
+        return Verdict(given.casefold() == answer.casefold(), "compared as words")
+    lists = [[number(part) for part in text.split(",")] for text in (given, answer)]
+    if None not in sum(lists, []) and sorted(lists[0]) == sorted(lists[1]):
+        return Verdict(True, "same numbers")
+    if None not in (values := (number(given), number(answer))):
+        return Verdict(values[0] == values[1], "compared as numbers")
+    mine, gold = BASED.fullmatch(given), BASED.fullmatch(answer)
+    if mine and (gold or values[1] is not None):
+        return Verdict(bool(gold) and mine.groups() == gold.groups(), "compared in their base")
+    if re.fullmatch(r"\(?[A-Z]\)?", answer) and (choice := CHOICE.fullmatch(given)):
+        return Verdict(choice[1].upper() == answer.strip("()"), "compared as choices")
+    if any(TUPLE.fullmatch(a) and SET.fullmatch(b) for a, b in permutations((given, answer))):
+        return Verdict(False, "a tuple is not a set")
+    depths = accumulate((c in "([{") - (c in ")]}") for c in given + answer)
+    if TOO_BIG.search(given) or TOO_BIG.search(answer) or max(depths) > MAX_DEPTH:
+        return Verdict(False, "too big to be parsed")
     return None
 
 
-def balanced(text: str, start: int) -> str | None:
-    r"""text[start:] up to the brace that closes the one just before it; None if none does."""
-    depth, i = 1, start
-    while i < len(text):
-        if text[i] == "\\":
-            i += 1  # \{ and \} are characters, not groups
-        elif text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:i]
-        i += 1
-    return None
+@lru_cache(maxsize=4096)
+def read(answer: str) -> list:
+    """A normal form as sympy expressions, their decimals as exact fractions; or as a string."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+    from sympy import Float, Rational
+
+    # Not its units: they are letters, and `2x + 3t` would be `2x + 3`.
+    config = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="last")
+    found = parse(f"\\boxed{{{answer}}}", [LatexExtractionConfig(normalization_config=config)],
+                  parsing_timeout=None)
+    return [e if isinstance(e, str) else e.xreplace({x: Rational(str(x)) for x in e.atoms(Float)})
+            for e in found]
 
 
-def grade(response: str, answer: str) -> float:
-    r"""1.0 if the boxed answer of `response` equals `answer` as mathematics, else 0.0.
+def same_value(given, answer) -> bool:
+    """Of two expressions: exactly, or to 40 digits where both are irrational constants."""
+    from math_verify import verify
+    from sympy import Expr
 
-    Runs in this process, without a time limit: use `Grader` on text that a model wrote.
+    if all(isinstance(e, Expr) and e.is_number for e in (given, answer)):
+        gap = (given - answer).doit()
+        if gap.is_Rational:
+            return gap == 0
+        size = abs(gap.evalf(50))
+        return bool(size.is_real and size < (1 + abs(answer)).evalf(5) * 10**-40)
+    return verify(answer, given, numeric_precision=40, timeout_seconds=None, raise_on_error=True)
+
+
+def parse_and_compare(given: str, answer: str, lenient: bool) -> Verdict:
+    """What `compare` leaves open. It may hang or take all memory: not in the trainer's process."""
+    # math-verify would warn that it has no time limit: its own is SIGALRM, for main threads only
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    try:
+        if lenient:
+            from math_verify import parse, verify
+
+            right = verify(parse(f"${answer}$", parsing_timeout=None),
+                           parse(given, parsing_timeout=None), timeout_seconds=None)
+        else:
+            right = any(same_value(a, b) for a in read(normal_form(given))
+                        for b in read(normal_form(answer)))
+        return Verdict(right, "compared by math-verify")
+    except Exception as error:
+        return Verdict(False, f"{type(error).__name__}: {error}"[:200], type(error).__name__)
+
+
+def screen(response: str, answer: str, lenient: bool) -> tuple[str | None, Verdict | None]:
+    """-> (the answer given, or all that may hold it if lenient; the verdict, if that is easy)."""
+    if not lenient:
+        given = extract_answer(response)
+        return given, (Verdict(False, "no complete box in the final answer") if given is None
+                       else compare(given, answer))
+    thought, *final = response.split("</think>")
+    if not final and "<think>" in thought:
+        return None, Verdict(False, "the thought has no end")
+    return final[0] if final else response, None
+
+
+def grade(response: str, answer: str, lenient: bool = False) -> float:
+    r"""1.0 if the final answer of `response` is right, else 0.0. Never raises, but may not return.
+
+    Runs in this process, without a limit: use `Grader` on text that a model wrote.
 
     >>> grade(r"It is \boxed{0.5}.", r"\frac{1}{2}"), grade(r"It is \boxed{0.5}.", "2")
     (1.0, 0.0)
+    >>> grade("It is $0.5$.", r"\frac{1}{2}"), grade("It is $0.5$.", r"\frac{1}{2}", lenient=True)
+    (0.0, 1.0)
     """
-    given = extract_answer(response)
-    if given is None:
-        return 0.0
-    return float(equivalent(given, answer.strip()))
-
-
-def equivalent(given: str, answer: str) -> bool:
-    """Do two final answers denote the same value? Cheap exact paths first, then math-verify."""
-    if given == answer:
-        return True
-    if INTEGER.fullmatch(given) and INTEGER.fullmatch(answer):
-        return int(given) == int(answer)  # "025" is 25
-    from math_verify import parse, verify  # a second of imports, needed by the workers only
-
-    # No timeouts here: math-verify's are SIGALRM, which only the main thread may set. It warns.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-    def read(text: str) -> list:
-        return parse(f"{BOXED}{text}}}", parsing_timeout=None)
-
-    return bool(verify(read(answer), read(given), timeout_seconds=None))
+    given, verdict = screen(response, answer, lenient)
+    return float((verdict or parse_and_compare(given, answer, lenient)).right)
 
 
 # ------------------------------------------------------------------ many answers, safely
 class Grader:
-    """A pool of worker processes that cannot be hung: a job that overruns costs itself only.
+    """Grades in worker processes, so that no response can hold up or bring down the trainer.
 
-    workers: processes; timeout: seconds for one job, after which its worker is killed (reward 0)
-    and replaced. `timeouts` and `crashes` count such jobs since the start. Use it as a context
-    manager, or call `close()`.
+    workers: processes; timeout: seconds for one response, after which its worker is killed, its
+    reward is 0 and another worker starts; lenient: as above. `failures` counts the responses whose
+    grading failed, by kind: "timeout", "crash", or an exception's name. Any thread may use it. A
+    context manager; or call `close()`.
     """
 
-    def __init__(self, workers: int = 2, timeout: float = 5.0):
-        self.timeout, self.timeouts, self.crashes = timeout, 0, 0
-        self.workers = [Worker(timeout) for _ in range(workers)]
+    def __init__(self, workers: int = 2, timeout: float = 5.0, lenient: bool = False):
+        self.timeout, self.lenient, self.failures = timeout, lenient, Counter()
+        self.threads, self.workers, self.idle = ThreadPoolExecutor(workers), set(), SimpleQueue()
+        for _ in range(workers + 1):  # one to spare: no job waits while a killed one is replaced
+            self.add_worker()
 
     def __call__(self, jobs: list[tuple[str, str]]) -> list[float]:
         """[(response, answer), ...] -> [reward, ...] in the same order."""
-        rewards, todo = [0.0] * len(jobs), deque(enumerate(jobs))
-        while todo or any(w.job is not None for w in self.workers):
-            for i, worker in enumerate(self.workers):
-                if todo and worker.ready and worker.job is None:
-                    if worker.start(*todo[0]):
-                        todo.popleft()
-                    else:  # it died while idle
-                        self.crashes += 1
-                        self.workers[i] = Worker(self.timeout)
-            waiting = [w for w in self.workers if w.job is not None or not w.ready]
-            patience = max(0.0, min(w.deadline for w in waiting) - time.monotonic())
-            wait([w.process.stdout for w in waiting], timeout=patience)
-            for i, worker in enumerate(self.workers):
-                if worker not in waiting or (reply := worker.poll()) is None:
-                    continue
-                job = worker.finish()
-                if isinstance(reply, float):
-                    if job is not None:  # None: it was the hello of a new worker
-                        rewards[job] = reply
-                    continue
-                if job is None:
-                    raise RuntimeError(f"a grading worker {reply} before its first job; "
-                                       "does `python verify.py 1 1` run?")
-                self.timeouts += reply == "timed out"
-                self.crashes += reply == "crashed"
-                self.workers[i] = Worker(self.timeout)
-        return rewards
+        return [float(verdict.right) for verdict in self.verdicts(jobs)]
+
+    def verdicts(self, jobs: list[tuple[str, str]]) -> list[Verdict]:
+        screened = [(*screen(response, answer, self.lenient), answer) for response, answer in jobs]
+        hard = list(dict.fromkeys((given, answer) for given, easy, answer in screened if not easy))
+        parsed = dict(zip(hard, self.threads.map(self.ask_a_worker, hard)))
+        verdicts = [easy or parsed[given, answer] for given, easy, answer in screened]
+        self.failures.update(v.failure for v in verdicts if v.failure)
+        return verdicts
+
+    @property
+    def timeouts(self) -> int:
+        return self.failures["timeout"]
+
+    def add_worker(self) -> None:
+        worker = Worker(self.timeout)
+        self.workers.add(worker)
+        self.idle.put(worker)
+
+    def ask_a_worker(self, job: tuple[str, str]) -> Verdict:
+        """In one of the threads."""
+        verdict = None
+        while verdict is None:
+            worker = self.idle.get()
+            if worker.alive():  # else it died while idle
+                verdict = worker.ask(*job, self.lenient)
+            if worker.alive():
+                self.idle.put(worker)
+            else:
+                self.workers.remove(worker)
+                self.add_worker()
+        return verdict
 
     def close(self) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for worker in list(self.workers):
+            worker.kill()  # and what a thread may be waiting for
+        self.threads.shutdown()
         for worker in self.workers:
             worker.kill()
-        self.workers = []
 
     def __enter__(self) -> "Grader":
         return self
@@ -159,64 +319,76 @@ class Worker:
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(timeout)]
         self.process = subprocess.Popen(  # own session: Ctrl-C is the trainer's business
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self.timeout, self.ready, self.job = timeout, False, None
-        self.deadline = time.monotonic() + STARTUP_SECONDS
+        self.timeout, self.ready = timeout, False
 
-    def start(self, job: int, work: tuple[str, str]) -> bool:
-        """Give it a job; False if the process is dead."""
-        try:
-            self.process.stdin.write(json.dumps(work).encode() + b"\n")
+    def ask(self, *job) -> Verdict:
+        """The verdict on (given, answer, lenient). A timeout or a crash leaves no process."""
+        if not self.ready and not self.reply(STARTUP_SECONDS):
+            self.kill()
+            raise RuntimeError("a grading worker does not start; does `python verify.py 1 1` run?")
+        self.ready = True
+        with contextlib.suppress(BrokenPipeError):  # it is dead: there will be no reply
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            self.kill()
-            return False
-        self.job, self.deadline = job, time.monotonic() + self.timeout
-        return True
+        reply = self.reply(self.timeout)
+        if reply:
+            return Verdict(*json.loads(reply))
+        self.kill()
+        return (Verdict(False, f"no verdict in {self.timeout:g} s", "timeout") if reply is None
+                else Verdict(False, "the worker died of it", "crash"))
 
-    def poll(self) -> float | str | None:
-        """The reward, or what went wrong (the process is dead then), or None: still at work."""
-        if wait([self.process.stdout], timeout=0):
-            line = self.process.stdout.readline()
-            if line:
-                return float(line)
-            self.kill()
-            return "crashed"
-        if time.monotonic() >= self.deadline:
-            self.kill()
-            return "timed out"
-        return None
+    def alive(self) -> bool:
+        return self.process.poll() is None
 
-    def finish(self) -> int | None:
-        job, self.job, self.ready = self.job, None, True
-        return job
+    def reply(self, seconds: float) -> bytes | None:
+        """Its next line; empty if it is dead, None if no line came in time."""
+        return self.process.stdout.readline() if wait([self.process.stdout], seconds) else None
 
     def kill(self) -> None:
         self.process.kill()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.communicate()  # closes the pipes and reaps the process
+        self.process.wait()
+        for pipe in self.process.stdin, self.process.stdout:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def work(timeout: float) -> None:
-    """A worker's life: one JSON job a line in, one reward a line out."""
+    """A worker's life: a job a line in, a verdict a line out, until there is no parent."""
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no reward
-    import math_verify  # noqa: F401  (before the hello: the clock of a job must not pay for it)
-
-    print(0.0, file=out, flush=True)  # hello
+    os.dup2(2, 1)  # what a library prints is no verdict
+    parse_and_compare("x+1", "1+x", lenient=False)  # the imports, for which no job's clock must pay
+    print("ready", file=out, flush=True)
     for line in sys.stdin:
         signal.alarm(int(timeout) + 2)  # should the parent be killed, no hung worker outlives it
-        try:
-            reward = grade(*json.loads(line))
-        except Exception:  # a text that the parser cannot digest is a wrong answer
-            reward = 0.0
+        verdict = parse_and_compare(*json.loads(line))
         signal.alarm(0)
-        print(reward, file=out, flush=True)
+        print(json.dumps(verdict), file=out, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("response", help="what a model wrote")
+    parser.add_argument("answer", help="the gold answer")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds [5]")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--strict", action="store_true", help="only a box counts: the default")
+    mode.add_argument("--lenient", action="store_true", help="as the reward of the official code")
+    args = parser.parse_args()
+    with Grader(1, args.timeout, args.lenient) as grader:
+        grader.verdicts([(r"\boxed{x+1}", "1+x")])  # the worker's start is not what is timed
+        start = time.perf_counter()
+        [verdict] = grader.verdicts([(args.response, args.answer)])
+        seconds = time.perf_counter() - start
+    given, _ = screen(args.response, args.answer, args.lenient)
+    for name, value in {
+        "extracted": given, "read as": given and normal_form(given[:MAX_LENGTH]),
+        "gold answer": args.answer, "gold read as": normal_form(args.answer[:MAX_LENGTH]),
+        "verdict": f"{'right' if verdict.right else 'wrong'}, reward {float(verdict.right)}",
+        "reason": verdict.reason, "time": f"{1000 * seconds:.3f} ms",
+    }.items():
+        print(f"{name:13} {value}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python verify.py RESPONSE ANSWER")
-    if sys.argv[1] == "--worker":
-        work(float(sys.argv[2]))
-    else:
-        print(f"extracted: {extract_answer(sys.argv[1])}\nreward: {grade(*sys.argv[1:])}")
+    work(float(sys.argv[2])) if sys.argv[1:2] == ["--worker"] else main()

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -163,7 +164,7 @@ def test_scores_become_the_advantages_of_each_arm():
         eos_token_id, decode = 1, staticmethod(lambda ids: " ".join(map(str, ids)))
 
     class Stub:
-        timeouts = crashes = 0
+        failures = Counter()
 
         def __call__(self, jobs):
             assert all(answer == "a" for _, answer in jobs)

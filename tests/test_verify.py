@@ -1,62 +1,262 @@
-"""Rewards: what is right, and that no response can hold the others up."""
+"""Rewards: what is right, what only looks right, and that no response can hold the others up."""
 
+import json
+import re
+import subprocess
+import sys
+import threading
 import time
+from collections import Counter, defaultdict
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
+from conftest import ROOT, SHARED
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from verify import Grader, extract_answer, grade
+from verify import Grader, Worker, extract_answer, grade
 
-RIGHT = [
-    (r"\boxed{42}", "42"), (r"\boxed{025}", "25"), (r"\boxed{\frac{1}{2}}", "0.5"),
-    (r"\boxed{x^2+2x+1}", "(x+1)^2"), (r"\boxed{(1, 2)}", "(1,2)"),
-    (r"first \boxed{1}, no: \boxed{2}", "2"),
-    (r"<think>\boxed{1}</think>\boxed{2}", "2"), (r"\boxed{\text{east}}", r"\text{east}"),
-    (r"\boxed{C}", "C"), (r"\boxed{1} and then \boxed{unfinished", "1"),
+# One gold answer, and ways to write it.
+SAME = {
+    "25": ["025", "25.0", "25.", "$25$", r"\text{25}", r"\mathbf{25}", "x=25", r"x_1 = 25", "+25",
+           r"25\text{ cm}", r"25 \text{ m}^2", r"25\,\mathrm{kg}", "25 miles", r"25^\circ", "25°",
+           r"25\%", "25 percent", r"\$25", r"\frac{50}{2}", "5^2", r"25\\", "|-25|", "{25}"],
+    "-0.75": ["-.75", r"-\frac{3}{4}", r"\frac{-3}{4}", r"\frac{3}{-4}", "-3/4", r"-\frac34"],
+    "1.5": [r"1\frac{1}{2}", r"1 \frac12", "1 1/2", "3/2", r"\dfrac{3}{2}"],
+    "1234567": ["1,234,567", r"1\,234\,567", "1{,}234{,}567", r"1,\!234,\!567", "1.234567e6"],
+    "4.5e33": [r"4.5\times 10^{33}", r"4.5 \cdot 10^{33}", "4.5*10^33", "45e32"],
+    "1e-3": ["0.001", r"10^{-3}", r"\frac{1}{1000}"],
+    "-1./3": [r"-\frac{1}{3}"],
+    r"\frac{\sqrt{2}}{2}": [r"\frac{1}{\sqrt{2}}", "sqrt(2)/2", r"2^{-1/2}", r"\sqrt{0.5}"],
+    r"\frac{\pi}{2}": ["pi/2", "π/2", r"\frac{1}{2}\pi"],
+    r"\infty": ["∞"], r"\frac{1}{m} t": [r"\frac{t}{m}"], "2x+3t": ["3t + 2x"],
+    "(1,2)": ["(1, 2)", r"\left(1,2\right)"], r"\{1,2\}": [r"\{2, 1\}", "1,2"],
+    "-1, 2, 10": ["10, -1, 2"], "E_{1},E_{2}": ["E_1, E_2"], "52_8": ["52_{8}"],
+    "2^{1000}": ["4^{500}"], r"x \in [-2,7]": ["[-2,7]"], "y=2x+3": ["2x-y+3=0"],
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}": [r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"],
+    "C": ["(C)", r"\text{(C)}", r"\textbf{C}", "C.", "c", "C. Heat", r"\text{C) Heat}"],
+    r"\text{Even}": ["even", r"\text{ even }", "Even"],
+    "(x+1)^2": ["x^2+2x+1"], "[0.5,2]": [r"\left[\frac12, 2\right]"],
+}
+# One gold answer, and what is wrong though some grader takes it.
+DIFFERENT = {
+    "123456": ["123457", "123456.1", r"123456\text{ million}"], r"\frac{0}{1}": ["1e0."],
+    r"\frac{1}{3}": ["0.3333333", "1/-3"], "0.1": ["0.1000001"], "(0.1,2)": ["(0.1000001,2)"],
+    "0": ["10^{-50}", "0.0000001", "False"],
+    r"\frac{1}{2004!}": [r"\frac{1}{2006!}"], r"\frac{1}{2^{99}}": [r"\frac{1}{2^{98}}"],
+    r"\sqrt{2}": ["1.4142135623730951"], r"\pi": ["3.14159265358979", r"\frac{355}{113}"],
+    "(1,2)": [r"\{1,2\}", "(2,1)", "[1,2]"], r"\{1,2\}": ["(1,2)", r"\{1,2,3\}"],
+    "52_8": ["52_9", "42"], "42": ["52_8", "4\x002", r"\frac{42}{0}", r"\frac{0}{0}", "42, 43"],
+    "2": ["1 or 2", r"1 \text{ or } 2", r"2\text{, }3", r"2\text{, 3}", "1,2", "x=2=3", "2 sin x",
+          r"2\text{ or }x=3", "nan", r"\text{the answer}", "two million", "2x", "2 t", "2t"],
+    "1.5": [r"\frac{1}{2}"], "1234": ["12,34"], "2x+3": ["2x+3t", "2x + 3 m"], "x^2": ["x_2"],
+    "A": ["A, B, C, D", "ABCD", "A or B", "A. or B.", "B"], r"\text{listen}": ["silent"],
+    "": ["", "42", "None"], "2^{1000}": ["2^{1000}+1"], "x+1": ["y+1", "x+1.0000001"],
+}
+RESPONSES = [
+    (r"first \boxed{1}, no: \boxed{2}", "2", 1), (r"<think>\boxed{1}</think>\boxed{2}", "2", 1),
+    (r"\boxed{1} and then \boxed{unfinished", "1", 1), (r"\fbox{2}", "2", 1),
+    (r"\boxed {2}", "2", 1), (r"\[\boxed{ \frac{1}{2} }\]<|im_end|>", "0.5", 1),
+    ("the answer is 2", "2", 0), (r"<think>\boxed{2}</think> it is 2", "2", 0), ("", "2", 0),
+    (r"<think>\boxed{2}", "2", 0), (r"\boxed{2", "2", 0), (r"\boxed{1} no, \boxed{2}", "1", 0),
+    (r"\boxed{2}3", "23", 0), (r"\boxed{}", "2", 0),
 ]
-WRONG = [
-    ("the answer is 42", "42"), (r"\boxed{41}", "42"), (r"\boxed{123457}", "123456"),
-    (r"<think>\boxed{2}</think> it is 2", "2"), (r"<think>\boxed{2}", "2"), (r"\boxed{}", "2"),
-    (r"\boxed{42", "42"), (r"\boxed{1} no, \boxed{2}", "1"), ("", "1"), (r"\boxed{D}", "C"),
-]
 
 
-@pytest.mark.parametrize("response, answer", RIGHT)
-def test_right(response, answer):
-    assert grade(response, answer) == 1.0
+@pytest.mark.parametrize("answer", SAME)
+def test_one_value_many_ways_to_write_it(answer):
+    for way in [answer, *SAME[answer]]:
+        assert grade(rf"so it is $\boxed{{{way}}}$.", answer) == 1.0, way
 
 
-@pytest.mark.parametrize("response, answer", WRONG)
-def test_wrong(response, answer):
-    assert grade(response, answer) == 0.0
+@pytest.mark.parametrize("answer", DIFFERENT)
+def test_another_value_is_wrong(answer):
+    for other in DIFFERENT[answer]:
+        assert grade(rf"so it is $\boxed{{{other}}}$.", answer) == 0.0, other
 
 
-def test_extraction():
+def test_only_the_last_complete_box_after_the_thought_counts():
+    for response, answer, reward in RESPONSES:
+        assert grade(response, answer) == reward, response
     assert extract_answer(r"\boxed{\{1,2\}}") == r"\{1,2\}"
     assert extract_answer(r"\boxed{a\boxed{b}}") == "b"
-    assert extract_answer("</think>" + r"\boxed{1}") == "1"
     assert extract_answer("no box") is None
+    start = time.monotonic()
+    assert extract_answer(r"\boxed{" * 100_000 + "2}" + "{" * 100_000) == "2"
+    assert time.monotonic() - start < 5  # quadratic, it would be minutes
 
 
-HANG = (r"\boxed{99999999!}", "42")
+def test_lenient_is_the_official_reward():
+    """math-verify on what is between the first two </think>; near-values, and e for Euler's."""
+    for response, answer, reward in [
+        ("the answer is $2$", "2", 1), ("<think>2</think> it is 2", "2", 1), ("<think> 2", "2", 0),
+        (r"<think>\boxed{2}</think> I do not know", "2", 0), (r"\boxed{3}", "2", 0),
+        (r"<think></think>\boxed{1}</think>\boxed{2}", "1", 1), (r"\boxed{0.333333}", "1/3", 1),
+        (r"\boxed{4.5 \times 10^{33}}", "4.5e33", 0),
+    ]:
+        assert grade(response, answer, lenient=True) == reward, response
+
+
+# ------------------------------------------------------------------ properties
+def renderings(value: Fraction) -> list[str]:
+    sign, top, bottom = "-" * (value < 0), abs(value.numerator), value.denominator
+    ways = [rf"\frac{{{value.numerator}}}{{{bottom}}}", rf"{sign}\dfrac{{{top}}}{{{bottom}}}",
+            rf"\frac{{{2 * value.numerator}}}{{{2 * bottom}}}", f"{value.numerator}/{bottom}",
+            rf"\frac{{{-value.numerator}}}{{{-bottom}}}"]
+    if top > bottom > 1:
+        ways += [rf"{sign}{top // bottom}\frac{{{top % bottom}}}{{{bottom}}}"]
+    if bottom == 1:
+        ways += [f"{sign}0{top}", f"{value.numerator}.0", f"{value.numerator:,}", f"{sign}{top}."]
+        ways += [f"{value.numerator:,}".replace(",", r"\,"), rf"{sign}{top}e0"]
+    if 10 ** 12 % bottom == 0:  # it ends
+        decimal = Decimal(value.numerator) / bottom
+        ways += [f"{decimal:f}", f"{decimal:e}"]
+    return [dressed for way in ways for dressed in (
+        way, f"${way}$", f" {way} ", rf"{way}\text{{ cm}}", f"x={way}", rf"{way}^\circ", f"{way}.")]
+
+
+values = st.fractions(-10 ** 6, 10 ** 6, max_denominator=64)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(values, values)
+def test_a_gold_equals_itself_in_every_rendering_and_no_other(value, other):
+    gold, *ways = renderings(value)
+    for way in ways:
+        assert grade(rf"\boxed{{{way}}}", gold) == 1.0, (way, gold)
+        assert grade(rf"\boxed{{{gold}}}", way) == 1.0, (gold, way)
+    for way in renderings(other) if other != value else ():
+        assert grade(rf"\boxed{{{way}}}", gold) == 0.0, (way, gold)
+
+
+PIECES = st.sampled_from([*"{}()[]\\^_$%,.+-*/=<>!&~ x2i", r"\frac", r"\sqrt", r"\boxed{", "e5",
+                          r"\text{", r"\left(", r"\pi", r"\begin{pmatrix}", "</think>", "<think>"])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text() | st.lists(PIECES).map("".join), st.text(max_size=20))
+def test_grading_is_total(text, answer):
+    """NUL bytes, lone surrogates, half a formula: whatever it is, it is right or wrong."""
+    assert extract_answer(text) is None or extract_answer(text) in text
+    assert grade(text, answer) in (0.0, 1.0)
+    assert grade(rf"\boxed{{{text}}}", "x+1") in (0.0, 1.0)
+
+
+# ------------------------------------------------------------------ the pool
+RIGHT, WRONG = (r"\boxed{x+1}", "1+x"), (r"\boxed{x+2}", "1+x")  # these need a worker
+HANG, HANG_2 = (r"\boxed{\binom{10^9}{5*10^8}}", "1"), (r"\boxed{\int_0^1 x^x \sin(e^x) dx}", "1")
 
 
 def test_a_hang_costs_its_own_job_only():
-    right, wrong = (r"\boxed{7}", "7"), (r"\boxed{8}", "7")
     with Grader(workers=2, timeout=1.0) as grader:
-        grader([right])  # the workers' start is not what is timed
-        start = time.monotonic()
-        rewards = grader([HANG, right, HANG, wrong] + [right, wrong] * 50)
-        assert rewards == [0.0, 1.0, 0.0, 0.0] + [1.0, 0.0] * 50
-        assert grader.timeouts == 2 and grader.crashes == 0
-        assert time.monotonic() - start < 20
-        assert grader([wrong, right]) == [0.0, 1.0]  # the pool is whole again
-    assert grader.workers == []
+        grader([RIGHT, WRONG])
+        jobs = [(rf"\boxed{{x+{i}}}", "x+7") for i in range(100)]
+        rewards = grader([HANG, RIGHT, HANG_2, WRONG, *jobs])
+        assert rewards == [0.0, 1.0, 0.0, 0.0] + [float(i == 7) for i in range(100)]
+        assert grader.failures == {"timeout": 2} and grader.timeouts == 2
+        assert grader([WRONG, RIGHT]) == [0.0, 1.0]  # the pool is whole again
 
 
-def test_a_worker_that_dies_is_replaced():
+def test_a_worker_that_dies_is_replaced(monkeypatch):
     with Grader(workers=1, timeout=5.0) as grader:
-        grader([(r"\boxed{7}", "7")])
-        grader.workers[0].process.kill()
-        grader.workers[0].process.wait()
-        assert grader([(r"\boxed{7}", "7"), (r"\boxed{7}", "7")]) == [1.0, 1.0]
-        assert grader.crashes == 1 and grader.timeouts == 0
+        assert grader([RIGHT]) == [1.0]
+        for worker in grader.workers:
+            worker.process.kill()
+            worker.process.wait()
+        assert grader([WRONG, RIGHT]) == [0.0, 1.0] and not grader.failures  # no job's fault
+        monkeypatch.setattr(Worker, "reply", lambda self, seconds: self.process.kill() or b"")
+        assert grader([RIGHT]) == [0.0] and grader.failures == {"crash": 1}
+        monkeypatch.undo()
+        assert grader([RIGHT]) == [1.0]
+    assert not any(worker.alive() for worker in grader.workers)
+
+
+def test_exceptions_are_counted_by_kind():
+    with Grader(workers=1) as grader:
+        rewards = grader([(r"\boxed{\frac{0}{0}+x}", r"\frac{1}{0}"), RIGHT])
+        assert rewards == [0.0, 1.0] and sum(grader.failures.values()) == 1
+        [kind] = grader.failures
+        assert kind.endswith("Error")
+
+
+def test_a_worker_has_little_memory_and_does_not_outlive_its_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        f"import sys, threading; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"from verify import Grader\nif __name__ == '__main__':\n"
+        f"    grader = Grader(1, 1.0)\n    grader([{RIGHT!r}])\n"
+        "    print(*(w.process.pid for w in grader.workers), flush=True)\n"
+        f"    grader([{HANG!r}] * 2)\n")
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    workers = parent.stdout.readline().split()
+    assert len(workers) == 2
+    for pid in workers:
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        assert re.search(rf"Max address space +{2 ** 30} ", limits)
+    parent.kill()  # while it waits for the one that hangs
+    parent.communicate()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.1)
+
+
+def test_any_thread_may_grade():
+    with Grader(workers=2) as grader:
+        rewards = {}
+        threads = [threading.Thread(target=lambda i=i: rewards.update(
+            {i: grader([(rf"\boxed{{x+{j}}}", f"{i}+x") for j in range(4)])})) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert rewards == {i: [float(i == j) for j in range(4)] for i in range(4)}
+
+
+def test_the_command_explains_itself():
+    def explain(*args):
+        return subprocess.run([sys.executable, "verify.py", *args], cwd=ROOT, text=True,
+                              capture_output=True, check=True).stdout
+    strict = explain(r"it is \boxed{\dfrac12}", "0.5")
+    assert r"\dfrac12" in strict and r"\frac{1}{2}" in strict and "right, reward 1.0" in strict
+    assert "same numbers" in strict and " ms" in strict
+    assert "no complete box" in explain("it is 0.5", "0.5", "--strict")
+    assert "right, reward 1.0" in explain("it is 0.5", "0.5", "--lenient")
+
+
+# ------------------------------------------------------------------ public cases
+def cases(name: str) -> list[tuple[str, str, str, bool | None]]:
+    """(tier or category, response, gold answer, expected)"""
+    if not (SHARED / name).exists():
+        pytest.skip("needs the shared cases")
+    found = []
+    for case in map(json.loads, (SHARED / name).read_text().splitlines()):
+        if "prediction_repeat" in case:
+            prefix, unit, n, suffix = case["prediction_repeat"]
+            close, m, end = case.get("prediction_repeat_close") or ("", 0, "")
+            case["prediction"] = prefix + unit * n + suffix + close * m + end
+        found.append((case.get("tier", "all"), case["prediction"], case["gold"], case["expected"]))
+    return found
+
+
+@pytest.mark.parametrize("name, tier, accuracy", [("verify_cases.jsonl", "core", 0.993),
+                                                  ("verify_adversarial.jsonl", "all", 1.0)])
+def test_public_cases(name, tier, accuracy, tmp_path, monkeypatch):
+    """Accuracy, no false positive, no file made; right verdicts on normal answers in between."""
+    monkeypatch.chdir(tmp_path)
+    counts = defaultdict(Counter)
+    listed = cases(name)
+    with Grader(workers=2, timeout=2.0) as grader:
+        for _ in range(2):
+            rewards = grader([job for _, *job, _ in listed for job in (job, RIGHT, WRONG)])
+            assert rewards[1::3] == [1.0] * len(listed) and rewards[2::3] == [0.0] * len(listed)
+        for (of_tier, _, _, expected), reward in zip(listed, rewards[::3]):
+            if expected is not None:
+                counts[of_tier][bool(reward), expected] += 1
+        assert "crash" not in grader.failures
+    found = counts[tier]
+    assert (found[True, True] + found[False, False]) / found.total() >= accuracy
+    assert found[True, False] == 0
+    assert not list(tmp_path.iterdir())
