@@ -12,28 +12,21 @@ runs in a worker of `Grader`: a process with little memory that is killed when i
 """
 
 import argparse
-import contextlib
-import json
 import logging
-import os
 import re
-import resource
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate, permutations
-from multiprocessing.connection import wait
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NamedTuple
 
+from pool import Pool, serve
+
 MAX_LENGTH, MAX_DEPTH = 1000, 25  # of an answer: characters, brackets in brackets
-WORKER_BYTES, STARTUP_SECONDS = 2**30, 120  # a worker imports sympy; 16 of them do at once
+WORKER_BYTES = 2**30  # of memory
 
 
 class Verdict(NamedTuple):
@@ -79,6 +72,7 @@ TEXT = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox)\s*"
 WORDS = (r"percent(?:age)?|pct|degrees?|dollars?|cents?|units?|inch(?:es)?|feet|miles?|yards?|"
          r"(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo)?grams?|lit(?:er|re)s?|mph|hours?|minutes?|"
          r"seconds?|days?|weeks?|months?|years?|square|cubic|per")
+NO_UNITS = "and|or|[mbtr]+illion|thousand|hundred|dozen|e|i"
 SYMBOLS = str.maketrans({"π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "−": "-",
                          "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "√": r"\sqrt ", "°": "",
                          "½": r"\frac{1}{2}", "²": "^2", "³": "^3", "\u200b": "", "\ufeff": ""})
@@ -95,7 +89,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(?<=[0-9])\.(?![0-9])", ""),  # 3. and -1./3
     (r"(?:\\\\|[\s.])+$", ""),
     (r"\s*\\?%$", ""),  # 28\%
-    (rf"(?<=[0-9a-zA-Z)}}])(?:\s*{TEXT}\{{(?!\s*(?:and|or|[mbtr]+illion|thousand|hundred|dozen)\b)"
+    (rf"(?<=[0-9a-zA-Z)}}])(?:\s*\\(?:text|textrm|mathrm|mbox)\s*\{{(?!\s*(?:{NO_UNITS})\b)"
      r"[^{}0-9]*\}\s*(?:\^\s*\{?-?[0-9]\}?)?)+$", ""),  # 3 \text{ m}^2, but not 3 \text{ million}
     (rf"(?<=[0-9])(?:\s*(?:{WORDS})\b| [kcm]m\b| ft\b| kg\b)+(?:\^\{{?[0-9]\}}?)?$", ""),  # 5 cm
     (rf"^{TEXT}\{{([^{{}}]*)\}}$", r"\1"),  # \text{east}
@@ -250,17 +244,16 @@ def grade(response: str, answer: str, lenient: bool = False) -> float:
 class Grader:
     """Grades in worker processes, so that no response can hold up or bring down the trainer.
 
-    workers: processes; timeout: seconds for one response, after which its worker is killed, its
-    reward is 0 and another worker starts; lenient: as above. `failures` counts the responses whose
-    grading failed, by kind: "timeout", "crash", or an exception's name. Any thread may use it. A
-    context manager; or call `close()`.
+    workers: processes; timeout: seconds for one response, after which its worker is killed and its
+    reward is 0; lenient: as above. `failures` counts the responses whose grading failed, by kind:
+    "timeout", "crash", or an exception's name. Any thread may use it. A context manager; or call
+    `close()`.
     """
 
     def __init__(self, workers: int = 2, timeout: float = 5.0, lenient: bool = False):
         self.timeout, self.lenient, self.failures = timeout, lenient, Counter()
-        self.threads, self.workers, self.idle = ThreadPoolExecutor(workers), set(), SimpleQueue()
-        for _ in range(workers + 1):  # one to spare: no job waits while a killed one is replaced
-            self.add_worker()
+        self.pool = Pool([sys.executable, str(Path(__file__).resolve()), "--worker", str(timeout)],
+                         workers, timeout)
 
     def __call__(self, jobs: list[tuple[str, str]]) -> list[float]:
         """[(response, answer), ...] -> [reward, ...] in the same order."""
@@ -268,102 +261,26 @@ class Grader:
 
     def verdicts(self, jobs: list[tuple[str, str]]) -> list[Verdict]:
         screened = [(*screen(response, answer, self.lenient), answer) for response, answer in jobs]
-        hard = list(dict.fromkeys((given, answer) for given, easy, answer in screened if not easy))
-        parsed = dict(zip(hard, self.threads.map(self.ask_a_worker, hard)))
-        verdicts = [easy or parsed[given, answer] for given, easy, answer in screened]
-        self.failures.update(v.failure for v in verdicts if v.failure)
+        hard = list(dict.fromkeys(  # rollouts of a problem often agree
+            (given, answer, self.lenient) for given, easy, answer in screened if not easy))
+        parsed = {job: Verdict(*reply) if reply else Verdict(False, "no verdict", failure)
+                  for job, (reply, failure) in zip(hard, self.pool.map(hard))}
+        verdicts = [easy or parsed[given, answer, self.lenient] for given, easy, answer in screened]
+        self.failures.update(verdict.failure for verdict in verdicts if verdict.failure)
         return verdicts
 
     @property
     def timeouts(self) -> int:
         return self.failures["timeout"]
 
-    def add_worker(self) -> None:
-        worker = Worker(self.timeout)
-        self.workers.add(worker)
-        self.idle.put(worker)
-
-    def ask_a_worker(self, job: tuple[str, str]) -> Verdict:
-        """In one of the threads."""
-        verdict = None
-        while verdict is None:
-            worker = self.idle.get()
-            if worker.alive():  # else it died while idle
-                verdict = worker.ask(*job, self.lenient)
-            if worker.alive():
-                self.idle.put(worker)
-            else:
-                self.workers.remove(worker)
-                self.add_worker()
-        return verdict
-
     def close(self) -> None:
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        for worker in list(self.workers):
-            worker.kill()  # and what a thread may be waiting for
-        self.threads.shutdown()
-        for worker in self.workers:
-            worker.kill()
+        self.pool.close()
 
     def __enter__(self) -> "Grader":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-class Worker:
-    """One grading process. A plain subprocess: multiprocessing's spawn would import the trainer."""
-
-    def __init__(self, timeout: float):
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(timeout)]
-        self.process = subprocess.Popen(  # own session: Ctrl-C is the trainer's business
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self.timeout, self.ready = timeout, False
-
-    def ask(self, *job) -> Verdict:
-        """The verdict on (given, answer, lenient). A timeout or a crash leaves no process."""
-        if not self.ready and not self.reply(STARTUP_SECONDS):
-            self.kill()
-            raise RuntimeError("a grading worker does not start; does `python verify.py 1 1` run?")
-        self.ready = True
-        with contextlib.suppress(BrokenPipeError):  # it is dead: there will be no reply
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            self.process.stdin.flush()
-        reply = self.reply(self.timeout)
-        if reply:
-            return Verdict(*json.loads(reply))
-        self.kill()
-        return (Verdict(False, f"no verdict in {self.timeout:g} s", "timeout") if reply is None
-                else Verdict(False, "the worker died of it", "crash"))
-
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def reply(self, seconds: float) -> bytes | None:
-        """Its next line; empty if it is dead, None if no line came in time."""
-        return self.process.stdout.readline() if wait([self.process.stdout], seconds) else None
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in self.process.stdin, self.process.stdout:
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-
-
-def work(timeout: float) -> None:
-    """A worker's life: a job a line in, a verdict a line out, until there is no parent."""
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no verdict
-    parse_and_compare("x+1", "1+x", lenient=False)  # the imports, for which no job's clock must pay
-    print("ready", file=out, flush=True)
-    for line in sys.stdin:
-        signal.alarm(int(timeout) + 2)  # should the parent be killed, no hung worker outlives it
-        verdict = parse_and_compare(*json.loads(line))
-        signal.alarm(0)
-        print(json.dumps(verdict), file=out, flush=True)
 
 
 def main() -> None:
@@ -391,4 +308,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    work(float(sys.argv[2])) if sys.argv[1:2] == ["--worker"] else main()
+    if sys.argv[1:2] == ["--worker"]:
+        parse_and_compare("x+1", "1+x", lenient=False)  # imports
+        serve(parse_and_compare, float(sys.argv[2]), WORKER_BYTES)
+    else:
+        main()

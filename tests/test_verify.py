@@ -16,7 +16,8 @@ from conftest import ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verify import Grader, Worker, extract_answer, grade
+from pool import Worker
+from verify import Grader, extract_answer, grade
 
 # One gold answer, and ways to write it.
 SAME = {
@@ -51,6 +52,7 @@ DIFFERENT = {
     "52_8": ["52_9", "42"], "42": ["52_8", "4\x002", r"\frac{42}{0}", r"\frac{0}{0}", "42, 43"],
     "2": ["1 or 2", r"1 \text{ or } 2", r"2\text{, }3", r"2\text{, 3}", "1,2", "x=2=3", "2 sin x",
           r"2\text{ or }x=3", "nan", r"\text{the answer}", "two million", "2x", "2 t", "2t"],
+    "2+3": [r"2+3\mathrm{i}"], r"a+2\mathbf{b}": ["a+2"],
     "1.5": [r"\frac{1}{2}"], "1234": ["12,34"], "2x+3": ["2x+3t", "2x + 3 m"], "x^2": ["x_2"],
     "A": ["A, B, C, D", "ABCD", "A or B", "A. or B.", "B"], r"\text{listen}": ["silent"],
     "": ["", "42", "None"], "2^{1000}": ["2^{1000}+1"], "x+1": ["y+1", "x+1.0000001"],
@@ -162,15 +164,15 @@ def test_a_hang_costs_its_own_job_only():
 def test_a_worker_that_dies_is_replaced(monkeypatch):
     with Grader(workers=1, timeout=5.0) as grader:
         assert grader([RIGHT]) == [1.0]
-        for worker in grader.workers:
+        for worker in grader.pool.workers:
             worker.process.kill()
             worker.process.wait()
         assert grader([WRONG, RIGHT]) == [0.0, 1.0] and not grader.failures  # no job's fault
-        monkeypatch.setattr(Worker, "reply", lambda self, seconds: self.process.kill() or b"")
+        monkeypatch.setattr(Worker, "line", lambda self, seconds: self.process.kill() or b"")
         assert grader([RIGHT]) == [0.0] and grader.failures == {"crash": 1}
         monkeypatch.undo()
         assert grader([RIGHT]) == [1.0]
-    assert not any(worker.alive() for worker in grader.workers)
+    assert not any(worker.alive() for worker in grader.pool.workers)
 
 
 def test_exceptions_are_counted_by_kind():
@@ -186,8 +188,8 @@ def test_a_worker_has_little_memory_and_does_not_outlive_its_parent(tmp_path):
     script.write_text(
         f"import sys, threading; sys.path.insert(0, {str(ROOT)!r})\n"
         f"from verify import Grader\nif __name__ == '__main__':\n"
-        f"    grader = Grader(1, 1.0)\n    grader([{RIGHT!r}])\n"
-        "    print(*(w.process.pid for w in grader.workers), flush=True)\n"
+        f"    grader = Grader(1, 1.0)\n    grader([{RIGHT!r}, {WRONG!r}])\n"
+        "    print(*(w.process.pid for w in grader.pool.workers), flush=True)\n"
         f"    grader([{HANG!r}] * 2)\n")
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
     workers = parent.stdout.readline().split()
@@ -241,15 +243,15 @@ def cases(name: str) -> list[tuple[str, str, str, bool | None]]:
     return found
 
 
-@pytest.mark.parametrize("name, tier, accuracy", [("verify_cases.jsonl", "core", 0.993),
-                                                  ("verify_adversarial.jsonl", "all", 1.0)])
-def test_public_cases(name, tier, accuracy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, tier, accuracy, times", [
+    ("verify_cases.jsonl", "core", 0.993, 1), ("verify_adversarial.jsonl", "all", 1.0, 2)])
+def test_public_cases(name, tier, accuracy, times, tmp_path, monkeypatch):
     """Accuracy, no false positive, no file made; right verdicts on normal answers in between."""
     monkeypatch.chdir(tmp_path)
     counts = defaultdict(Counter)
     listed = cases(name)
     with Grader(workers=2, timeout=2.0) as grader:
-        for _ in range(2):
+        for _ in range(times):
             rewards = grader([job for _, *job, _ in listed for job in (job, RIGHT, WRONG)])
             assert rewards[1::3] == [1.0] * len(listed) and rewards[2::3] == [0.0] * len(listed)
         for (of_tier, _, _, expected), reward in zip(listed, rewards[::3]):

@@ -1,0 +1,120 @@
+"""Worker processes for work that may hang, crash or take all memory: the parent kills those.
+
+The other side is `serve`, in a program of its own. Jobs and replies are lines of JSON. Plain
+subprocesses: forking after CUDA is up is an error, and multiprocessing's spawn imports the trainer.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
+from queue import SimpleQueue
+from threading import Lock
+
+STARTUP_SECONDS = 120  # for a worker to import what it needs, on a machine that starts many
+
+
+class Pool:
+    """A job that takes longer than `timeout` seconds costs itself only: its worker is replaced.
+
+    command: a program that calls `serve`; the first job starts it. Any thread may use the pool.
+    Call `close()` in the end.
+    """
+
+    def __init__(self, command: list[str], workers: int, timeout: float):
+        self.command, self.timeout, self.size = command, timeout, workers
+        self.threads, self.workers, self.idle = ThreadPoolExecutor(workers), set(), SimpleQueue()
+        self.lock = Lock()
+
+    def map(self, jobs: list) -> list[tuple]:
+        """-> for each job, in order: (its reply, None), or (None, "timeout" or "crash")."""
+        with self.lock:  # one to spare: no job waits while a killed one is replaced
+            while jobs and len(self.workers) < self.size + 1:
+                self.add_worker()
+        return list(self.threads.map(self.run, jobs))
+
+    def run(self, job) -> tuple:
+        result = None
+        while result is None:
+            worker = self.idle.get()
+            if worker.alive():  # else it died while idle
+                result = worker.ask(job, self.timeout)
+            if worker.alive():
+                self.idle.put(worker)
+            else:
+                self.workers.remove(worker)
+                self.add_worker()
+        return result
+
+    def add_worker(self) -> None:
+        worker = Worker(self.command)
+        self.workers.add(worker)
+        self.idle.put(worker)
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for worker in list(self.workers):
+            worker.kill()  # and what a thread may be waiting for
+        self.threads.shutdown()
+        for worker in self.workers:
+            worker.kill()
+
+
+class Worker:
+    """One process."""
+
+    def __init__(self, command: list[str]):
+        self.process = subprocess.Popen(  # own session: Ctrl-C is the trainer's business
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        self.ready = False
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ask(self, job, timeout: float) -> tuple:
+        """As `Pool.map`, for one job. The process is dead if it did not reply."""
+        self.ready = self.ready or bool(self.line(STARTUP_SECONDS))
+        if not self.ready:
+            self.kill()
+            raise RuntimeError(f"a worker does not start: {' '.join(self.process.args)}")
+        with contextlib.suppress(BrokenPipeError):  # it is dead: there will be no reply
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.process.stdin.flush()
+        reply = self.line(timeout)
+        if reply:
+            return json.loads(reply), None
+        self.kill()
+        return None, "timeout" if reply is None else "crash"
+
+    def line(self, seconds: float) -> bytes | None:
+        """The next line it writes; empty if it is dead, None if none came in time."""
+        return self.process.stdout.readline() if wait([self.process.stdout], seconds) else None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in self.process.stdin, self.process.stdout:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+def serve(function: Callable, timeout: float, memory_bytes: int) -> None:
+    """A worker's life: a job a line in, a reply a line out, until there is no parent.
+
+    function: called with a job's values. Import what it needs before: its time counts.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no reply
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        signal.alarm(int(timeout) + 2)  # should the parent be killed, no hung worker outlives it
+        reply = function(*json.loads(line))
+        signal.alarm(0)
+        print(json.dumps(reply), file=out, flush=True)
