@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from multiprocessing.connection import wait
 from queue import SimpleQueue
 from threading import Lock
@@ -32,25 +33,37 @@ class Pool:
         self.threads, self.workers, self.idle = ThreadPoolExecutor(workers), set(), SimpleQueue()
         self.lock = Lock()
 
-    def map(self, jobs: list) -> list[tuple]:
-        """-> for each job, in order: (its reply, None), or (None, "timeout" or "crash")."""
+    def map(self, jobs: list, key: Callable) -> list[tuple]:
+        """-> for each job, in order: (its reply, None), or (None, "timeout" or "crash").
+
+        key: neighbours with the same key go to the same worker, which may remember things.
+        """
         with self.lock:  # one to spare: no job waits while a killed one is replaced
             while jobs and len(self.workers) < self.size + 1:
                 self.add_worker()
-        return list(self.threads.map(self.run, jobs))
+        groups = self.threads.map(self.run, [list(group) for _, group in groupby(jobs, key)])
+        return [result for group in groups for result in group]
 
-    def run(self, job) -> tuple:
-        result = None
-        while result is None:
-            worker = self.idle.get()
-            if worker.alive():  # else it died while idle
-                result = worker.ask(job, self.timeout)
-            if worker.alive():
-                self.idle.put(worker)
-            else:
-                self.workers.remove(worker)
-                self.add_worker()
-        return result
+    def run(self, jobs: list) -> list[tuple]:
+        """In one of the threads."""
+        results, worker = [], None
+        for job in jobs:
+            worker = worker or self.next_worker()
+            results.append(worker.ask(job, self.timeout))
+            if not worker.alive():
+                worker = self.replace(worker)
+        if worker:
+            self.idle.put(worker)
+        return results
+
+    def next_worker(self) -> "Worker":
+        while not (worker := self.idle.get()).alive():  # it died while idle
+            self.replace(worker)
+        return worker
+
+    def replace(self, worker: "Worker") -> None:
+        self.workers.remove(worker)
+        self.add_worker()
 
     def add_worker(self) -> None:
         worker = Worker(self.command)

@@ -20,6 +20,7 @@ from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate, permutations
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ class Verdict(NamedTuple):
 
 
 # ------------------------------------------------------------------ what the answer is
-BOX = re.compile(r"\\?\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)  # or a brace, or an escaped one
+BOX = r"\\?\\(?:boxed|fbox)\s*\{"
+BOX_OR_BRACE = re.compile(BOX + r"|\\.|[{}]", re.DOTALL)  # \{ is neither
 
 
 def extract_answer(response: str) -> str | None:
@@ -56,8 +58,9 @@ def extract_answer(response: str) -> str | None:
     thought, closed, text = response.rpartition("</think>")
     if not closed and "<think>" in response:
         return None
+    first_box = re.search(BOX, text)
     last, opened = None, []  # (start, end) of the box that begins last; where each `{` began
-    for token in BOX.finditer(text):  # once through, so that no text takes long
+    for token in BOX_OR_BRACE.finditer(text, first_box.start()) if first_box else ():
         if token[0] == "}" and opened:
             start, is_box = opened.pop()
             if is_box and (last is None or start > last[0]):
@@ -92,7 +95,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (rf"(?<=[0-9a-zA-Z)}}])(?:\s*\\(?:text|textrm|mathrm|mbox)\s*\{{(?!\s*(?:{NO_UNITS})\b)"
      r"[^{}0-9]*\}\s*(?:\^\s*\{?-?[0-9]\}?)?)+$", ""),  # 3 \text{ m}^2, but not 3 \text{ million}
     (rf"(?<=[0-9])(?:\s*(?:{WORDS})\b| [kcm]m\b| ft\b| kg\b)+(?:\^\{{?[0-9]\}}?)?$", ""),  # 5 cm
-    (rf"^{TEXT}\{{([^{{}}]*)\}}$", r"\1"),  # \text{east}
+    (rf"^\s*{TEXT}\{{([^{{}}]*)\}}$", r"\1"),  # \text{east}
     (r"\\frac\s*([0-9])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),  # \frac12
     (r"^([+-]?(?:[0-9]+\s+)?)([0-9]+)\s*/\s*([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 1/2, 1 1/2
@@ -135,6 +138,13 @@ def number(text: str) -> Fraction | None:
     return -value if match[1] == "-" else value
 
 
+def numbers(text: str) -> tuple[str, list[Fraction]]:
+    """The brackets, if any, around a list of numbers, and the numbers; none if it is not one."""
+    match = re.fullmatch(r"([(\[]?)([^()\[\]]*)([)\]]?)", text)
+    values = [number(part) for part in match[2].split(",")] if match else [None]
+    return (match[1] + match[3], values) if None not in values else ("", [])
+
+
 def compare(given: str, answer: str) -> Verdict | None:
     """What can be said of two answers without a parser, which is most; else None. Microseconds."""
     if max(len(given), len(answer)) > MAX_LENGTH:
@@ -149,10 +159,13 @@ def compare(given: str, answer: str) -> Verdict | None:
         return Verdict(True, "same text")
     if in_words and re.fullmatch(r"[A-Za-z]{2}[A-Za-z ]*", answer):
         return Verdict(given.casefold() == answer.casefold(), "compared as words")
-    lists = [[number(part) for part in text.split(",")] for text in (given, answer)]
-    if None not in sum(lists, []) and sorted(lists[0]) == sorted(lists[1]):
-        return Verdict(True, "same numbers")
-    if None not in (values := (number(given), number(answer))):
+    (brackets, mine), (gold_brackets, gold) = numbers(given), numbers(answer)
+    if mine and gold and not brackets + gold_brackets and sorted(mine) == sorted(gold):
+        return Verdict(True, "the same numbers")
+    if mine and gold and brackets and gold_brackets and len(gold) > 1:
+        return Verdict((brackets, mine) == (gold_brackets, gold), "compared number by number")
+    values = number(given), number(answer)  # 1,234 is one
+    if None not in values:
         return Verdict(values[0] == values[1], "compared as numbers")
     mine, gold = BASED.fullmatch(given), BASED.fullmatch(answer)
     if mine and (gold or values[1] is not None):
@@ -264,7 +277,7 @@ class Grader:
         hard = list(dict.fromkeys(  # rollouts of a problem often agree
             (given, answer, self.lenient) for given, easy, answer in screened if not easy))
         parsed = {job: Verdict(*reply) if reply else Verdict(False, "no verdict", failure)
-                  for job, (reply, failure) in zip(hard, self.pool.map(hard))}
+                  for job, (reply, failure) in zip(hard, self.pool.map(hard, key=itemgetter(1)))}
         verdicts = [easy or parsed[given, answer, self.lenient] for given, easy, answer in screened]
         self.failures.update(verdict.failure for verdict in verdicts if verdict.failure)
         return verdicts

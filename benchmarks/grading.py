@@ -108,9 +108,9 @@ def reasoning(rng: random.Random, tokens: int) -> str:
     return "\n".join(lines)
 
 
-def responses(with_thought: bool) -> list[tuple[str, str]]:
-    rng, jobs = random.Random(0), []
-    for _ in range(128):
+def responses(with_thought: bool, problems: int = 128, seed: int = 0) -> list[tuple[str, str]]:
+    rng, jobs = random.Random(seed), []
+    for _ in range(problems):
         gold, same, wrong = answers(rng)
         for i in range(8):
             text = reasoning(rng, rng.randint(500, 3500) - 300 * with_thought)
@@ -127,17 +127,17 @@ def measure_time(pairs: int) -> None:
     print("| 1,024 responses | math-verify, s | verify.py with 2 workers, s | ratio | range | "
           "right: math-verify, verify.py |\n|---|---|---|---|---|---|")
     for with_thought in (False, True):
-        jobs, times = responses(with_thought), []
-        peer = Alone()
+        peer, times = Alone(), []
         with Grader(workers=2, timeout=TIMEOUT) as grader:
-            grader([(rf"\boxed{{x+{i}}}", "1+x") for i in range(8)])  # all workers have started
-            for _ in range(pairs):
+            for pair in range(pairs + 1):  # the first, to warm both up, is not timed
+                jobs = responses(with_thought, seed=pair)
                 start = time.perf_counter()
                 theirs = [peer.verdict(after_thought(text), gold).right
                           for text, gold in tqdm(jobs, leave=False)]
                 middle = time.perf_counter()
                 ours = grader(jobs)
                 times.append((middle - start, time.perf_counter() - middle))
+            del times[0]
         peer.process.kill()
         ratios = sorted(b / a for a, b in times)
         slow, fast = (statistics.median(column) for column in zip(*times))
@@ -178,11 +178,13 @@ def grade_all(cases: list[dict], verdict) -> tuple[list[Verdict], list[float]]:
 
 def measure_accuracy(paths: list[Path]) -> None:
     cases, peer = [case for path in paths for case in load(path)], Alone()
-    with Grader(workers=1, timeout=TIMEOUT) as grader:
-        grader([(rf"\boxed{{x+{i}}}", "1+x") for i in range(8)])  # all workers have started
-        graded = {"math-verify": grade_all(cases, peer.verdict),
-                  "verify.py": grade_all(cases, lambda *job: grader.verdicts([job])[0])}
+    graded = {"math-verify": grade_all(cases, peer.verdict)}
     peer.process.kill()
+    for lenient in (False, True):
+        with Grader(workers=1, timeout=TIMEOUT, lenient=lenient) as grader:
+            grader([(rf"\boxed{{x+{i}}}", "1+x") for i in range(8)])  # all workers have started
+            graded["verify.py" + " --lenient" * lenient] = grade_all(
+                cases, lambda *job: grader.verdicts([job])[0])  # noqa: B023
     print("| cases | grader | n | accuracy | false pos. / neg. | mean / p99 / max ms | > 5 s | "
           "failures |\n|---|---|---|---|---|---|---|---|")
     for tier in dict.fromkeys(case["tier"] for case in cases):
@@ -200,7 +202,7 @@ def measure_accuracy(paths: list[Path]) -> None:
                   f"| {', '.join(f'{count} {kind}' for kind, count in failures.items())} |")
     print("\nDisagreements on cases with a verdict:\n\n| cases | id | gold | prediction | expected "
           "| math-verify | verify.py | its reason |\n|---|---|---|---|---|---|---|---|")
-    for case, theirs, ours in zip(cases, *(verdicts for verdicts, _ in graded.values())):
+    for case, theirs, ours in zip(cases, graded["math-verify"][0], graded["verify.py"][0]):
         if case["expected"] is not None and theirs.right != ours.right:
             gold, prediction = (f"`{' '.join(text.split())}`".replace("|", r"\|")
                                 for text in (case["gold"][:60], case["prediction"][-80:]))

@@ -147,7 +147,7 @@ def test_grading_is_total(text, answer):
 
 
 # ------------------------------------------------------------------ the pool
-RIGHT, WRONG = (r"\boxed{x+1}", "1+x"), (r"\boxed{x+2}", "1+x")  # these need a worker
+RIGHT, WRONG = (r"\boxed{x+1}", "1+x"), (r"\boxed{x+2}", "1+y")  # each needs a worker
 HANG, HANG_2 = (r"\boxed{\binom{10^9}{5*10^8}}", "1"), (r"\boxed{\int_0^1 x^x \sin(e^x) dx}", "1")
 
 
@@ -163,12 +163,14 @@ def test_a_hang_costs_its_own_job_only():
 
 def test_a_worker_that_dies_is_replaced(monkeypatch):
     with Grader(workers=1, timeout=5.0) as grader:
-        assert grader([RIGHT]) == [1.0]
+        assert grader([RIGHT, WRONG]) == [1.0, 0.0]
         for worker in grader.pool.workers:
             worker.process.kill()
             worker.process.wait()
         assert grader([WRONG, RIGHT]) == [0.0, 1.0] and not grader.failures  # no job's fault
-        monkeypatch.setattr(Worker, "line", lambda self, seconds: self.process.kill() or b"")
+        ask = Worker.ask
+        monkeypatch.setattr(Worker, "ask", lambda worker, *job: (
+            worker.process.kill(), ask(worker, *job))[1])
         assert grader([RIGHT]) == [0.0] and grader.failures == {"crash": 1}
         monkeypatch.undo()
         assert grader([RIGHT]) == [1.0]
@@ -223,7 +225,7 @@ def test_the_command_explains_itself():
                               capture_output=True, check=True).stdout
     strict = explain(r"it is \boxed{\dfrac12}", "0.5")
     assert r"\dfrac12" in strict and r"\frac{1}{2}" in strict and "right, reward 1.0" in strict
-    assert "same numbers" in strict and " ms" in strict
+    assert "the same numbers" in strict and " ms" in strict
     assert "no complete box" in explain("it is 0.5", "0.5", "--strict")
     assert "right, reward 1.0" in explain("it is 0.5", "0.5", "--lenient")
 
