@@ -11,11 +11,11 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from multiprocessing.connection import wait
-from queue import SimpleQueue
 from threading import Lock
 
 STARTUP_SECONDS = 120  # for a worker to import what it needs, on a machine that starts many
@@ -30,15 +30,15 @@ class Pool:
 
     def __init__(self, command: list[str], workers: int, timeout: float):
         self.command, self.timeout, self.size = command, timeout, workers
-        self.threads, self.workers, self.idle = ThreadPoolExecutor(workers), set(), SimpleQueue()
-        self.lock = Lock()
+        self.threads, self.lock = ThreadPoolExecutor(workers), Lock()
+        self.workers, self.idle = set(), deque()  # always one more worker than threads: one is idle
 
     def map(self, jobs: list, key: Callable) -> list[tuple]:
         """-> for each job, in order: (its reply, None), or (None, "timeout" or "crash").
 
         key: neighbours with the same key go to the same worker, which may remember things.
         """
-        with self.lock:  # one to spare: no job waits while a killed one is replaced
+        with self.lock:
             while jobs and len(self.workers) < self.size + 1:
                 self.add_worker()
         groups = self.threads.map(self.run, [list(group) for _, group in groupby(jobs, key)])
@@ -53,11 +53,11 @@ class Pool:
             if not worker.alive():
                 worker = self.replace(worker)
         if worker:
-            self.idle.put(worker)
+            self.idle.append(worker)
         return results
 
     def next_worker(self) -> "Worker":
-        while not (worker := self.idle.get()).alive():  # it died while idle
+        while not (worker := self.idle.pop()).alive():  # it died while idle
             self.replace(worker)
         return worker
 
@@ -68,7 +68,7 @@ class Pool:
     def add_worker(self) -> None:
         worker = Worker(self.command)
         self.workers.add(worker)
-        self.idle.put(worker)
+        self.idle.appendleft(worker)  # last in line: no job waits while it starts
 
     def close(self) -> None:
         self.threads.shutdown(wait=False, cancel_futures=True)
