@@ -276,7 +276,7 @@ class Grader:
         screened = [(*screen(response, answer, self.lenient), answer) for response, answer in jobs]
         hard = list(dict.fromkeys(  # rollouts of a problem often agree
             (given, answer, self.lenient) for given, easy, answer in screened if not easy))
-        parsed = {job: Verdict(*reply) if reply else Verdict(False, "no verdict", failure)
+        parsed = {job: Verdict(*reply) if reply else Verdict(False, f"none: {failure}", failure)
                   for job, (reply, failure) in zip(hard, self.pool.map(hard, key=itemgetter(1)))}
         verdicts = [easy or parsed[given, answer, self.lenient] for given, easy, answer in screened]
         self.failures.update(verdict.failure for verdict in verdicts if verdict.failure)
@@ -317,7 +317,8 @@ def main() -> None:
         "verdict": f"{'right' if verdict.right else 'wrong'}, reward {float(verdict.right)}",
         "reason": verdict.reason, "time": f"{1000 * seconds:.3f} ms",
     }.items():
-        print(f"{name:13} {value}")
+        if not (args.lenient and "read" in name):  # by math-verify, then
+            print(f"{name:13} {value}")
 
 
 if __name__ == "__main__":

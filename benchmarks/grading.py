@@ -195,7 +195,7 @@ def measure_accuracy(paths: list[Path]) -> None:
             n = sum(cases[i]["expected"] is not None for i in here)
             ms = sorted(times[i] for i in here)
             failures = Counter(verdicts[i].failure for i in here if verdicts[i].failure)
-            print(f"| {tier} | {name} | {n} | {1 - wrong.total() / max(n, 1):.3f} "
+            print(f"| {tier} | {name} | {n} | {f'{1 - wrong.total() / n:.3f}' if n else '-'} "
                   f"| {wrong[True]} / {wrong[False]} "
                   f"| {statistics.mean(ms):.1f} / {ms[int(0.99 * len(ms))]:.0f} / {ms[-1]:.0f} "
                   f"| {sum(t > 5000 for t in ms)} "
