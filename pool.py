@@ -19,6 +19,7 @@ from multiprocessing.connection import wait
 from threading import Lock
 
 STARTUP_SECONDS = 120  # for a worker to import what it needs, on a machine that starts many
+START_ATTEMPTS = 3  # in a row
 
 
 class Pool:
@@ -30,50 +31,62 @@ class Pool:
 
     def __init__(self, command: list[str], workers: int, timeout: float):
         self.command, self.timeout, self.size = command, timeout, workers
-        self.threads, self.lock = ThreadPoolExecutor(workers), Lock()
+        self.threads, self.lock, self.closed = ThreadPoolExecutor(workers), Lock(), False
         self.workers, self.idle = set(), deque()  # always one more worker than threads: one is idle
 
     def map(self, jobs: list, key: Callable) -> list[tuple]:
         """-> for each job, in order: (its reply, None), or (None, "timeout" or "crash").
 
-        key: neighbours with the same key go to the same worker, which may remember things.
+        key: neighbours with the same key go to the same worker, which may remember things. Raises
+        RuntimeError if workers do not start, or if the pool is closed.
         """
-        with self.lock:
-            while jobs and len(self.workers) < self.size + 1:
-                self.add_worker()
+        while jobs and len(self.workers) < self.size + 1:
+            self.add_worker()
         groups = self.threads.map(self.run, [list(group) for _, group in groupby(jobs, key)])
         return [result for group in groups for result in group]
 
     def run(self, jobs: list) -> list[tuple]:
         """In one of the threads."""
         results, worker = [], None
-        for job in jobs:
-            worker = worker or self.next_worker()
-            results.append(worker.ask(job, self.timeout))
-            if not worker.alive():
-                worker = self.replace(worker)
-        if worker:
-            self.idle.append(worker)
+        try:
+            for job in jobs:
+                worker = worker or self.next_worker()
+                results.append(worker.ask(job, self.timeout))
+                if not worker.alive():
+                    worker = self.replace(worker)
+        finally:
+            if worker:
+                self.idle.append(worker)
         return results
 
     def next_worker(self) -> "Worker":
-        while not (worker := self.idle.pop()).alive():  # it died while idle
+        """One that has started, and is alive."""
+        for _ in range(START_ATTEMPTS + self.size):  # all of them may have died while idle
+            worker = self.idle.pop()
+            if worker.starts():
+                return worker
             self.replace(worker)
-        return worker
+        raise RuntimeError(f"workers do not start: {' '.join(self.command)}")
 
     def replace(self, worker: "Worker") -> None:
+        worker.kill()
         self.workers.remove(worker)
         self.add_worker()
 
     def add_worker(self) -> None:
-        worker = Worker(self.command)
-        self.workers.add(worker)
-        self.idle.appendleft(worker)  # last in line: no job waits while it starts
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("the pool is closed")
+            worker = Worker(self.command)
+            self.workers.add(worker)
+            self.idle.appendleft(worker)  # last in line: no job waits while it starts
 
     def close(self) -> None:
+        with self.lock:
+            self.closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in list(self.workers):
-            worker.kill()  # and what a thread may be waiting for
+            worker.process.kill()  # a thread that waits for it goes on, and ends
         self.threads.shutdown()
         for worker in self.workers:
             worker.kill()
@@ -90,20 +103,22 @@ class Worker:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    def starts(self) -> bool:
+        """Is it there for a job? Waits, if it is new."""
+        self.ready = self.alive() and (self.ready or bool(self.line(STARTUP_SECONDS)))
+        return self.ready
+
     def ask(self, job, timeout: float) -> tuple:
         """As `Pool.map`, for one job. The process is dead if it did not reply."""
-        self.ready = self.ready or bool(self.line(STARTUP_SECONDS))
-        if not self.ready:
-            self.kill()
-            raise RuntimeError(f"a worker does not start: {' '.join(self.process.args)}")
         with contextlib.suppress(BrokenPipeError):  # it is dead: there will be no reply
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
-        reply = self.line(timeout)
-        if reply:
-            return json.loads(reply), None
-        self.kill()
-        return None, "timeout" if reply is None else "crash"
+        line = self.line(timeout)
+        if line and line.endswith(b"\n"):
+            return json.loads(line), None
+        self.process.kill()
+        self.process.wait()
+        return None, "timeout" if line is None else "crash"
 
     def line(self, seconds: float) -> bytes | None:
         """The next line it writes; empty if it is dead, None if none came in time."""
@@ -125,7 +140,8 @@ def serve(function: Callable, timeout: float, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply
-    print("ready", file=out, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # there is no parent any more
+        print("ready", file=out, flush=True)
     for line in sys.stdin:
         signal.alarm(int(timeout) + 2)  # should the parent be killed, no hung worker outlives it
         reply = function(*json.loads(line))

@@ -3,12 +3,14 @@
     python verify.py RESPONSE ANSWER        # what is extracted, how it is read, right or not, why
 
 Strict, the default: the last complete box after the thought is the answer, and it must have the
-value of the gold answer. There is no tolerance: 0.333 is not 1/3, (1,2) is not {1,2}.
-Lenient: the reward of the official code (math-verify reads all of the text after the thought, a box
-or none, and rounds to 6 decimals), so that results can be reported under both.
+value of the gold answer. Numbers are compared exactly, 0.333 is not 1/3, and irrational constants
+to 40 digits. A base may be left out, not be wrong; of units nothing is asked.
+Lenient: the reward of the official code (math-verify reads the text up to the second </think> from
+the first on, a box or none, and rounds to 6 decimals), so that both can be reported.
 
-What is graded was written by a model. Nothing here evaluates it as Python, and whatever parses it
-runs in a worker of `Grader`: a process with little memory that is killed when it takes too long.
+What is graded was written by a model. Nothing here evaluates it as Python. Regular expressions
+run here, on at most MAX_LENGTH characters, and none of them may backtrack for long; parsers run in
+a worker of `Grader`: a process with little memory that is killed when it takes too long.
 """
 
 import argparse
@@ -71,36 +73,45 @@ def extract_answer(response: str) -> str | None:
 
 
 # ------------------------------------------------------------------ one way to write it
-TEXT = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox)\s*"
+TEXT = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|boldsymbol|bm|operatorname|mbox)\s*"
 WORDS = (r"percent(?:age)?|pct|degrees?|dollars?|cents?|units?|inch(?:es)?|feet|miles?|yards?|"
          r"(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo)?grams?|lit(?:er|re)s?|mph|hours?|minutes?|"
          r"seconds?|days?|weeks?|months?|years?|square|cubic|per")
-NO_UNITS = "and|or|[mbtr]+illion|thousand|hundred|dozen|e|i"
+NO_UNITS = (r"and|or|not|nor|to|half|halves|thirds?|fourths?|quarters?|fifths?|squared|cubed|plus|"
+            r"minus|times|over|point|dozen|hundred|thousand|lakh|crore|[mbtr]+illion")
+UNIT = r"(?:[a-zA-Z]{2,}|[msghLNJWVAKCF])(?:\^-?[0-9])?"
 SYMBOLS = str.maketrans({"π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "−": "-",
-                         "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "√": r"\sqrt ", "°": "",
-                         "½": r"\frac{1}{2}", "²": "^2", "³": "^3", "\u200b": "", "\ufeff": ""})
+                         "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": "", "½": r"\frac{1}{2}",
+                         "²": "^2", "³": "^3", "\u200b": "", "\ufeff": ""})
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\?\$", ""),  # $...$, and \$5
+    (r"√\s*([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"), (r"√", r"\\sqrt "),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
+    (r"\\\\\[[^\]]*\]", r"\\\\"),  # the next row of a matrix, after some space
     (r"(?<=[0-9])(?:,\\!|\\[,! ]|\{,\})\s*(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234 and 1\,234
     (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])", " "),
     (r"(?:\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z]))(?:\s*[CF]\b)?", ""),
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+    (r"np\.(?=[a-z])", r"\\"), (r"^\s*\\approx", ""),  # np.arcsin: a gold answer of Minerva
     (r"(?<![\\a-zA-Z_0-9.])([0-9]*\.?[0-9]+)[eE]([+-]?[0-9]+)(?!\.?[0-9]|[a-zA-Z])",
      r"\1\\times 10^{\2}"),  # 4.5e33
-    (r"(?<=[0-9])\.(?![0-9])", ""),  # 3. and -1./3
-    (r"(?:\\\\|[\s.])+$", ""),
+    (r"(?<=[0-9])\.(?=$|[\s/,)}]|\\text|\\mathrm)", ""),  # 3. and -1./3
+    (r"(?:\\\\|\s|(?<!\.)\.)+$", ""),
     (r"\s*\\?%$", ""),  # 28\%
-    (rf"(?<=[0-9a-zA-Z)}}])(?:\s*\\(?:text|textrm|mathrm|mbox)\s*\{{(?!\s*(?:{NO_UNITS})\b)"
-     r"[^{}0-9]*\}\s*(?:\^\s*\{?-?[0-9]\}?)?)+$", ""),  # 3 \text{ m}^2, but not 3 \text{ million}
-    (rf"(?<=[0-9])(?:\s*(?:{WORDS})\b| [kcm]m\b| ft\b| kg\b)+(?:\^\{{?[0-9]\}}?)?$", ""),  # 5 cm
+    (rf"(?<=[0-9a-zA-Z)}}])(?:\s*\\(?:text|textrm|mathrm|mbox)\{{\s*(?![^{{}}]*\b(?:{NO_UNITS})\b)"
+     rf"{UNIT}(?:[\s./]+{UNIT})*[\s.]*\}}(?:\^\{{?-?[0-9]\}}?)?)+$", ""),  # 3 \text{ m}^2
+    (rf"(?<=[0-9])(?:\s*(?:{WORDS})\b| (?:[kcm]m|ft|kg|k?m/[hs]|[kMG]?Hz)\b)+"
+     r"(?:\^\{?[0-9]\}?)?$", ""),  # 3 cm, 3 percent
+    (r",?\s*(?:\\text\{,?\s*(?:and|or)\s*\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]))", ","),
     (rf"^\s*{TEXT}\{{([^{{}}]*)\}}$", r"\1"),  # \text{east}
-    (r"\\frac\s*([0-9])", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),  # \frac12
+    (r"\\frac\s*([0-9a-zA-Z]|\\(?!frac)[a-zA-Z]+)", r"\\frac{\1}"),  # \frac12, \frac\pi6
+    (r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z]|\\(?!frac)[a-zA-Z]+)", r"\1{\2}"),
     (r"^([+-]?(?:[0-9]+\s+)?)([0-9]+)\s*/\s*([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 1/2, 1 1/2
     (r"_([0-9A-Za-z])(?![0-9A-Za-z])", r"_{\1}"),  # a_1
-    (r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", ""), (r"\s+", " ")]]
+    (r"\s+", " "),
+    (r"(?<![0-9A-Za-z]) (?!(?<=[0-9], )[0-9]{3}(?![0-9]))| (?![0-9A-Za-z])", ""),  # not 100, 200
+]]
 
 
 @lru_cache(maxsize=4096)  # the rollouts of a problem have one gold answer
@@ -113,17 +124,22 @@ def normal_form(answer: str) -> str:
     answer = answer.translate(SYMBOLS).strip()
     for pattern, replacement in REWRITES:
         answer = pattern.sub(replacement, answer)
-    return answer
+    return answer.strip()
 
 
 # ------------------------------------------------------------------ the same value?
-ASSIGNMENT = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?=(?=[^=<>]+$)")
+NAME = r"(?:[a-zA-Z]|\\(?!not)[a-zA-Z]+)(?:_\{[^{}]*\})?(?:\([a-z]\))?"  # x, \theta, x_{1}, f(x)
+ASSIGNMENT = re.compile(rf"(?:^|(?<=,))\(?{NAME}(?:,{NAME})*\)?=(?!=)")
 DECIMAL = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+)?)(?<=[0-9])"
                      r"(?:(?:\\times|\\cdot|\*) ?10\^\{?([+-]?[0-9]{1,3})\}?)?")
+REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
 FRACTION = re.compile(r"([+-]?)([0-9]*) ?\\frac\{([+-]?[0-9]+)\}\{([+-]?[0-9]+)\}")
-BASED = re.compile(r"([0-9][0-9A-F]*)_\{?([0-9]+)\}?")  # 204_5
-CHOICE = re.compile(r"\(?([A-Za-z])(?:[).:]+(?!.*\b[A-Z]\b).*)?")  # C, (C), or C. and some text
+SEQUENCE = re.compile(r"([(\[]?)([^()\[\]]*)([)\]]?)")
+BASED = re.compile(r"\(?([0-9][0-9A-F]*)\)?_\{?([0-9]+)\}?")  # 204_5
+CHOICE = re.compile(  # C, (C), or C. and its text, in which no letter stands alone but in "a word"
+    r"(?:option |choice )?\(?([A-Z])(?:[).:-]+(?!.*\b[A-Z]\b(?! [a-z]{2})).*)?", re.IGNORECASE)
 TUPLE, SET = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]"), re.compile(r"\\\{.*,.*\\\}")
+UNREAD = re.compile(r"'|\^\{?T|\\approx|\\p?mod|\\[lc]?dots|\.\.|[0-9] [0-9]")  # ignored, or worse
 TOO_BIG = re.compile(r"[0-9]{400}|\^[{(]?[+-]?[0-9]{5}|[0-9]{5}!|\^[{(]?[0-9]+\^")  # to be computed
 
 
@@ -131,18 +147,27 @@ def number(text: str) -> Fraction | None:
     """The exact value of a decimal, a fraction or a mixed number in normal form."""
     if match := DECIMAL.fullmatch(text):
         return Fraction(match[1].replace(",", "")) * Fraction(10) ** int(match[2] or 0)
-    match = FRACTION.fullmatch(text)
-    if not match or int(match[4]) == 0 or match[2] and "-" in match[3] + match[4]:
+    if match := REPEATING.fullmatch(text):
+        sign, whole, start, cycle = match.groups()
+        value = Fraction(int(whole + start + cycle) - int(whole + start or 0),
+                         10 ** len(start) * (10 ** len(cycle) - 1))
+    elif match := FRACTION.fullmatch(text):
+        sign, whole, top, bottom = match.groups()
+        if int(bottom) == 0 or whole and "-" in top + bottom:
+            return None
+        value = int(whole or 0) + Fraction(int(top), int(bottom))
+    else:
         return None
-    value = int(match[2] or 0) + Fraction(int(match[3]), int(match[4]))
-    return -value if match[1] == "-" else value
+    return -value if sign == "-" else value
 
 
-def numbers(text: str) -> tuple[str, list[Fraction]]:
-    """The brackets, if any, around a list of numbers, and the numbers; none if it is not one."""
-    match = re.fullmatch(r"([(\[]?)([^()\[\]]*)([)\]]?)", text)
-    values = [number(part) for part in match[2].split(",")] if match else [None]
-    return (match[1] + match[3], values) if None not in values else ("", [])
+def sequence(text: str) -> tuple[str, list[Fraction]] | None:
+    """The brackets, if any, around two or more numbers with commas between; and the numbers."""
+    if match := SEQUENCE.fullmatch(text):
+        values = [number(part.strip()) for part in match[2].split(",")]
+        if len(values) > 1 and None not in values and bool(match[1]) == bool(match[3]):
+            return match[1] + match[3], values
+    return None
 
 
 def compare(given: str, answer: str) -> Verdict | None:
@@ -151,29 +176,38 @@ def compare(given: str, answer: str) -> Verdict | None:
         return Verdict(given.strip() == answer.strip(), "too long to be parsed")
     in_words = re.search(TEXT, given + answer)
     given, answer = normal_form(given), normal_form(answer)
-    if ("=" in given) != ("=" in answer):  # x = 5
-        given, answer = ASSIGNMENT.sub("", given), ASSIGNMENT.sub("", answer)
     if not given or not answer:
         return Verdict(False, "empty")
     if given == answer:
         return Verdict(True, "same text")
+    if "=" in given and "=" not in answer:  # x = 5
+        given = ASSIGNMENT.sub("", given)
+        if "=" in given:
+            return Verdict(False, "an equation, not a value")
+    elif "=" in answer and "=" not in given:
+        answer = ASSIGNMENT.sub("", answer)
     if in_words and re.fullmatch(r"[A-Za-z]{2}[A-Za-z ]*", answer):
         return Verdict(given.casefold() == answer.casefold(), "compared as words")
-    (brackets, mine), (gold_brackets, gold) = numbers(given), numbers(answer)
-    if mine and gold and not brackets + gold_brackets and sorted(mine) == sorted(gold):
-        return Verdict(True, "the same numbers")
-    if mine and gold and brackets and gold_brackets and len(gold) > 1:
-        return Verdict((brackets, mine) == (gold_brackets, gold), "compared number by number")
-    values = number(given), number(answer)  # 1,234 is one
-    if None not in values:
-        return Verdict(values[0] == values[1], "compared as numbers")
-    mine, gold = BASED.fullmatch(given), BASED.fullmatch(answer)
-    if mine and (gold or values[1] is not None):
-        return Verdict(bool(gold) and mine.groups() == gold.groups(), "compared in their base")
-    if re.fullmatch(r"\(?[A-Z]\)?", answer) and (choice := CHOICE.fullmatch(given)):
-        return Verdict(choice[1].upper() == answer.strip("()"), "compared as choices")
+    mine, gold = number(given), number(answer)
+    if mine is not None and gold is not None:
+        return Verdict(mine == gold, "compared as numbers")
+    if (listed := sequence(given)) and (expected := sequence(answer)):
+        (brackets, numbers), (gold_brackets, gold_numbers) = listed, expected
+        if not brackets + gold_brackets and mine is gold is None:  # 1,234 may be one number
+            return Verdict(sorted(numbers) == sorted(gold_numbers), "compared as sets of numbers")
+        same_kind = brackets == gold_brackets or not brackets or not gold_brackets
+        return Verdict(same_kind and numbers == gold_numbers, "compared number by number")
+    if based := BASED.fullmatch(given):
+        if (gold_based := BASED.fullmatch(answer)) or gold is not None:
+            return Verdict(bool(gold_based) and based.groups() == gold_based.groups(),
+                           "compared in their base")
+    if re.fullmatch(r"\(?[A-J]\)?", answer):
+        if choice := CHOICE.fullmatch(re.sub(TEXT + r"\{([^{}]*)\}", r"\1", given)):
+            return Verdict(choice[1].upper() == answer.strip("()"), "compared as choices")
     if any(TUPLE.fullmatch(a) and SET.fullmatch(b) for a, b in permutations((given, answer))):
         return Verdict(False, "a tuple is not a set")
+    if (found := UNREAD.search(given)) and found[0] not in answer:
+        return Verdict(False, f"cannot be read: {found[0]}")
     depths = accumulate((c in "([{") - (c in ")]}") for c in given + answer)
     if TOO_BIG.search(given) or TOO_BIG.search(answer) or max(depths) > MAX_DEPTH:
         return Verdict(False, "too big to be parsed")
@@ -181,18 +215,23 @@ def compare(given: str, answer: str) -> Verdict | None:
 
 
 @lru_cache(maxsize=4096)
-def read(answer: str) -> list:
-    """A normal form as sympy expressions, their decimals as exact fractions; or as a string."""
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
+def read(answer: str):
+    """A normal form as a sympy expression, its decimals as exact fractions; None if it is none.
+
+    Not by math_verify.parse, which looks for anything in the text that can be read, takes letters
+    at its end for units (2x + 3t is then 2x + 3) and X for x.
+    """
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Float, Rational
 
-    # Not its units: they are letters, and `2x + 3t` would be `2x + 3`.
-    config = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="last")
-    found = parse(f"\\boxed{{{answer}}}", [LatexExtractionConfig(normalization_config=config)],
-                  parsing_timeout=None)
-    return [e if isinstance(e, str) else e.xreplace({x: Rational(str(x)) for x in e.atoms(Float)})
-            for e in found]
+    text = normalize_latex(answer, NormalizationConfig(malformed_operators=True, boxed="none"))
+    try:
+        found = latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None,
+                            conversion_config=ConversionConfig(lowercase_symbols=False))
+    except Exception:  # its parser has a dozen kinds
+        return None
+    return found.xreplace({x: Rational(str(x)) for x in found.atoms(Float)})
 
 
 def same_value(given, answer) -> bool:
@@ -205,8 +244,9 @@ def same_value(given, answer) -> bool:
         if gap.is_Rational:
             return gap == 0
         size = abs(gap.evalf(50))
-        return bool(size.is_real and size < (1 + abs(answer)).evalf(5) * 10**-40)
-    return verify(answer, given, numeric_precision=40, timeout_seconds=None, raise_on_error=True)
+        return bool(size.is_real and (size == 0 or size < abs(answer).evalf(5) * 10**-40))
+    return verify(answer, given, numeric_precision=40, allow_set_relation_comp=True,
+                  timeout_seconds=None, raise_on_error=True)
 
 
 def parse_and_compare(given: str, answer: str, lenient: bool) -> Verdict:
@@ -220,8 +260,10 @@ def parse_and_compare(given: str, answer: str, lenient: bool) -> Verdict:
             right = verify(parse(f"${answer}$", parsing_timeout=None),
                            parse(given, parsing_timeout=None), timeout_seconds=None)
         else:
-            right = any(same_value(a, b) for a in read(normal_form(given))
-                        for b in read(normal_form(answer)))
+            mine, gold = read(normal_form(given)), read(normal_form(answer))
+            if mine is None or gold is None:
+                return Verdict(False, "cannot be read as mathematics")
+            right = same_value(mine, gold)
         return Verdict(right, "compared by math-verify")
     except Exception as error:
         return Verdict(False, f"{type(error).__name__}: {error}"[:200], type(error).__name__)
@@ -268,17 +310,18 @@ class Grader:
         self.pool = Pool([sys.executable, str(Path(__file__).resolve()), "--worker", str(timeout)],
                          workers, timeout)
 
-    def __call__(self, jobs: list[tuple[str, str]]) -> list[float]:
-        """[(response, answer), ...] -> [reward, ...] in the same order."""
-        return [float(verdict.right) for verdict in self.verdicts(jobs)]
+    def __call__(self, jobs: list[tuple[str, str]], lenient: bool | None = None) -> list[float]:
+        """[(response, answer), ...] -> [reward, ...] in the same order. lenient: or as created."""
+        return [float(verdict.right) for verdict in self.verdicts(jobs, lenient)]
 
-    def verdicts(self, jobs: list[tuple[str, str]]) -> list[Verdict]:
-        screened = [(*screen(response, answer, self.lenient), answer) for response, answer in jobs]
+    def verdicts(self, jobs: list[tuple[str, str]], lenient: bool | None = None) -> list[Verdict]:
+        lenient = self.lenient if lenient is None else lenient
+        screened = [(*screen(response, answer, lenient), answer) for response, answer in jobs]
         hard = list(dict.fromkeys(  # rollouts of a problem often agree
-            (given, answer, self.lenient) for given, easy, answer in screened if not easy))
+            (given, answer, lenient) for given, easy, answer in screened if not easy))
         parsed = {job: Verdict(*reply) if reply else Verdict(False, f"none: {failure}", failure)
                   for job, (reply, failure) in zip(hard, self.pool.map(hard, key=itemgetter(1)))}
-        verdicts = [easy or parsed[given, answer, self.lenient] for given, easy, answer in screened]
+        verdicts = [easy or parsed[given, answer, lenient] for given, easy, answer in screened]
         self.failures.update(verdict.failure for verdict in verdicts if verdict.failure)
         return verdicts
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import CancelledError
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -16,46 +17,62 @@ from conftest import ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pool import Worker
-from verify import Grader, extract_answer, grade
+from pool import Pool, Worker
+from verify import Grader, compare, extract_answer, grade
 
 # One gold answer, and ways to write it.
 SAME = {
     "25": ["025", "25.0", "25.", "$25$", r"\text{25}", r"\mathbf{25}", "x=25", r"x_1 = 25", "+25",
            r"25\text{ cm}", r"25 \text{ m}^2", r"25\,\mathrm{kg}", "25 miles", r"25^\circ", "25°",
-           r"25\%", "25 percent", r"\$25", r"\frac{50}{2}", "5^2", r"25\\", "|-25|", "{25}"],
+           r"25\%", "25 percent", r"\$25", r"\frac{50}{2}", "5^2", r"25\\", "|-25|", "{25}",
+           r"25\text{ m/s}", r"25\ \mathrm{cm^2}", "25 km/h", "f(x)=25", r"\bm{25}", "√625"],
     "-0.75": ["-.75", r"-\frac{3}{4}", r"\frac{-3}{4}", r"\frac{3}{-4}", "-3/4", r"-\frac34"],
     "1.5": [r"1\frac{1}{2}", r"1 \frac12", "1 1/2", "3/2", r"\dfrac{3}{2}"],
     "1234567": ["1,234,567", r"1\,234\,567", "1{,}234{,}567", r"1,\!234,\!567", "1.234567e6"],
     "4.5e33": [r"4.5\times 10^{33}", r"4.5 \cdot 10^{33}", "4.5*10^33", "45e32"],
-    "1e-3": ["0.001", r"10^{-3}", r"\frac{1}{1000}"],
-    "-1./3": [r"-\frac{1}{3}"],
+    "1e-3": ["0.001", r"10^{-3}", r"\frac{1}{1000}"], "-1./3": [r"-\frac{1}{3}"],
+    r"0.\overline{3}": [r"\frac{1}{3}", "1/3", r".\overline{33}"], "0.16": [r"0.15\overline{9}"],
     r"\frac{\sqrt{2}}{2}": [r"\frac{1}{\sqrt{2}}", "sqrt(2)/2", r"2^{-1/2}", r"\sqrt{0.5}"],
-    r"\frac{\pi}{2}": ["pi/2", "π/2", r"\frac{1}{2}\pi"],
-    r"\infty": ["∞"], r"\frac{1}{m} t": [r"\frac{t}{m}"], "2x+3t": ["3t + 2x"],
-    "(1,2)": ["(1, 2)", r"\left(1,2\right)"], r"\{1,2\}": [r"\{2, 1\}", "1,2"],
-    "-1, 2, 10": ["10, -1, 2"], "E_{1},E_{2}": ["E_1, E_2"], "52_8": ["52_{8}"],
-    "2^{1000}": ["4^{500}"], r"x \in [-2,7]": ["[-2,7]"], "y=2x+3": ["2x-y+3=0"],
-    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}": [r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"],
-    "C": ["(C)", r"\text{(C)}", r"\textbf{C}", "C.", "c", "C. Heat", r"\text{C) Heat}"],
+    r"\frac{\pi}{2}": ["pi/2", "π/2", r"\frac{1}{2}\pi", r"\frac\pi2"],
+    r"12\pi": [r"12\pi\text{ cm}"], r"3\sqrt{13}": ["3√13", r"\sqrt{117}"],
+    r"\infty": ["∞"], r"(5,\infty)": ["x>5", r"(5,+\infty)"],
+    r"\frac{1}{m} t": [r"\frac{t}{m}"], "2x+3t": ["3t + 2x"], r"\frac{1}{x}": [r"\frac1x"],
+    "(1,2)": ["(1, 2)", r"\left(1,2\right)", "1,2", "(x,y)=(1,2)"],
+    r"\{1,2\}": [r"\{2, 1\}", "1,2"], "-1, 2, 10": ["10, -1, 2", "x=-1, x=2, x=10"],
+    "100, 200, 300": ["300, 200, 100", "100,200,300"],
+    "6,8": [r"6 \text{ and } 8", "6 and 8"], "E_{1},E_{2}": ["E_1, E_2"],
+    "52_8": ["52_{8}", "(52)_8"], "2^{1000}": ["4^{500}"], r"x \in [-2,7]": ["[-2,7]"],
+    "y=2x+3": ["2x-y+3=0"], "(x+1)^2": ["x^2+2x+1"], "[0.5,2]": [r"\left[\frac12, 2\right]"],
+    "1+274i": ["1+274 i", "274i + 1"], r"-2+2 \sqrt{3} i": [r"-2+2i\sqrt{3}"],
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}": [r"\begin{bmatrix} 1 & 2 \\[4pt] 3 & 4 \end{bmatrix}"],
+    "C": ["(C)", r"\text{(C)}", r"\textbf{C}", "C.", "c", "C. Heat", r"\text{C) A warm wind}",
+          r"\textbf{(C)}\ 5", "Option C"],
     r"\text{Even}": ["even", r"\text{ even }", "Even"],
-    "(x+1)^2": ["x^2+2x+1"], "[0.5,2]": [r"\left[\frac12, 2\right]"],
 }
-# One gold answer, and what is wrong though some grader takes it.
+# One gold answer, and what is wrong though it, or some grader, could take it for right.
 DIFFERENT = {
     "123456": ["123457", "123456.1", r"123456\text{ million}"], r"\frac{0}{1}": ["1e0."],
     r"\frac{1}{3}": ["0.3333333", "1/-3"], "0.1": ["0.1000001"], "(0.1,2)": ["(0.1000001,2)"],
-    "0": ["10^{-50}", "0.0000001", "False"],
+    "0": ["10^{-50}", "0.0000001", "False", "e^{-200}", r"0.\overline{9}", r"\text{ cm}"],
     r"\frac{1}{2004!}": [r"\frac{1}{2006!}"], r"\frac{1}{2^{99}}": [r"\frac{1}{2^{98}}"],
     r"\sqrt{2}": ["1.4142135623730951"], r"\pi": ["3.14159265358979", r"\frac{355}{113}"],
-    "(1,2)": [r"\{1,2\}", "(2,1)", "[1,2]"], r"\{1,2\}": ["(1,2)", r"\{1,2,3\}"],
+    "(1,2)": [r"\{1,2\}", "(2,1)", "[1,2]", "2,1"], r"\{1,2\}": ["(1,2)", r"\{1,2,3\}"],
     "52_8": ["52_9", "42"], "42": ["52_8", "4\x002", r"\frac{42}{0}", r"\frac{0}{0}", "42, 43"],
     "2": ["1 or 2", r"1 \text{ or } 2", r"2\text{, }3", r"2\text{, 3}", "1,2", "x=2=3", "2 sin x",
-          r"2\text{ or }x=3", "nan", r"\text{the answer}", "two million", "2x", "2 t", "2t"],
-    "2+3": [r"2+3\mathrm{i}"], r"a+2\mathbf{b}": ["a+2"],
+          r"2\text{ or }x=3", "nan", r"\text{the answer}", "two million", "2x", "2 t", "2t", "1=2"],
+    "25": ["2x=5", r"\not=25", "x^2=25", "x+y=25", "26=25=25", r"25\text{, or maybe not}", "25'",
+           r"25\text{ (or thirty)}", r"25\text{ squared}", r"25\text{ lakh}", r"25\mathrm{k}",
+           r"25\approx 30", r"25\mod 26", "25^T", "25...", r"24@\(25\)", "2 5", r"2\,5"],
+    "3": ["1 2", r"3\text{ quarters}"], "7": [r"7\text{ minus one}", r"7\text{ }^2", "7~0"],
+    "1/2": [r"\frac{1}{3}|\frac{1}{2}", r"\frac{1}{3},,\frac{1}{2}", r"\frac13?\frac12"],
     "1.5": [r"\frac{1}{2}"], "1234": ["12,34"], "2x+3": ["2x+3t", "2x + 3 m"], "x^2": ["x_2"],
-    "A": ["A, B, C, D", "ABCD", "A or B", "A. or B.", "B"], r"\text{listen}": ["silent"],
-    "": ["", "42", "None"], "2^{1000}": ["2^{1000}+1"], "x+1": ["y+1", "x+1.0000001"],
+    "58,500": ["500,58", "500, 58"], "1,2": ["1,1,2", "(2,1)"], "6": ["√16"], "m": ["M"],
+    "A": ["A, B, C, D", "ABCD", "A or B", "A. or B.", "B", "(a) or (b)", "a)b)c)d)", "A. or b"],
+    "2+3": [r"2+3\mathrm{i}"], r"a+2\mathbf{b}": ["a+2"], "x": [r"x\text{y}"], "N": ["n"],
+    r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}": [r"\frac{2}{3}"], r"\text{listen}": ["silent"],
+    r"\text{ellipse}": [r"\text{ellipse}\text{, hyperbola}"], "1+2i": ["1-2i"],
+    "": ["", "42", "None"], "2^{1000}": ["2^{1000}+1"], "x+1": ["y+1", "x+1.0000001", "X+1"],
+    r"0.\overline{1}": ["0", r"0.\overline{2}", r"0.\overline{12}"], "3, 5, 7": ["(7,5,3)"],
 }
 RESPONSES = [
     (r"first \boxed{1}, no: \boxed{2}", "2", 1), (r"<think>\boxed{1}</think>\boxed{2}", "2", 1),
@@ -101,6 +118,18 @@ def test_lenient_is_the_official_reward():
         assert grade(response, answer, lenient=True) == reward, response
 
 
+@pytest.mark.parametrize("left", [r"\text{m} ", r"\frac1", "1 ", r"1\text{ a}", "x=", "1,", "a/"])
+def test_no_text_takes_long_in_the_trainers_own_process(left):
+    """A pattern that backtracks would be exponential here, and hold up the rank for ever."""
+    for right in ("", "!", " ", "^2", "{", "}", r"\,", "5", "a", "=", ",", "."):
+        for start, end in (("", ""), ("5", "!"), ("(", ")"), (r"\text{", "}"), ("C.", "!")):
+            text = (start + (left + right) * 1000)[:990] + end
+            begin = time.process_time()
+            compare(text, text + "1")
+            compare(text[:300], "C")
+            assert time.process_time() - begin < 2, text[:60]
+
+
 # ------------------------------------------------------------------ properties
 def renderings(value: Fraction) -> list[str]:
     sign, top, bottom = "-" * (value < 0), abs(value.numerator), value.denominator
@@ -116,7 +145,8 @@ def renderings(value: Fraction) -> list[str]:
         decimal = Decimal(value.numerator) / bottom
         ways += [f"{decimal:f}", f"{decimal:e}"]
     return [dressed for way in ways for dressed in (
-        way, f"${way}$", f" {way} ", rf"{way}\text{{ cm}}", f"x={way}", rf"{way}^\circ", f"{way}.")]
+        way, f"${way}$", f" {way} ", rf"{way}\text{{ cm}}", f"x={way}", rf"{way}^\circ",
+        way.rstrip(".") + ".")]
 
 
 values = st.fractions(-10 ** 6, 10 ** 6, max_denominator=64)
@@ -177,6 +207,35 @@ def test_a_worker_that_dies_is_replaced(monkeypatch):
     assert not any(worker.alive() for worker in grader.pool.workers)
 
 
+def test_closing_ends_a_call():
+    grader = Grader(workers=1, timeout=60.0)
+    grader([RIGHT])
+    errors = []
+
+    def hang():
+        try:
+            grader([HANG, HANG_2] * 4)
+        except (RuntimeError, CancelledError) as error:
+            errors.append(error)
+    thread = threading.Thread(target=hang)
+    thread.start()
+    time.sleep(0.5)
+    grader.close()
+    thread.join(10)
+    assert errors and not thread.is_alive()
+    assert not any(worker.alive() for worker in grader.pool.workers)
+    with pytest.raises(RuntimeError, match="closed"):
+        grader([RIGHT, WRONG])
+
+
+def test_workers_that_do_not_start():
+    pool = Pool([sys.executable, "-c", "pass"], workers=1, timeout=1.0)
+    with pytest.raises(RuntimeError, match="do not start"):
+        for _ in range(2):
+            pool.map([1], key=id)
+    pool.close()
+
+
 def test_exceptions_are_counted_by_kind():
     with Grader(workers=1) as grader:
         rewards = grader([(r"\boxed{\frac{0}{0}+x}", r"\frac{1}{0}"), RIGHT])
@@ -196,12 +255,13 @@ def test_a_worker_has_little_memory_and_does_not_outlive_its_parent(tmp_path):
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
     workers = parent.stdout.readline().split()
     assert len(workers) == 2
-    for pid in workers:
-        limits = Path(f"/proc/{pid}/limits").read_text()
-        assert re.search(rf"Max address space +{2 ** 30} ", limits)
+    deadline = time.monotonic() + 60
+    while not all(re.search(rf"Max address space +{2 ** 30} ",
+                            Path(f"/proc/{pid}/limits").read_text()) for pid in workers):
+        assert time.monotonic() < deadline, "a worker may take all memory"
+        time.sleep(0.1)
     parent.kill()  # while it waits for the one that hangs
     parent.communicate()
-    deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "a worker outlives its parent"
         time.sleep(0.1)
@@ -225,7 +285,7 @@ def test_the_command_explains_itself():
                               capture_output=True, check=True).stdout
     strict = explain(r"it is \boxed{\dfrac12}", "0.5")
     assert r"\dfrac12" in strict and r"\frac{1}{2}" in strict and "right, reward 1.0" in strict
-    assert "the same numbers" in strict and " ms" in strict
+    assert "compared as numbers" in strict and " ms" in strict
     assert "no complete box" in explain("it is 0.5", "0.5", "--strict")
     assert "right, reward 1.0" in explain("it is 0.5", "0.5", "--lenient")
 
@@ -246,7 +306,7 @@ def cases(name: str) -> list[tuple[str, str, str, bool | None]]:
 
 
 @pytest.mark.parametrize("name, tier, accuracy, times", [
-    ("verify_cases.jsonl", "core", 0.993, 1), ("verify_adversarial.jsonl", "all", 1.0, 2)])
+    ("verify_cases.jsonl", "core", 0.991, 1), ("verify_adversarial.jsonl", "all", 1.0, 2)])
 def test_public_cases(name, tier, accuracy, times, tmp_path, monkeypatch):
     """Accuracy, no false positive, no file made; right verdicts on normal answers in between."""
     monkeypatch.chdir(tmp_path)
