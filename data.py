@@ -48,15 +48,16 @@ class Problem:
     prompt_ids: Sequence[int] = ()
     trace_ids: Sequence[int] = ()  # ends in the one EOS
     trace_reward: float = 0.0  # of the trace, by the verifier
-    opened: str = ""  # "<think>\n" if the prompt ends in it: the response is then inside a thought
+    opened: str = ""  # "<think>\n" if the prompt ends in <think>: the response is in a thought
 
 
 # ------------------------------------------------------------------ sources
 def load_problems(path_or_name: str, *, split: str = "train") -> list[Problem]:
     """All problems of a source, in its order.
 
-    path_or_name: "toy" or "toy/SPLIT", a .jsonl or .parquet file, or a data set's name on the hub;
-    `split` is for the hub only. Raises InputError on a source that is absent, empty or malformed.
+    path_or_name: "toy" or "toy/SPLIT", a .jsonl or .parquet file, or ORGANISATION/NAME on the hub,
+    perhaps with /CONFIG and :SPLIT; `split` is for the hub only, where none is named. Raises
+    InputError on a source that is absent, empty or malformed.
     """
     if path_or_name.split("/")[0] == "toy":
         import toy
@@ -90,11 +91,15 @@ def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     else:
         import datasets  # slow to import, and only the hub needs it
 
+        repository, _, named = name.partition(":")
+        organisation, *parts = repository.split("/", 2)  # NAME and perhaps CONFIG
         try:
-            rows = datasets.load_dataset(name, split=split)
+            rows = datasets.load_dataset("/".join([organisation, *parts[:1]]), *parts[1:],
+                                         split=named or split)
         except Exception as error:  # a dozen kinds, and all mean that there is no data
             raise InputError(f"{name}: not a .jsonl or .parquet file, and no data set with a split "
-                             f"{split!r} that this machine reaches on the hub ({error})") from error
+                             f"{named or split!r} that this machine reaches on the hub "
+                             f"({error})") from error
     for number, row in enumerate(rows):
         yield f"{name}, row {number}", row
 
@@ -140,8 +145,52 @@ def from_gsm8k(row: dict, where: str) -> Problem:
     )
 
 
+def from_problem(row: dict, where: str) -> Problem:
+    """A problem and its answer, as MATH-500 and most benchmarks on the hub; no trace."""
+    answer = row["answer"]  # a string, a number, or a list of one
+    return bare(row, "problem", answer[0] if isinstance(answer, list) and answer else answer, where)
+
+
+def from_arc(row: dict, where: str) -> Problem:
+    """ARC: choices with their labels."""
+    choices = field(row, "choices", dict, where)
+    return multiple_choice(row, "question", zip(choices["label"], choices["text"]),
+                           row["answerKey"], where)
+
+
+def from_mmlu_pro(row: dict, where: str) -> Problem:
+    """MMLU-Pro: options, of which the answer is a letter."""
+    return multiple_choice(row, "question", zip("ABCDEFGHIJ", field(row, "options", list, where)),
+                           row["answer"], where)
+
+
+def from_gpqa(row: dict, where: str) -> Problem:
+    """GPQA: the right answer and three wrong ones, shuffled by a function of the question."""
+    answers = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+    order = random.Random(field(row, "Question", str, where)).sample(range(4), 4)
+    return multiple_choice(row, "Question", zip("ABCD", [answers[i].strip() for i in order]),
+                           "ABCD"[order.index(0)], where)
+
+
+def multiple_choice(row: dict, column: str, choices, answer, where: str) -> Problem:
+    options = "\n".join(f"{label}) {text}" for label, text in choices)
+    return bare({column: f"{field(row, column, str, where)}\n\n{options}\n"}, column, answer, where)
+
+
+def bare(row: dict, column: str, answer, where: str) -> Problem:
+    """From a problem without a system message or a trace."""
+    if answer is None or not str(answer).strip():
+        raise InputError(f"{where}: the answer is empty")
+    return Problem(prompt=[{"role": "user", "content": field(row, column, str, where)}],
+                   answer=str(answer), source=str(row.get("benchmark") or ""))
+
+
 SCHEMAS = {  # the columns that tell a schema -> its reader
     ("prompt", "reward_model"): from_openr1,
+    ("question", "choices", "answerKey"): from_arc,
+    ("question", "options", "answer"): from_mmlu_pro,
+    ("Question", "Correct Answer"): from_gpqa,
+    ("problem", "answer"): from_problem,
     ("question", "answer"): from_gsm8k,
 }
 
@@ -189,7 +238,7 @@ def encode(problems: list[Problem], tokenizer, *, max_prompt_tokens: int,
         bar.update()
         text = render(problem.prompt, tokenizer)
         prompt_ids = tokenizer.encode(text, add_special_tokens=False)
-        opened = THINK if text.endswith(THINK) else ""
+        opened = THINK if text.rstrip().endswith(THINK.rstrip()) else ""
         trace_ids = trace_tokens(problem.trace, opened, tokenizer)
         if len(prompt_ids) > max_prompt_tokens:
             dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
@@ -229,6 +278,8 @@ def choose_template(problems: list[Problem], tokenizer) -> None:
     if not chats or own and (not thoughts or render(chats[0].prompt, tokenizer).endswith(THINK)):
         return
     system, opening = (THINK_SYSTEM, f" {THINK}") if thoughts else (SYSTEM, "\n")
+    if chats[0].prompt[0]["role"] == "system":  # then so for problems without one, in evaluation
+        system = chats[0].prompt[0]["content"]
     constants = f"{{% set SYSTEM = {system!r} %}}{{% set OPENING = {opening!r} %}}"
     tokenizer.chat_template = constants + CHAT_TEMPLATE
     say(f"template    ours ({'its own does not open the thought' if own else 'it has none'}): "
@@ -286,10 +337,14 @@ def load_training_set(name: str, tokenizer, grader: Grader, *, need_traces: bool
 
 def load_benchmarks(names: Iterable[str], tokenizer, *, max_prompt_tokens: int) -> list[Problem]:
     """The problems of some sources to evaluate on, encoded; says what it drops."""
-    # without the traces: a problem is not left out because its teacher was long-winded
-    problems = [replace(p, trace=None) for name in names for p in load_problems(name, split="test")]
-    kept, dropped = encode(problems, tokenizer, max_prompt_tokens=max_prompt_tokens,
-                           max_response_tokens=0)
+    problems = [p for name in names for p in load_problems(name, split="test")]
+    return to_evaluate(problems, tokenizer, max_prompt_tokens=max_prompt_tokens)
+
+
+def to_evaluate(problems: list[Problem], tokenizer, *, max_prompt_tokens: int) -> list[Problem]:
+    """Encoded, without their traces: none is left out because its teacher was long-winded."""
+    kept, dropped = encode([replace(p, trace=None) for p in problems], tokenizer,
+                           max_prompt_tokens=max_prompt_tokens, max_response_tokens=0)
     for reason, number in dropped.items():
         say(f"evaluation leaves out {number} of {len(problems)} problems: {reason}")
     return kept

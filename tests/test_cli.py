@@ -87,8 +87,9 @@ def test_vllm_where_it_is_not_installed(monkeypatch):
 
 
 def test_a_dry_run_needs_no_weights_and_leaves_nothing(tmp_path):
-    out = run("luffy.py", "--model", "Qwen2.5-Math-7B", "--dry_run", "--out", tmp_path / "run")
-    assert "7,615,616,512 parameters" in out.stdout and "fits in 80 GiB" in out.stdout
+    out = run("luffy.py", "--model", "Qwen2.5-Math-1.5B", "--dry_run", "1x80",
+              "--out", tmp_path / "run")
+    assert "1,543,714,304 parameters" in out.stdout and "fits in 80 GiB" in out.stdout
     assert not (tmp_path / "run").exists()
     assert run("luffy.py", "--dry_run", ranks=2).stdout.count("machine     2 x CPU") == 1
     assert "multiple of 6" in refused("--model", "Qwen2.5-Math-7B", "--dry_run", "3x80")

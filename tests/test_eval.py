@@ -1,15 +1,26 @@
-"""Scores: unbiased, by source, and a command that prints them."""
+"""Scores: unbiased, with honest errors; benchmarks, prompts, and evaluations that can be killed."""
 
+import json
+import math
+import random
+import shutil
 from itertools import combinations
+from statistics import fmean, stdev
 
 import pytest
-from conftest import run
+from conftest import SHARED, run
 
-from eval import pass_at_k, summarize, table
+from data import SYSTEM, Problem
+from eval import by_source, difference_table, load_benchmark, parse_args, pass_at_k
+from eval import published_table, score_table, standard_error, summarize, table, to_prompt
+from paper import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
+from run import InputError
+from verify import Grader
 
 
+# ------------------------------------------------------------------ scores
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
-    for n in range(1, 7):
+    for n in range(1, 9):
         for c in range(n + 1):
             for k in range(1, n + 1):
                 subsets = list(combinations([1] * c + [0] * (n - c), k))
@@ -19,18 +30,199 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
             pass_at_k(*bad)
 
 
+def rows_of(rewards: list[list[float]], source: str = "hard", **more) -> list[dict]:
+    return [{"problem": i, "sample": j, "source": source, "strict": reward, "lenient": 1.0,
+             "tokens": 10 * (j + 1), "truncated": j > 0} | more
+            for i, group in enumerate(rewards) for j, reward in enumerate(group)]
+
+
 def test_summary_by_hand():
-    records = [(1.0, 10, False), (0.0, 20, True), (0.0, 30, True), (0.0, 40, True)]
-    scores = summarize(records, k=2)
-    assert scores == {"problems": 2, "k": 2, "avg": 0.25, "pass": 0.5, "length": 25.0,
-                      "truncated": 0.75}
-    assert "| hard (2) | avg@2 | 0.250 |" in table({"model": {"hard": scores}})
+    scores = summarize(rows_of([[1.0, 0.0], [0.0, 0.0]]))
+    assert scores.pop("avg_se") == pytest.approx(0.25)  # stdev(.5, 0) / sqrt 2
+    assert scores == {"problems": 2, "k": 2, "avg": 0.25, "lenient": 1.0, "pass_at": [0.25, 0.5],
+                      "length": 15.0, "truncated": 0.5}
+    scores = by_source(rows_of([[1.0, 0.0], [0.0, 0.0]]))
+    assert "| hard (2) | avg@2 | 0.250 |" in table({"model": scores})
+    assert math.isnan(summarize(rows_of([[1.0]]))["avg_se"])  # one problem tells no error
 
 
-def test_the_command(tiny_model):
-    out = run("eval.py", "--model", tiny_model, "--bench", "toy/dev", "--samples", 2,
-              "--max_response_tokens", 40).stdout
-    for words in ("| easy (64) | avg@2 |", "| hard (64) | pass@2 |", "| ood (64) | truncated |"):
+def test_standard_errors_are_those_of_a_bootstrap_over_problems():
+    rng = random.Random(0)
+    rewards = [[float(rng.random() < p) for _ in range(8)]
+               for p in (rng.betavariate(0.5, 0.5) for _ in range(200))]
+    means = [fmean(r) for r in rewards]
+    resampled = [fmean(rng.choices(means, k=200)) for _ in range(4000)]
+    assert standard_error(means) == pytest.approx(stdev(resampled), rel=0.05)
+    samples = [r for group in rewards for r in group]
+    assert standard_error(samples) < 0.6 * standard_error(means)  # over samples: far too small
+
+
+def test_tables():
+    scores = {("math500", 0.6): summarize(rows_of([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])),
+              ("toy", 0.6): summarize(rows_of([[1.0], [1.0]]))}
+    text = score_table(scores)
+    assert "| math500 | 0.6 | 3 | 50.0 ± 28.9 @2 | 100.0 | 66.7 @2 | 15 | 50.0% |" in text
+    assert "| mean of 2 | 0.6 | | 75.0 ± 14.4 |" in text
+    assert "| math500 | 0.6 | 50.0 ± 28.9 | 100.0 | 87.6 | -37.6 |" in published_table(
+        scores, "luffy")
+    models = {"a": {("x", 0.6, 1): rows_of([[1.0], [0.0], [0.0]])},
+              "b": {("x", 0.6, 1): rows_of([[1.0], [1.0], [0.0]])}}
+    assert "| x | 0.6 | 1 | 33.3 ± 33.3 | 33.3 ± 33.3 |" in difference_table(models)
+
+
+# ------------------------------------------------------------------ the paper's tables
+def test_published_means_are_the_papers():
+    for name, six, ood in (("luffy", 50.1, 57.8), ("sft-rl", 48.2, 44.8), ("oat-zero", 43.7, 45.2),
+                           ("on-policy", 45.5, 57.3), ("qwen-math-7b", 19.0, 15.4)):
+        assert fmean(SYSTEMS[name].six) == pytest.approx(six, abs=0.06)
+        assert fmean(SYSTEMS[name].ood) == pytest.approx(ood, abs=0.06)
+    for name, system in SYSTEMS.items():
+        assert len(system.six) == len(SIX) and len(system.ood) in (0, len(OUT_OF_DISTRIBUTION))
+        assert system.template in TEMPLATES, name
+
+
+PROMPTS = {  # written out from each system's own code
+    "plain": "1 + {x}?",
+    "qwen": "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+            "\\boxed{}.<|im_end|>\n<|im_start|>user\n1 + {x}?<|im_end|>\n<|im_start|>assistant\n",
+    "simplerl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                "1 + {x}?\nPlease reason step by step, and put your final answer within "
+                "\\boxed{}.<|im_end|>\n<|im_start|>assistant\n",
+}
+ENDS = {  # of the long ones
+    "prime_zero": " <answer> answer here </answer>. User: 1 + {x}?\n\nPresent the answer in LaTex "
+                  "format: \\boxed{Your answer}. Assistant:",
+    "openreasoner_zero": " the \\boxed{} tag.\nThis is the problem:\n1 + {x}?\nAssistant: <think>",
+}
+
+
+class Chat:
+    """A tokenizer whose template says nothing of a box, or does."""
+
+    def __init__(self, opening: str = ""):
+        self.chat_template, self.opening = "some", opening
+
+    def apply_chat_template(self, messages, **_):
+        return self.opening + "".join(m["content"] for m in messages)
+
+
+def test_every_template_is_the_systems_own():
+    chat = [{"role": "system", "content": "S \\boxed{}"}, {"role": "user", "content": "1 + {x}?"}]
+    problem, tokenizer = Problem(chat, "2"), Chat()
+    assert {*PROMPTS, *ENDS, "own", "own_no_system"} == {*TEMPLATES}
+    for name, text in PROMPTS.items():
+        assert to_prompt(problem, name, tokenizer).prompt == text
+    for name, end in ENDS.items():
+        text = to_prompt(problem, name, tokenizer).prompt
+        assert text.startswith("A conversation between User and Assistant. The ")
+        assert text.endswith(end)
+    assert to_prompt(problem, "own", tokenizer).prompt == chat
+    assert to_prompt(problem, "own_no_system", tokenizer).prompt == chat[1:]
+    with pytest.raises(InputError, match="plain text"):
+        to_prompt(Problem("text", "2"), "qwen", tokenizer)
+    # Where nothing asks for a box, ours does; where a template does, ours is left out.
+    ours = {"role": "system", "content": SYSTEM}
+    for messages in (chat[1:], [ours, *chat[1:]]):
+        assert to_prompt(Problem(messages, "2"), "own", Chat()).prompt == [ours, *chat[1:]]
+        assert to_prompt(Problem(messages, "2"), "own", Chat("boxed")).prompt == chat[1:]
+
+
+def test_hub_formats_become_problems(tmp_path):
+    rows = {
+        "arc_c": {"question": "Why?", "choices": {"label": ["A", "B"], "text": ["x", "y"]},
+                  "answerKey": "B"},
+        "mmlu_pro": {"question": "Why?", "options": ["x", "y"], "answer": "B", "answer_index": 1},
+        "gpqa": {"Question": "Why?", "Correct Answer": "x", "Incorrect Answer 1": "y",
+                 "Incorrect Answer 2": "z", "Incorrect Answer 3": "w"},
+        "math500": {"problem": "1/2?", "answer": ["0.5"]},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        _, [problem] = load_benchmark(name, str(tmp_path))
+        text = problem.prompt[-1]["content"]
+        if name == "gpqa":
+            assert f"{problem.answer}) x" in text and "w" in text
+        elif name == "math500":
+            assert (text, problem.answer) == ("1/2?", "0.5")
+        else:
+            assert text == "Why?\n\nA) x\nB) y\n" and problem.answer == "B"
+    (tmp_path / "arc_c.jsonl").write_text(json.dumps(rows["math500"]) + "\n")
+    for name, message in (("arc_c", "not the letter"), ("minerva", "minerva.jsonl or")):
+        with pytest.raises(InputError, match=message):
+            load_benchmark(name, str(tmp_path))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
+def test_the_papers_files(tmp_path):
+    """Counts, repeats as k, and every gold answer in a box is right."""
+    found = {name: load_benchmark(name, str(SHARED)) for name in (*SIX, "arc_c", "gsm8k")}
+    for name, (bench, problems) in found.items():
+        assert len(problems) == BENCHMARKS[name].problems
+        assert bench.k == (32 if name in ("aime24", "aime25", "amc") else 1)
+    for name in SIX:  # the official file with its repeats, and the same without
+        (bench, some), (_, others) = (load_benchmark(name, str(SHARED / f"six_benchmarks_{file}"))
+                                      for file in ("luffy.parquet", "unique.jsonl"))
+        assert bench.k == found[name][0].k and some[0].prompt[0]["role"] == "system"
+        assert sorted(p.answer for p in some) == sorted(p.answer for p in others)
+    problems = [p for _, problems in found.values() for p in problems]
+    with Grader() as grader:
+        rewards = grader([(f"\\boxed{{{p.answer}}}", p.answer) for p in problems])
+        assert rewards == [1.0] * len(problems)
+        other = [(r"\boxed{%s}" % ("B" if p.answer == "A" else "A"), p.answer)
+                 for p in found["arc_c"][1]]
+        assert not any(grader(other))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
+def test_our_grading_agrees_with_recorded_labels():
+    """5,276 answers of four models to GSM8K, labelled by their authors; none is boxed."""
+    jobs, labels = [], []
+    for line in (SHARED / "gsm8k_model_solutions.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        gold = row["ground_truth"].rpartition("A:")[2].strip()
+        for value in row.values():
+            if isinstance(value, dict):
+                answer = value["solution"].rpartition("A:")[2].strip()
+                jobs.append((rf"\boxed{{{answer}}}", gold))
+                labels.append(float(value["is_correct"]))
+    with Grader() as grader:
+        rewards = grader(jobs)
+    agree = fmean(a == b for a, b in zip(rewards, labels))
+    assert len(jobs) == 4 * 1319 and agree >= 0.99
+
+
+# ------------------------------------------------------------------ the command
+def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
+    """And the command, its tables and its picture."""
+    arguments = ["eval.py", "--model", tiny_model, "--bench", "toy/dev", "--samples", 32,
+                 "--limit", 48, "--temperature", "0,1", "--max_response_tokens", 12]
+    whole, killed, name = tmp_path / "whole", tmp_path / "killed", "toy.dev-t1-k32-rank0.jsonl"
+    out = run(*arguments, "--out", whole).stdout
+    for words in ("| toy/dev/easy | 0 | 16 |", "| toy/dev/hard | 1 | 16 |", "@32 |", "mean of 3 |"):
         assert words in out
-    bad = run("eval.py", "--model", tiny_model, "--bench", "toy/exam", check=False)
-    assert bad.returncode != 0 and "toy/exam" in bad.stderr and "Traceback" not in bad.stderr
+    rows = (whole / name).read_text().splitlines()
+    assert len(rows) == 3 * 512  # three blocks; of the second one half is left, and half a row
+    shutil.copytree(whole, killed)
+    (killed / "scores.json").unlink()
+    (killed / name).write_text("\n".join(rows[:800]) + "\n" + rows[800][:30])
+    run(*arguments, "--out", killed, ranks=2)
+    assert (killed / "scores.json").read_text() == (whole / "scores.json").read_text()
+
+    out = run("eval.py", "compare", whole, killed, "--out", tmp_path / "c.png")
+    assert "| toy.dev/ood | 1 | 32 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in out.stdout
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+    result = run(*arguments, "--out", killed, "--seed", 1, check=False)
+    assert result.returncode != 0 and "seed was 0, now 1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_what_cannot_be_evaluated(monkeypatch):
+    for arguments, words in ((["--paper", "on-policy", "--bench", "six"], "no checkpoint"),
+                             (["--bench", "six"], "--model or --paper"),
+                             (["--model", "x", "--bench", "six", "--limit", "0"], "--limit 0"),
+                             (["--model", "x", "--bench", "a", "--temperature", "b"], "A or A,B")):
+        monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
+        with pytest.raises(InputError, match=words):
+            parse_args()
+    with pytest.raises(InputError, match="toy/exam"):
+        load_benchmark("toy/exam")

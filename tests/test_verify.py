@@ -312,7 +312,7 @@ def test_public_cases(name, tier, accuracy, times, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     counts = defaultdict(Counter)
     listed = cases(name)
-    with Grader(workers=2, timeout=2.0) as grader:
+    with Grader(workers=3, timeout=2.0) as grader:
         for _ in range(times):
             rewards = grader([job for _, *job, _ in listed for job in (job, RIGHT, WRONG)])
             assert rewards[1::3] == [1.0] * len(listed) and rewards[2::3] == [0.0] * len(listed)
