@@ -432,7 +432,8 @@ def main() -> None:
             [{"benchmark": name, "temperature": t} | score for (name, t), score in scores.items()]))
     say(f"{args.model}, template {args.template}, at most {max_tokens} tokens\n\n"
         f"{score_table(scores)}")
-    if args.paper and (published := published_table(scores, args.paper)):
+    system = args.paper or next((n for n, s in SYSTEMS.items() if s.model == args.model), None)
+    if system and (published := published_table(scores, system)):
         say(f"\n{published}")
     say(f"\nresponses   {args.out}")
 

@@ -194,22 +194,22 @@ def test_our_grading_agrees_with_recorded_labels():
 # ------------------------------------------------------------------ the command
 def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     """And the command, its tables and its picture."""
-    arguments = ["eval.py", "--model", tiny_model, "--bench", "toy/dev", "--samples", 32,
+    arguments = ["eval.py", "--model", tiny_model, "--bench", "toy/dev", "--samples", 16,
                  "--limit", 48, "--temperature", "0,1", "--max_response_tokens", 12]
-    whole, killed, name = tmp_path / "whole", tmp_path / "killed", "toy.dev-t1-k32-rank0.jsonl"
+    whole, killed, name = tmp_path / "whole", tmp_path / "killed", "toy.dev-t1-k16-rank0.jsonl"
     out = run(*arguments, "--out", whole).stdout
-    for words in ("| toy/dev/easy | 0 | 16 |", "| toy/dev/hard | 1 | 16 |", "@32 |", "mean of 3 |"):
+    for words in ("| toy/dev/easy | 0 | 16 |", "| toy/dev/hard | 1 | 16 |", "@16 |", "mean of 3 |"):
         assert words in out
     rows = (whole / name).read_text().splitlines()
-    assert len(rows) == 3 * 512  # three blocks; of the second one half is left, and half a row
+    assert len(rows) == 512 + 256  # two blocks; of the second a part is left, and half a row
     shutil.copytree(whole, killed)
     (killed / "scores.json").unlink()
-    (killed / name).write_text("\n".join(rows[:800]) + "\n" + rows[800][:30])
+    (killed / name).write_text("\n".join(rows[:600]) + "\n" + rows[600][:30])
     run(*arguments, "--out", killed, ranks=2)
     assert (killed / "scores.json").read_text() == (whole / "scores.json").read_text()
 
     out = run("eval.py", "compare", whole, killed, "--out", tmp_path / "c.png")
-    assert "| toy.dev/ood | 1 | 32 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in out.stdout
+    assert "| toy.dev/ood | 1 | 16 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in out.stdout
     assert (tmp_path / "c.png").stat().st_size > 10_000
     result = run(*arguments, "--out", killed, "--seed", 1, check=False)
     assert result.returncode != 0 and "seed was 0, now 1" in result.stderr

@@ -145,8 +145,9 @@ def test_two_processes_share_one_engine(watched, tiny_model, tmp_path):
 
 def test_an_evaluation_is_the_same_with_either_sampler(tiny_model, tmp_path):
     for sampler in ("vllm", "torch"):
-        run("eval.py", "--model", tiny_model, "--bench", "toy/dev", "--limit", 12, "--temperature", 0,
-            "--max_response_tokens", 30, "--sampler", sampler, "--out", tmp_path / sampler)
+        run("eval.py", "--model", tiny_model, "--bench", "toy/dev", "--limit", 12,
+            "--temperature", 0, "--max_response_tokens", 30, "--sampler", sampler,
+            "--out", tmp_path / sampler)
     found = [(tmp_path / sampler / "toy.dev-t0-k1-rank0.jsonl").read_text().splitlines()
              for sampler in ("vllm", "torch")]
     assert len(found[0]) == 12 and (ON_GPU or found[0] == found[1])
