@@ -15,6 +15,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean as mean
 from statistics import stdev
@@ -182,8 +183,8 @@ def collect(out: Path, name: str, problems: list[Problem], numbers: list[int], k
     def on_disk() -> dict[int, list[dict]]:
         blocks, done = defaultdict(list), defaultdict(list)
         for file in sorted(out.glob(f"{name}-rank*.jsonl")):
-            for row in read_jsonl(file):
-                blocks[row["block"]].append(row)
+            for row in read_jsonl(file):  # two files: a rank that is no more left a part of a block
+                blocks[file, row["block"]].append(row)
         for row in (row for rows in blocks.values() if len(rows) == rows[0]["of"] for row in rows):
             done[row["problem"]].append(row)
         return done
@@ -220,6 +221,9 @@ def make_sampler(kind: str, path: str, config, eos: int, max_tokens: int):
     on_gpu = torch.cuda.is_available()
     if kind == "torch" or kind == "auto" and not on_gpu:
         return TorchSampler(path, config, eos), TORCH_ROWS
+    if find_spec("vllm") is None:
+        raise InputError(f"--sampler {kind} takes vLLM here, which is not installed: "
+                         "pip install -r requirements.txt, or --sampler torch")
     room = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
     weights = 2 * 2 * sum(parameter_sizes(config))  # in bfloat16, vLLM's and the ones it gets
     sampler = VLLMSampler(path, config, eos, max_tokens=max_tokens,
@@ -350,10 +354,10 @@ def parse_args() -> argparse.Namespace:
                              "toy/SPLIT, files, hub names")
     parser.add_argument("--data_dir", default="", help="a directory or a file, instead of the hub")
     parser.add_argument("--samples", type=int, help="k, responses to each problem [the paper's]")
-    parser.add_argument("--temperature", default="0.6", help="A,B; 0 is greedy, and k = 1 [0.6]")
+    parser.add_argument("--temperature", help="A,B; 0 is greedy, and k = 1 [the paper's, 0.6]")
     parser.add_argument("--limit", type=int, help="problems of each benchmark, spread evenly")
     parser.add_argument("--max_prompt_tokens", type=int, default=1024)
-    parser.add_argument("--max_response_tokens", type=int, default=8192)
+    parser.add_argument("--max_response_tokens", type=int, help="[the paper's, 8192]")
     parser.add_argument("--sampler", choices=["auto", "vllm", "torch"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="[runs/eval/MODEL]")
@@ -365,7 +369,7 @@ def parse_args() -> argparse.Namespace:
         raise InputError(f"--paper {args.paper}: no checkpoint of it was published, so --model DIR "
                          "has to name one" if system else "--model or --paper has to say what")
     try:
-        args.temperatures = [float(t) for t in args.temperature.split(",")]
+        args.temperatures = [float(t) for t in (args.temperature or "").split(",") if t]
     except ValueError:
         raise InputError(f"--temperature {args.temperature}: expected A or A,B,...") from None
     for flag in ("samples", "limit"):
@@ -409,28 +413,32 @@ def main() -> None:
             problems = [to_prompt(p, args.template, tokenizer) for p in problems]
         benchmarks[name] = bench, to_evaluate(
             problems, tokenizer, max_prompt_tokens=min(args.max_prompt_tokens, context - 1))
+        if not benchmarks[name][1]:
+            raise InputError(f"--bench {name}: no problem has a prompt of --max_prompt_tokens "
+                             f"{args.max_prompt_tokens} or less")
     prepare_directory(args)
     longest = max(len(p.prompt_ids) for _, problems in benchmarks.values() for p in problems)
-    max_tokens = min(args.max_response_tokens, context - longest)
+    room = {name: min(args.max_response_tokens or bench.max_tokens, context - longest)
+            for name, (bench, _) in benchmarks.items()}
     sampler, rows_at_once = make_sampler(args.sampler, path, config, tokenizer.eos_token_id,
-                                         longest + max_tokens)
+                                         longest + max(room.values()))
     scores = {}
     with Grader() as grader:
         for name, (bench, problems) in benchmarks.items():
             n = min(args.limit or len(problems), len(problems))
             numbers = [i * len(problems) // n for i in range(n)]
-            for t in args.temperatures:
+            for t in args.temperatures or [bench.temperature]:
                 k = 1 if t == 0 else args.samples or bench.k
                 rows = collect(args.out, f"{name.replace('/', '.')}-t{t:g}-k{k}", problems,
                                numbers, k, sampler, grader, tokenizer, rows_at_once, temperature=t,
-                               max_tokens=max_tokens, seed=args.seed)
+                               max_tokens=room[name], seed=args.seed)
                 sources = by_source(rows)
                 for source, score in sources.items():
                     scores[f"{name}/{source}" if len(sources) > 1 else name, t] = score
     if rank() == 0:
         write(args.out / "scores.json", json.dumps(
             [{"benchmark": name, "temperature": t} | score for (name, t), score in scores.items()]))
-    say(f"{args.model}, template {args.template}, at most {max_tokens} tokens\n\n"
+    say(f"{args.model}, template {args.template}, at most {max(room.values())} tokens\n\n"
         f"{score_table(scores)}")
     system = args.paper or next((n for n, s in SYSTEMS.items() if s.model == args.model), None)
     if system and (published := published_table(scores, system)):

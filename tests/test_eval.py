@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import pytest
 from conftest import SHARED, run
 
-from data import SYSTEM, Problem
+from data import SYSTEM, Problem, render
 from eval import by_source, difference_table, load_benchmark, parse_args, pass_at_k
 from eval import published_table, score_table, standard_error, summarize, table, to_prompt
 from paper import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
@@ -153,7 +153,7 @@ def test_hub_formats_become_problems(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
-def test_the_papers_files(tmp_path):
+def test_the_papers_files():
     """Counts, repeats as k, and every gold answer in a box is right."""
     found = {name: load_benchmark(name, str(SHARED)) for name in (*SIX, "arc_c", "gsm8k")}
     for name, (bench, problems) in found.items():
@@ -165,6 +165,10 @@ def test_the_papers_files(tmp_path):
         assert bench.k == found[name][0].k and some[0].prompt[0]["role"] == "system"
         assert sorted(p.answer for p in some) == sorted(p.answer for p in others)
     problems = [p for _, problems in found.values() for p in problems]
+    for template in TEMPLATES:
+        for p in problems:
+            question, prompt = p.prompt[-1]["content"], to_prompt(p, template, Chat()).prompt
+            assert question in render(prompt, Chat()) and "{problem}" not in str(prompt)
     with Grader() as grader:
         rewards = grader([(f"\\boxed{{{p.answer}}}", p.answer) for p in problems])
         assert rewards == [1.0] * len(problems)
@@ -205,6 +209,7 @@ def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     shutil.copytree(whole, killed)
     (killed / "scores.json").unlink()
     (killed / name).write_text("\n".join(rows[:600]) + "\n" + rows[600][:30])
+    shutil.move(killed / name, killed / name.replace("rank0", "rank7"))  # which is no more
     run(*arguments, "--out", killed, ranks=2)
     assert (killed / "scores.json").read_text() == (whole / "scores.json").read_text()
 
