@@ -26,7 +26,6 @@ from data import SYSTEM, Problem, load_problems, render, to_evaluate
 from model import find, from_pretrained, load_config, load_tokenizer
 from paper import BENCHMARKS, GROUPS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES, Benchmark
 from plan import ENGINE, GIB, RESERVE, parameter_sizes
-from plots import draw_comparison, draw_curves
 from run import InputError, barrier, checkpoints, gather, init_processes, launch, progress, rank
 from run import read_jsonl, say, seed_of, world_size, write
 from sampler import TORCH_ROWS, TorchSampler, VLLMSampler
@@ -287,6 +286,8 @@ def percent(value: float, error: float = math.nan) -> str:
 
 def report(run: Path) -> None:
     """What a run directory came to: curves.png, the first and the last evaluation side by side."""
+    from plots import draw_curves  # matplotlib is slow to import
+
     draw_curves(run)
     evaluations = read_jsonl(run / "evals.jsonl")
     if len(evaluations) > 1:
@@ -316,6 +317,8 @@ def compare(arguments: list[str]) -> None:
     parser.add_argument("dirs", nargs="+", type=Path, help="of evaluations; the first is the base")
     parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="the picture")
     args = parser.parse_args(arguments)
+    from plots import draw_comparison
+
     models = {out.name: load_rows(out) for out in args.dirs}
     if len(models) < len(args.dirs):
         raise InputError("compare: two directories have the same name; rename one")
