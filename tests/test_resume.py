@@ -46,12 +46,11 @@ def assert_same_run(a, b):
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05])
-def test_kill_9_in_mid_step_and_again(tiny_model, tmp_path, whole, delay):
+def test_kill_9_in_mid_step_and_again(tiny_model, tmp_path, whole):
     out = tmp_path / "run"
     process = start(*luffy(tiny_model, out, "--steps", 1000))
     wait_for_step(process, 5)  # checkpoints 2 and 4 are there, step 6 or its saving is under way
-    time.sleep(delay)
+    time.sleep(0.05)
     process.kill()
     process.wait()
     for later in out.glob("checkpoint-*"):  # on a busy machine it may have come further
