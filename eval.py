@@ -53,10 +53,11 @@ def standard_error(means: list[float]) -> float:
     return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
 
 
-def by_problem(rows: list[dict], key: str = "strict") -> dict[int, list[float]]:
+def by_problem(rows: list[dict]) -> dict[int, list[float]]:
+    """The rewards of each problem's responses."""
     found = defaultdict(list)
     for row in rows:
-        found[row["problem"]].append(row[key])
+        found[row["problem"]].append(row["reward"])
     return found
 
 
@@ -80,7 +81,11 @@ def summarize(rows: list[dict]) -> dict:
 
 def respond(sampler, problems: list[Problem], numbers, grader: Grader, tokenizer, *, samples: int,
             temperature: float, max_tokens: int, seed: int, lenient: bool = False) -> list[dict]:
-    """Graded responses to problems[i], i in numbers: a row for each, in order."""
+    """Graded responses to problems[i], i in numbers: a row for each, in order.
+
+    reward: as the grader was created to judge, strict in this program; lenient: also the official
+    grading.
+    """
     groups = sampler.generate(
         [problems[i].prompt_ids for i in numbers], samples, temperature=temperature,
         seeds=[seed_of("evaluation", seed, i) for i in numbers], max_tokens=max_tokens)
@@ -89,7 +94,7 @@ def respond(sampler, problems: list[Problem], numbers, grader: Grader, tokenizer
              "truncated": sample.tokens[-1] != tokenizer.eos_token_id}
             for i, group in zip(numbers, groups) for j, sample in enumerate(group)]
     jobs = [(problems[row["problem"]].opened + row["response"], row["answer"]) for row in rows]
-    gradings = {"strict": grader(jobs)}
+    gradings = {"reward": grader(jobs)}
     if lenient:
         gradings["lenient"] = grader(jobs, lenient=True)
     return [row | {name: rewards[n] for name, rewards in gradings.items()}
@@ -153,9 +158,9 @@ def to_prompt(problem: Problem, template: str, tokenizer) -> Problem:
     Under `own`, where neither the data nor the chat template says that the answer has to be boxed,
     a system message does.
     """
-    if template == "own" and isinstance(problem.prompt, str):
-        return problem
     if isinstance(problem.prompt, str):
+        if template == "own":
+            return problem
         raise InputError(f"--template {template}: the prompts of {problem.source} are plain text, "
                          "not messages; they can only be used as they are (--template own)")
     ours = {"role": "system", "content": SYSTEM}
@@ -180,24 +185,21 @@ def collect(out: Path, name: str, problems: list[Problem], numbers: list[int], k
     sampled together.
     """
     def on_disk() -> dict[int, list[dict]]:
-        blocks, done = defaultdict(list), defaultdict(list)
-        for file in sorted(out.glob(f"{name}-rank*.jsonl")):
-            for row in read_jsonl(file):  # two files: a rank that is no more left a part of a block
-                blocks[file, row["block"]].append(row)
-        for row in (row for rows in blocks.values() if len(rows) == rows[0]["of"] for row in rows):
-            done[row["problem"]].append(row)
+        done = defaultdict(list)
+        for file in out.glob(f"{name}-rank*.jsonl"):
+            for row in whole_blocks(file):
+                done[row["problem"]].append(row)
         return done
 
     done = on_disk()
     barrier()  # all have read before any writes
     mine = out / f"{name}-rank{rank()}.jsonl"
-    kept = [row for row in read_jsonl(mine) if row["problem"] in done]  # no half block
-    write(mine, "".join(json.dumps(row) + "\n" for row in kept))
+    write(mine, "".join(json.dumps(row) + "\n" for row in whole_blocks(mine)))
     block = max(1, rows_at_once // k)
     blocks = [numbers[i:i + block] for i in range(0, len(numbers), block)]
     with progress(name, k * len(numbers)) as bar:
         bar.update(k * sum(i in done for i in numbers))
-        rewards = [row["strict"] for rows in done.values() for row in rows]
+        rewards = [row["reward"] for rows in done.values() for row in rows]
         for some in blocks[rank()::world_size()]:
             some = [i for i in some if i not in done]
             if not some:
@@ -207,12 +209,20 @@ def collect(out: Path, name: str, problems: list[Problem], numbers: list[int], k
             with mine.open("a") as file:
                 file.write("".join(json.dumps(row | {"block": some[0], "of": len(rows)}) + "\n"
                                    for row in rows))
-            rewards += [row["strict"] for row in rows]
+            rewards += [row["reward"] for row in rows]
             bar.update(len(rows) * world_size())
             bar.set_postfix(avg=f"{mean(rewards):.3f}")
     barrier()
     rows = on_disk()
     return [row for i in numbers for row in sorted(rows[i], key=lambda row: row["sample"])]
+
+
+def whole_blocks(file: Path) -> list[dict]:
+    """The rows of a rank's file, without the part of a block that a killed run left at its end."""
+    blocks = defaultdict(list)
+    for row in read_jsonl(file):
+        blocks[row["block"]].append(row)
+    return [row for rows in blocks.values() if len(rows) == rows[0]["of"] for row in rows]
 
 
 def make_sampler(kind: str, path: str, config, eos: int, max_tokens: int):
@@ -248,8 +258,11 @@ def table(columns: dict[str, dict[str, dict]]) -> str:
 
 
 def score_table(scores: dict[tuple[str, float], dict]) -> str:
-    """(benchmark, temperature) -> scores -> a markdown table, in percent, with the mean of each
-    temperature over its benchmarks."""
+    """(benchmark, temperature) -> scores -> a markdown table, in percent.
+
+    The means at a temperature are unweighted: over each group of the paper that is complete, or
+    else over all. Their errors take benchmarks as independent.
+    """
     lines = ["| benchmark | T | problems | avg@k | lenient | pass@k | tokens | truncated |",
              "|---|---|---|---|---|---|---|---|"]
     for (name, t), s in scores.items():
@@ -258,8 +271,9 @@ def score_table(scores: dict[tuple[str, float], dict]) -> str:
                      f"| {percent(s['lenient'])} | {percent(s['pass_at'][-1])} @{s['k']} "
                      f"| {s['length']:.0f} | {s['truncated']:.1%} |")
     for t in dict.fromkeys(t for _, t in scores):
-        these = [s for (_, other), s in scores.items() if other == t]
-        if len(these) > 1:
+        here = {name: s for (name, other), s in scores.items() if other == t}
+        groups = [names for names in GROUPS.values() if here.keys() >= set(names)] or [here]
+        for these in ([here[name] for name in names] for names in groups if len(names) > 1):
             error = math.sqrt(sum(s["avg_se"] ** 2 for s in these)) / len(these)
             lines.append(f"| mean of {len(these)} | {t:g} | "
                          f"| {percent(mean(s['avg'] for s in these), error)} "
@@ -303,7 +317,7 @@ def load_rows(out: Path) -> dict[tuple[str, float, int], list[dict]]:
     found = defaultdict(lambda: defaultdict(list))
     for file in sorted(out.glob("*-rank*.jsonl")):
         name, t, k = re.fullmatch(r"(.+)-t([0-9.]+)-k([0-9]+)-rank[0-9]+", file.stem).groups()
-        for row in read_jsonl(file):
+        for row in whole_blocks(file):
             found[name, float(t), int(k)][row["source"]].append(row)
     if not found:
         raise InputError(f"{out}: not the directory of an evaluation (no *-rank*.jsonl in it)")
@@ -313,6 +327,7 @@ def load_rows(out: Path) -> dict[tuple[str, float, int], list[dict]]:
 
 
 def compare(arguments: list[str]) -> None:
+    """`eval.py compare`: a table of paired differences, and the picture."""
     parser = argparse.ArgumentParser(prog="eval.py compare", allow_abbrev=False)
     parser.add_argument("dirs", nargs="+", type=Path, help="of evaluations; the first is the base")
     parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="the picture")

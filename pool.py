@@ -53,7 +53,8 @@ class Pool:
                 worker = worker or self.next_worker()
                 results.append(worker.ask(job, self.timeout))
                 if not worker.alive():
-                    worker = self.replace(worker)
+                    self.replace(worker)
+                    worker = None
         finally:
             if worker:
                 self.idle.append(worker)

@@ -63,6 +63,7 @@ def extract_answer(response: str) -> str | None:
     first_box = re.search(BOX, text)
     last, opened = None, []  # (start, end) of the box that begins last; where each `{` began
     for token in BOX_OR_BRACE.finditer(text, first_box.start()) if first_box else ():
+        # one pass: a search for each box's end would be quadratic, in the trainer's process
         if token[0] == "}" and opened:
             start, is_box = opened.pop()
             if is_box and (last is None or start > last[0]):
@@ -139,7 +140,7 @@ BASED = re.compile(r"\(?([0-9][0-9A-F]*)\)?_\{?([0-9]+)\}?")  # 204_5
 CHOICE = re.compile(  # C, (C), or C. and its text, in which no letter stands alone but in "a word"
     r"(?:option |choice )?\(?([A-Z])(?:[).:-]+(?!.*\b[A-Z]\b(?! [a-z]{2})).*)?", re.IGNORECASE)
 TUPLE, SET = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]"), re.compile(r"\\\{.*,.*\\\}")
-UNREAD = re.compile(r"'|\^\{?T|\\approx|\\p?mod|\\[lc]?dots|\.\.|[0-9] [0-9]")  # ignored, or worse
+UNREAD = re.compile(r"'|\^\{?T|\\approx|\\p?mod|\\[lc]?dots|\.\.|[0-9] [0-9]")  # is ignored
 TOO_BIG = re.compile(r"[0-9]{400}|\^[{(]?[+-]?[0-9]{5}|[0-9]{5}!|\^[{(]?[0-9]+\^")  # to be computed
 
 
@@ -306,7 +307,7 @@ class Grader:
     """
 
     def __init__(self, workers: int = 2, timeout: float = 5.0, lenient: bool = False):
-        self.timeout, self.lenient, self.failures = timeout, lenient, Counter()
+        self.lenient, self.failures = lenient, Counter()
         self.pool = Pool([sys.executable, str(Path(__file__).resolve()), "--worker", str(timeout)],
                          workers, timeout)
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import SHARED, run
 
 from data import SYSTEM, Problem, render
-from eval import by_source, difference_table, load_benchmark, parse_args, pass_at_k
+from eval import by_source, difference_table, load_benchmark, load_rows, parse_args, pass_at_k
 from eval import published_table, score_table, standard_error, summarize, table, to_prompt
 from paper import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
 from run import InputError
@@ -31,7 +31,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
 
 
 def rows_of(rewards: list[list[float]], source: str = "hard", **more) -> list[dict]:
-    return [{"problem": i, "sample": j, "source": source, "strict": reward, "lenient": 1.0,
+    return [{"problem": i, "sample": j, "source": source, "reward": reward, "lenient": 1.0,
              "tokens": 10 * (j + 1), "truncated": j > 0} | more
             for i, group in enumerate(rewards) for j, reward in enumerate(group)]
 
@@ -65,6 +65,11 @@ def test_tables():
     assert "| mean of 2 | 0.6 | | 75.0 ± 14.4 |" in text
     assert "| math500 | 0.6 | 50.0 ± 28.9 | 100.0 | 87.6 | -37.6 |" in published_table(
         scores, "luffy")
+    nine = {(name, 0.6): summarize(rows_of([[1.0], [float(name in SIX)]]))
+            for name in (*SIX, *OUT_OF_DISTRIBUTION)}
+    assert "| mean of 6 | 0.6 | | 100.0 ± 0.0 |" in score_table(nine)  # as the paper reports them
+    assert "| mean of 3 | 0.6 | | 50.0 ± 28.9 |" in score_table(nine)
+    assert "mean of 9" not in score_table(nine)
     models = {"a": {("x", 0.6, 1): rows_of([[1.0], [0.0], [0.0]])},
               "b": {("x", 0.6, 1): rows_of([[1.0], [1.0], [0.0]])}}
     assert "| x | 0.6 | 1 | 33.3 ± 33.3 | 33.3 ± 33.3 |" in difference_table(models)
@@ -213,6 +218,9 @@ def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     run(*arguments, "--out", killed, ranks=2)
     assert (killed / "scores.json").read_text() == (whole / "scores.json").read_text()
 
+    complete, continued = ({key: sorted(rows, key=lambda row: (row["problem"], row["sample"]))
+                            for key, rows in load_rows(out).items()} for out in (whole, killed))
+    assert continued == complete
     out = run("eval.py", "compare", whole, killed, "--out", tmp_path / "c.png")
     assert "| toy.dev/ood | 1 | 16 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in out.stdout
     assert (tmp_path / "c.png").stat().st_size > 10_000
