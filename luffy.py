@@ -272,10 +272,14 @@ def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Tra
     for i, mini_batch in enumerate(mini_batches):
         # Fixed from global counts before the first backward: micro-batches and ranks just add up.
         set_weights(mini_batch, cfg)
-        micro_batches = pack(mini_batch, cfg.token_budget)
+        learning = [t for t in mini_batch if t.advantage != 0 or cfg.entropy_coef != 0]
+        silent = [t for t in mini_batch if t.advantage == 0 and cfg.entropy_coef == 0]
+        micro_batches = pack(silent, cfg.token_budget) + pack(learning, cfg.token_budget)
         for batch in micro_batches:
             last = batch is micro_batches[-1]
-            with nullcontext() if last else policy.no_sync():  # ranks all-reduce once, at the last
+            learns = last or cfg.entropy_coef != 0 or bool(batch.advantage.any())
+            with (nullcontext() if last else policy.no_sync(),  # ranks all-reduce at the last
+                  torch.set_grad_enabled(learns)):
                 logp, entropy = policy(batch)  # (N,), (N,)
                 # Before the first optimizer step the policy still is the old one: ratio 1.
                 old = logp.detach() if i == 0 else batch.logp_old
@@ -287,7 +291,8 @@ def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Tra
                     trust = (old - batch.logp_sampler).exp().clamp(max=cfg.tis_cap)
                     objective = torch.where(batch.off_policy, objective, trust * objective)
                 loss = -(batch.weight * (objective + cfg.entropy_coef * entropy)).sum()
-                (loss * world_size()).backward()  # DDP averages over ranks; our 1/Z is global
+                if learns:
+                    (loss * world_size()).backward()  # DDP averages over ranks; 1/Z is global
             shaped = SHAPINGS[cfg.shaping](logp.detach(), cfg.gamma)
             add_token_metrics(means, batch, logp.detach(), old, entropy.detach(), shaped)
             bar.update(len(logp))

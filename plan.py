@@ -133,8 +133,7 @@ def memory(cfg, config, ranks: int, capacity: int | None) -> list[tuple[str, str
     if not cfg.samples:
         return [*table, ("sampling", "keys and values", 0)]
     if cfg.sampler == "torch" or not on_gpu:
-        return [*table, ("always", "the sampler's weights", weights),
-                ("sampling", "keys and values", min(rollouts, TORCH_ROWS) * response)]
+        return [*table, ("sampling", "keys and values", min(rollouts, TORCH_ROWS) * response)]
     table += [("sampling", "vLLM's weights", weights // cfg.tensor_parallel),
               ("sampling", "vLLM's prefill and sampler (assumed)", ENGINE)]
     left = capacity - sum(size for phase, _, size in table if phase != "updating")

@@ -15,7 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from model import from_pretrained
 from run import barrier, device, progress, rank, world_size
@@ -33,20 +35,20 @@ class Sample:
 
 
 class TorchSampler:
-    """Sampling with transformers alone, where there is no vLLM. It keeps a copy of the policy.
+    """Sampling with transformers alone, where there is no vLLM.
 
     A prompt is prefilled once for its n samples, and a row leaves the batch when it is finished.
     """
 
     def __init__(self, path: str | Path, config, eos: int, *, max_rows: int = TORCH_ROWS):
-        self.model = from_pretrained(path, config=config, attn_implementation="sdpa").eval()
+        self.model = from_pretrained(path, config=config, attn_implementation="grouped").eval()
         self.eos, self.max_rows = eos, max_rows
 
-    @torch.no_grad()
     def load_weights(self, named_parameters) -> None:
+        """Sample from these parameters from now on: they are shared, not copied."""
         own = dict(self.model.named_parameters())
         for name, parameter in named_parameters:
-            own[name].copy_(parameter)
+            own[name].data = parameter.data
 
     def generate(self, prompts: list, n: int, *, seeds: list[int], temperature: float,
                  max_tokens: int) -> list[list[Sample]]:
@@ -100,6 +102,20 @@ class TorchSampler:
     def logits(self, ids, mask, positions, cache) -> Tensor:
         return self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
                           past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+
+def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+                      scaling: float, **options) -> tuple[Tensor, None]:
+    """transformers' sdpa, but query heads that share a key read it; there, each gets a copy."""
+    if query.shape[2] > 1:  # prompts
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+    heads = query.view(len(query), key.shape[1], -1, query.shape[3])  # as if they were positions
+    out = F.scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(len(query), 1, -1, query.shape[3]), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -10,16 +10,10 @@ of both. Times are of the two variants in turn; ratios are medians of pairs.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import token_logprobs
+from tiny import PeakMemory, in_process, machine, torch
+from model import token_logprobs  # tiny knows where it is
 
 VOCABULARY, WIDTH = 151_936, 896  # Qwen2.5's
 
@@ -30,27 +24,6 @@ def plain(hidden, weight, targets):
 
 
 VARIANTS = {"plain": plain, "chunked": token_logprobs}
-
-
-class PeakMemory:
-    """Watches this process: `bytes` is how far its resident memory rose above where it was."""
-
-    def __enter__(self):
-        self.before, self.bytes, self.done = self.resident(), 0, threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.thread.join()
-
-    def watch(self) -> None:
-        while not self.done.wait(0.001):
-            self.bytes = max(self.bytes, self.resident() - self.before)
-
-    def resident(self) -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def measure(variant: str, tokens: int) -> dict:
@@ -93,16 +66,13 @@ def main() -> None:
         return
 
     def run(variant: str, tokens: int) -> dict:
-        out = subprocess.run([sys.executable, __file__, "--one", variant, str(tokens)],
-                             capture_output=True, text=True, check=True).stdout
-        return json.loads(out)
+        return in_process(__file__, "--one", variant, tokens)
 
     pairs = [(run("plain", 1024), run("chunked", 1024)) for _ in range(args.pairs)]
     long = [run("chunked", 4096) for _ in range(args.pairs)]
     median = {key: [statistics.median(row[key] for row in rows)
                     for rows in (*zip(*pairs), long)] for key in ("seconds", "bytes")}
-    print(f"V = {VOCABULARY:,}, D = {WIDTH}, float32, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads; medians of {args.pairs}\n")
+    print(f"{machine()}; V = {VOCABULARY:,}, D = {WIDTH}; medians of {args.pairs}\n")
     print("| | tokens | peak, MiB | CPU seconds |\n|---|---|---|---|")
     for name, tokens, size, seconds in zip(("plain", "chunked", "chunked"), (1024, 1024, 4096),
                                            median["bytes"], median["seconds"]):

@@ -78,7 +78,7 @@ MEASURE = textwrap.dedent("""
     import json, sys
     sys.path.insert(0, ".")
     import luffy, plan
-    from benchmarks.head import PeakMemory
+    from benchmarks.tiny import PeakMemory
     from data import Problem
     from run import init_processes
 

@@ -1,0 +1,164 @@
+"""What the speed benchmarks share: a tiny Qwen2 that stops at random, our step, instruments."""
+
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; torchrun does it for several
+
+import torch
+import transformers
+from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import luffy
+from data import Problem
+from sampler import TorchSampler
+
+EOS, VOCABULARY, MAX_TOKENS = 1, 512, 128
+STOP = 0.0117  # the chance that a token is EOS: a mean of 67 tokens, of at most 128
+
+
+# ------------------------------------------------------------------ the model
+def save(directory: str | Path, *, hidden: int = 256, vocabulary: int = VOCABULARY,
+         context: int = 1024) -> str:
+    """Save an untrained Qwen2 of 4 layers (at width 256 with 4 / 2 heads) and its tokenizer.
+
+    The first channel is large and the same in all tokens, so the head's weight on it sets how
+    likely EOS is. All other tokens are about equally likely.
+    """
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, eos_token_id=EOS,
+        num_hidden_layers=4, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128,
+        max_position_embeddings=context, tie_word_embeddings=False, pad_token_id=0,
+        bos_token_id=None))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0.02 * hidden ** 0.5
+        model.lm_head.weight[:, 0] = 0.0
+        first = model.model(torch.randint(2, vocabulary, (8, 128))).last_hidden_state[..., 0].mean()
+        odds = torch.tensor(STOP / (1 - STOP) * vocabulary)
+        model.lm_head.weight[EOS, 0] = odds.log() / first
+    model.save_pretrained(directory)
+    tokenizer = Qwen2Tokenizer(vocab={"<pad>": 0, "<eos>": EOS}, merges=[], pad_token="<pad>",
+                               eos_token="<eos>", unk_token="<pad>", bos_token=None)
+    tokenizer.add_tokens([AddedToken(f"<{i}>", normalized=False) for i in range(2, VOCABULARY)])
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def prompts(n: int = 16, seed: int = 0) -> list[str]:
+    """n prompts of 16 to 48 tokens."""
+    rng = random.Random(seed)
+    return ["".join(f"<{rng.randrange(2, VOCABULARY)}>" for _ in range(rng.randint(16, 48)))
+            for _ in range(n)]
+
+
+def reward(text: str) -> float:
+    """Costs nothing, and differs within a group: 1 if the number of tokens is even."""
+    return float(text.count("<") % 2 == 0)
+
+
+class Parity:
+    """In place of the verifier: `reward`."""
+
+    failures = Counter()
+
+    def __call__(self, jobs: list[tuple[str, str]]) -> list[float]:
+        return [reward(text) for text, _ in jobs]
+
+
+# ------------------------------------------------------------------ our step
+class Ours:
+    """luffy.train, a step at a time: Dr. GRPO without clipping, 16 x 8 samples, one update."""
+
+    def __init__(self, model: str, **changes):
+        recipe = dict(model=model, problems_per_step=16, updates_per_step=1, max_prompt_tokens=64,
+                      max_response_tokens=MAX_TOKENS, entropy_coef=0.0, token_budget=512,
+                      checkpointing=False, sampler="torch")
+        self.cfg = luffy.Config(**luffy.ALGORITHMS["on_policy_noclip"] | recipe | changes)
+        self.tokenizer = luffy.load_tokenizer(model)
+        config = luffy.load_config(model)
+        self.problems = [Problem(p, "", prompt_ids=self.tokenizer(p)["input_ids"])
+                         for p in prompts(self.cfg.problems_per_step)]
+        self.sampler = TorchSampler(model, config, EOS)
+        self.model = luffy.load_model(model, config, self.cfg)
+        self.policy = luffy.DDP(luffy.Policy(self.model, 1.0), gradient_as_bucket_view=True)
+        self.optimizer = luffy.ShardedAdamW(self.policy.parameters(), lr=1e-6)
+
+    def step(self, number: int) -> dict[str, float]:
+        """-> seconds of each phase, sampled tokens of all ranks, and `trajectories`."""
+        start = time.perf_counter()
+        trajectories = luffy.rollout(self.sampler, self.problems, number, self.cfg)
+        sampled = time.perf_counter()
+        luffy.score(trajectories, Parity(), self.tokenizer, self.cfg)
+        scored = time.perf_counter()
+        luffy.update(self.policy, self.optimizer, trajectories, self.cfg)
+        self.sampler.load_weights(self.model.named_parameters())
+        tokens = luffy.all_reduce(sum(len(t.response) for t in trajectories))
+        done = time.perf_counter()
+        return {"sample": sampled - start, "score": scored - sampled, "update": done - scored,
+                "step": done - start, "tokens": tokens, "trajectories": trajectories}
+
+
+# ------------------------------------------------------------------ instruments
+class PeakMemory:
+    """`bytes` is how far this process's resident memory rose above where it was (Linux)."""
+
+    def __enter__(self):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+        self.before = self.read("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        self.bytes = self.read("VmHWM") - self.before
+
+    def read(self, name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def matrix_rate(seconds: float = 0.5) -> float:
+    """FLOP/s of large float32 matrix products on this process's threads: the median."""
+    a, b = torch.randn(2, 1024, 1024).unbind()
+    rates, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        rates.append(2 * 1024 ** 3 / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def in_process(*args, ranks: int = 1, threads: int = 1) -> dict:
+    """Run a benchmark script in a process (or `ranks` of torchrun) -> the JSON it prints last."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    done = subprocess.run([*launcher, *map(str, args)], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def spread(values: list[float], form: str = ".2f") -> str:
+    """Median (lowest to highest)."""
+    median, low, high = (format(f(values), form) for f in (statistics.median, min, max))
+    return f"{median} ({low} to {high})"
+
+
+def machine(threads: int = 1) -> str:
+    """One line for a table's caption."""
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return (f"{date.today()}, {os.cpu_count()} cores ({name}), torch {torch.__version__}, "
+            f"transformers {transformers.__version__}, float32, {threads} thread"
+            f"{'s' * (threads > 1)} a process")
