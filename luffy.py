@@ -272,15 +272,16 @@ def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Tra
     for i, mini_batch in enumerate(mini_batches):
         # Fixed from global counts before the first backward: micro-batches and ranks just add up.
         set_weights(mini_batch, cfg)
-        learning = [t for t in mini_batch if t.advantage != 0 or cfg.entropy_coef != 0]
+        # Without advantage and entropy bonus there is no gradient: a forward pass, for the metrics.
         silent = [t for t in mini_batch if t.advantage == 0 and cfg.entropy_coef == 0]
+        learning = [t for t in mini_batch if t.advantage != 0 or cfg.entropy_coef != 0]
         micro_batches = pack(silent, cfg.token_budget) + pack(learning, cfg.token_budget)
         for batch in micro_batches:
             last = batch is micro_batches[-1]
             learns = last or cfg.entropy_coef != 0 or bool(batch.advantage.any())
-            with (nullcontext() if last else policy.no_sync(),  # ranks all-reduce at the last
+            with (nullcontext() if last else policy.no_sync(),  # ranks all-reduce once, at the last
                   torch.set_grad_enabled(learns)):
-                logp, entropy = policy(batch)  # (N,), (N,)
+                logp, entropy = (policy if learns else policy.module)(batch)  # (N,), (N,)
                 # Before the first optimizer step the policy still is the old one: ratio 1.
                 old = logp.detach() if i == 0 else batch.logp_old
                 objective = mixed_policy_objective(
@@ -362,7 +363,7 @@ def record_old_logprobs(policy: nn.Module, trajectories: list[Trajectory], cfg: 
     rollouts = [t for t in trajectories if not t.off_policy]
     with torch.no_grad():
         for batch in pack(rollouts, cfg.token_budget):
-            logps = policy(batch)[0].split([len(t.response) for t in batch.trajectories])
+            logps = policy.module(batch)[0].split([len(t.response) for t in batch.trajectories])
             for t, logp in zip(batch.trajectories, logps):
                 t.logp_old = logp
 

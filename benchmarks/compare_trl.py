@@ -11,6 +11,7 @@ environment `.venv-trl` is made beside this file at the first call, from ours an
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import statistics
@@ -96,7 +97,7 @@ def trl(model: str, steps: int, batch: int) -> list[dict]:
                 max_completion_length=tiny.MAX_TOKENS, loss_type="dr_grpo", scale_rewards="none",
                 beta=0.0, learning_rate=1e-6, gradient_checkpointing=False, use_cpu=True,
                 bf16=False, fp16=False, save_strategy="no", report_to=[], disable_tqdm=True))
-        trainer.__class__ = Timed  # not a subclass from the start: TRL reads files by class name
+        trainer.__class__ = Timed
         trainer.train()
     for row in rows:
         row["update"] = row["step"] - row["sample"] - row["score"]
@@ -108,8 +109,7 @@ def measure(name: str, model: str, steps: int) -> None:
     import tiny
 
     if PROGRAMS[name]:
-        import trl as _  # its imports count as imported, not as memory of the step
-        from trl import GRPOTrainer as _
+        importlib.import_module("trl.trainer.grpo_trainer")  # imported, not memory of the step
     with tiny.PeakMemory() as peak:
         rows = ours(model, steps + 1) if name == "ours" else trl(model, steps + 1, PROGRAMS[name])
     phases = {phase: statistics.median(row[phase] / row["tokens"] for row in rows[1:])
@@ -140,8 +140,8 @@ def main() -> None:
         for _ in tqdm(range(args.rounds)):
             rounds.append({name: tiny.in_process(__file__, "--one", name, model, "--steps",
                                                  args.steps) for name in PROGRAMS})
-    print(f"{tiny.machine()}, {TRL.replace('==', ' ')}; {args.rounds} rounds of {args.steps} steps, "
-          "median (lowest to highest); tokens are sampled ones\n")
+    print(f"{tiny.machine()}, {TRL}; {args.rounds} rounds of {args.steps} steps, median (lowest "
+          "to highest); tokens are sampled ones\n")
     print("| | tokens/s | sampling | updating | seconds a step | peak memory, MiB "
           "| tokens/s, ours / it | memory, ours / it |\n|---|---|---|---|---|---|---|---|")
     for name in PROGRAMS:

@@ -18,8 +18,7 @@ import torch
 import transformers
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import luffy
 from data import Problem
@@ -138,13 +137,12 @@ def matrix_rate(seconds: float = 0.5) -> float:
     return statistics.median(rates)
 
 
-def in_process(*args, ranks: int = 1, threads: int = 1) -> dict:
+def in_process(*args, ranks: int = 1) -> dict:
     """Run a benchmark script in a process (or `ranks` of torchrun) -> the JSON it prints last."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    done = subprocess.run([*launcher, *map(str, args)], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    done = subprocess.run([*launcher, *map(str, args)], text=True, capture_output=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -156,9 +154,9 @@ def spread(values: list[float], form: str = ".2f") -> str:
     return f"{median} ({low} to {high})"
 
 
-def machine(threads: int = 1) -> str:
+def machine() -> str:
     """One line for a table's caption."""
     name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return (f"{date.today()}, {os.cpu_count()} cores ({name}), torch {torch.__version__}, "
-            f"transformers {transformers.__version__}, float32, {threads} thread"
-            f"{'s' * (threads > 1)} a process")
+            f"transformers {transformers.__version__}, float32, "
+            f"{torch.get_num_threads()} thread a process")

@@ -112,6 +112,39 @@ def test_sharded_adamw_equals_replicated_masters_bit_for_bit(tmp_path):
     assert out.count("share") == 2, out
 
 
+UNEVEN = textwrap.dedent("""
+    import random, sys
+    import torch
+    import luffy
+    from data import Problem
+    from run import gather, init_processes, launch, rank
+    def steps():
+        cfg = luffy.Config(**luffy.ALGORITHMS["on_policy"] | dict(problems_per_step=2, lr=1e-2,
+            updates_per_step=1, max_response_tokens=32, entropy_coef=0.0, token_budget=40))
+        model = luffy.load_model(sys.argv[1], luffy.load_config(sys.argv[1]), cfg)
+        policy = luffy.DDP(luffy.Policy(model, 1.0), gradient_as_bucket_view=True)
+        optimizer = luffy.ShardedAdamW(policy.parameters(), lr=cfg.lr)
+        rng = random.Random(rank())
+        for silent in (0, 1, None, 1):  # the rank whose advantages are all zero
+            luffy.update(policy, optimizer, [luffy.Trajectory(
+                rank(), Problem("", "", prompt_ids=(5, 6)), rng.choices(range(5, 50), k=20),
+                logp_sampler=[0.0] * 20, advantage=0.0 if rank() == silent else i - 3.5)
+                for i in range(8 + 4 * rank())], cfg)
+        sums = gather([p.double().sum().item() for p in model.parameters()])
+        assert sums[0] == sums[1]
+        print("the same on both")
+    init_processes()
+    launch(steps)
+""")
+
+
+def test_a_rank_may_have_no_gradient(tiny_model, tmp_path):
+    """It has no backward pass but the last, and the other rank does not wait for more."""
+    script = tmp_path / "uneven.py"
+    script.write_text("import sys; sys.path.insert(0, '.')\n" + UNEVEN)
+    assert run(script, tiny_model, ranks=2).stdout.count("the same on both") == 2
+
+
 FAILING = textwrap.dedent("""
     import sys; sys.path.insert(0, ".")
     import os, signal

@@ -20,10 +20,10 @@ class OneRank(torch.nn.Module):
 
     def __init__(self, policy):
         super().__init__()
-        self.policy = policy
+        self.module = policy
 
     def forward(self, batch):
-        return self.policy(batch)
+        return self.module(batch)
 
     def no_sync(self):
         return contextlib.nullcontext()
@@ -93,6 +93,31 @@ def test_gradient_is_the_same_for_any_token_budget_and_order(policy, algo):
         assert (found - expected).norm() <= 1e-5 * expected.norm(), order
 
 
+@pytest.mark.parametrize("budget", [60, 10_000])
+def test_trajectories_without_a_gradient_count_in_metrics_alone(policy, budget):
+    """And take no backward pass, but for the last: DDP's ranks meet there."""
+    cfg = config("luffy", entropy_coef=0.0, token_budget=budget)
+    trajectories = make_trajectories(cfg)
+    for t in trajectories:
+        t.logp_sampler, t.advantage = [-1.0] * len(t.response), t.advantage * (t.position == 1)
+    learning = sum(len(t.response) for t in trajectories if t.position == 1)
+    through_backward = []
+    policy.register_forward_hook(lambda *args: through_backward.append(len(args[2][0])))
+    ours, theirs = (KeepGradient(policy.parameters(), lr=0.0) for _ in range(2))
+    metrics = update(policy, ours, trajectories, cfg)
+    assert sum(through_backward) == learning
+    for_all = update(policy, theirs, trajectories, config("luffy", entropy_coef=1e-30,
+                                                          token_budget=budget))
+    assert ours.gradients[0].norm() > 0
+    torch.testing.assert_close(ours.gradients, theirs.gradients, rtol=1e-5, atol=1e-8)
+    assert metrics == pytest.approx(for_all, rel=1e-5)
+    through_backward.clear()
+    for t in trajectories:
+        t.advantage = 0.0
+    assert update(policy, ours, trajectories, cfg)["skipped_updates"] == 1
+    assert 0 < sum(through_backward) and (len(through_backward) == 1)
+
+
 def plain_logps(model, t):
     """Log-probs and entropies of a trajectory's response, by the simplest forward there is."""
     ids = torch.tensor([[*t.problem.prompt_ids, *t.response]])
@@ -139,7 +164,7 @@ def test_both_updates_of_a_step_by_hand(policy, algo, tis_cap):
                  tis_cap=tis_cap)
     trajectories = make_trajectories(cfg)
     optimizer = KeepGradient(policy.parameters(), lr=cfg.lr)
-    old, now = (copy.deepcopy(policy.policy.model) for _ in range(2))
+    old, now = (copy.deepcopy(policy.module.model) for _ in range(2))
     rng = random.Random(0)
     for t in trajectories:  # a sampler that is not quite the policy
         if not t.off_policy:
