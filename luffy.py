@@ -263,6 +263,9 @@ def score(trajectories: list["Trajectory"], grader: Grader, tokenizer, cfg: Conf
 def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Trajectory"],
            cfg: Config) -> dict:
     """`updates_per_step` steps of AdamW on Eq. 6, each on its share of the problems; -> metrics."""
+    def learns(t: Trajectory) -> bool:  # has it a gradient? If not, only the metrics need it
+        return t.advantage != 0 or cfg.entropy_coef != 0
+
     share = cfg.problems_per_step // cfg.updates_per_step
     mini_batches = [[t for t in trajectories if t.position // share == i]
                     for i in range(cfg.updates_per_step)]
@@ -272,16 +275,15 @@ def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Tra
     for i, mini_batch in enumerate(mini_batches):
         # Fixed from global counts before the first backward: micro-batches and ranks just add up.
         set_weights(mini_batch, cfg)
-        # Without advantage and entropy bonus there is no gradient: a forward pass, for the metrics.
-        silent = [t for t in mini_batch if t.advantage == 0 and cfg.entropy_coef == 0]
-        learning = [t for t in mini_batch if t.advantage != 0 or cfg.entropy_coef != 0]
-        micro_batches = pack(silent, cfg.token_budget) + pack(learning, cfg.token_budget)
+        micro_batches = [*pack([t for t in mini_batch if not learns(t)], cfg.token_budget),
+                         *pack([t for t in mini_batch if learns(t)], cfg.token_budget)]
         for batch in micro_batches:
             last = batch is micro_batches[-1]
-            learns = last or cfg.entropy_coef != 0 or bool(batch.advantage.any())
+            backward = last or learns(batch.trajectories[0])
             with (nullcontext() if last else policy.no_sync(),  # ranks all-reduce once, at the last
-                  torch.set_grad_enabled(learns)):
-                logp, entropy = (policy if learns else policy.module)(batch)  # (N,), (N,)
+                  torch.set_grad_enabled(backward)):
+                # DDP's forward talks to the other ranks; without a gradient it must not.
+                logp, entropy = (policy if backward else policy.module)(batch)  # (N,), (N,)
                 # Before the first optimizer step the policy still is the old one: ratio 1.
                 old = logp.detach() if i == 0 else batch.logp_old
                 objective = mixed_policy_objective(
@@ -292,7 +294,7 @@ def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Tra
                     trust = (old - batch.logp_sampler).exp().clamp(max=cfg.tis_cap)
                     objective = torch.where(batch.off_policy, objective, trust * objective)
                 loss = -(batch.weight * (objective + cfg.entropy_coef * entropy)).sum()
-                if learns:
+                if backward:
                     (loss * world_size()).backward()  # DDP averages over ranks; 1/Z is global
             shaped = SHAPINGS[cfg.shaping](logp.detach(), cfg.gamma)
             add_token_metrics(means, batch, logp.detach(), old, entropy.detach(), shaped)

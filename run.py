@@ -4,7 +4,7 @@ A run directory holds
     config.json            what was asked for; the same command with the same --out resumes
     metrics.jsonl          one object a step; on a CPU the same bits if the run was interrupted
     timing.jsonl           one object a step: seconds and tokens per second of each phase; "sync",
-                           the copying of weights, is part of "sample" with vLLM
+                           new weights for the sampler, is part of "sample" with vLLM
     evals.jsonl            one object for each evaluation
     samples/               groups of trajectories to read, every few steps
     checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's shards

@@ -23,6 +23,7 @@ from model import from_pretrained
 from run import barrier, device, progress, rank, world_size
 
 TORCH_ROWS = 512  # responses that TorchSampler decodes together
+DROP_EVERY = 8  # tokens: dropping finished rows copies the whole cache
 MAX_SEQUENCES, MAX_PREFILL = 256, 8192  # of a vLLM engine on a GPU: responses, and prompt tokens
 
 
@@ -37,7 +38,7 @@ class Sample:
 class TorchSampler:
     """Sampling with transformers alone, where there is no vLLM.
 
-    A prompt is prefilled once for its n samples, and a row leaves the batch when it is finished.
+    A prompt is prefilled once for its n samples, and rows leave the batch when they are finished.
     """
 
     def __init__(self, path: str | Path, config, eos: int, *, max_rows: int = TORCH_ROWS):
@@ -85,14 +86,17 @@ class TorchSampler:
         samples = [Sample([], []) for _ in uniform]
         for t in range(max_tokens):
             token, logp = draw(logits, uniform[live, t], temperature)  # (live,), (live,)
-            for row, x, lp in zip(live.tolist(), token.tolist(), logp.tolist()):
-                samples[row].tokens.append(x)
-                samples[row].logps.append(lp)
-            going = (token != self.eos).nonzero()[:, 0]
-            bar.update(len(live) - len(going))
-            if len(going) == 0 or t + 1 == max_tokens:
+            here = [samples[row] for row in live.tolist()]
+            for sample, x, lp in zip(here, token.tolist(), logp.tolist()):
+                if sample.tokens[-1:] != [self.eos]:  # else it is finished, but not dropped yet
+                    sample.tokens.append(x)
+                    sample.logps.append(lp)
+            going = [k for k, sample in enumerate(here) if sample.tokens[-1] != self.eos]
+            if not going or t + 1 == max_tokens:
                 break
-            if len(going) < len(live):
+            if t % DROP_EVERY == 0 and len(going) < len(live):
+                bar.update(len(live) - len(going))
+                going = torch.tensor(going, device=device())
                 cache.batch_select_indices(going)
                 token, live, mask = token[going], live[going], mask[going]
             mask = F.pad(mask, (0, 1), value=1)
@@ -107,11 +111,13 @@ class TorchSampler:
 def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
                       scaling: float, **options) -> tuple[Tensor, None]:
     """transformers' sdpa, but query heads that share a key read it; there, each gets a copy."""
+    if unknown := {k for k in ("softcap", "s_aux", "position_bias") if options.get(k) is not None}:
+        raise NotImplementedError(f"grouped_attention lacks what this model needs: {unknown}")
     if query.shape[2] > 1:  # prompts
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
     heads = query.view(len(query), key.shape[1], -1, query.shape[3])  # as if they were positions
     out = F.scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(len(query), 1, -1, query.shape[3]), None
+    return out.reshape(len(query), 1, -1, value.shape[3]), None
 
 
 AttentionInterface.register("grouped", grouped_attention)

@@ -22,7 +22,7 @@ import time
 import venv
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(os.path.abspath(__file__)).parent
 ENVIRONMENT = HERE / ".venv-trl"
 TRL = "trl==1.16.0"
 # per_device_train_batch_size: TRL's default, and the largest there is, its only one without
@@ -80,13 +80,10 @@ def trl(model: str, steps: int, batch: int) -> list[dict]:
             rows[-1]["step"] = time.perf_counter() - self.start
 
     def rewards(completions, **_):
-        start = time.perf_counter()
-        values = [tiny.reward(text) for text in completions]
-        rows[-1]["score"] = time.perf_counter() - start
-        return values
+        return [tiny.reward(text) for text in completions]
 
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):
-        trainer = GRPOTrainer(
+        trainer = Timed(
             model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
             reward_funcs=rewards, callbacks=[Clock()],
@@ -97,10 +94,7 @@ def trl(model: str, steps: int, batch: int) -> list[dict]:
                 max_completion_length=tiny.MAX_TOKENS, loss_type="dr_grpo", scale_rewards="none",
                 beta=0.0, learning_rate=1e-6, gradient_checkpointing=False, use_cpu=True,
                 bf16=False, fp16=False, save_strategy="no", report_to=[], disable_tqdm=True))
-        trainer.__class__ = Timed
         trainer.train()
-    for row in rows:
-        row["update"] = row["step"] - row["sample"] - row["score"]
     return rows
 
 
@@ -113,7 +107,7 @@ def measure(name: str, model: str, steps: int) -> None:
     with tiny.PeakMemory() as peak:
         rows = ours(model, steps + 1) if name == "ours" else trl(model, steps + 1, PROGRAMS[name])
     phases = {phase: statistics.median(row[phase] / row["tokens"] for row in rows[1:])
-              for phase in ("sample", "score", "update", "step")}  # seconds a token
+              for phase in ("sample", "step")}  # seconds a token
     tokens = statistics.mean(row["tokens"] for row in rows[1:]) / 128
     print("\n" + json.dumps(phases | {"bytes": peak.bytes, "mean_tokens": tokens}), flush=True)
     os._exit(0)
@@ -142,12 +136,12 @@ def main() -> None:
                                                  args.steps) for name in PROGRAMS})
     print(f"{tiny.machine()}, {TRL}; {args.rounds} rounds of {args.steps} steps, median (lowest "
           "to highest); tokens are sampled ones\n")
-    print("| | tokens/s | sampling | updating | seconds a step | peak memory, MiB "
-          "| tokens/s, ours / it | memory, ours / it |\n|---|---|---|---|---|---|---|---|")
+    print("| | tokens/s | while sampling | seconds a step | peak memory, MiB "
+          "| tokens/s, ours / it | memory, ours / it |\n|---|---|---|---|---|---|---|")
     for name in PROGRAMS:
         mine = [r[name] for r in rounds]
         speed = [f"{tiny.spread([1 / row[phase] for row in mine], ',.0f')}"
-                 for phase in ("step", "sample", "update")]
+                 for phase in ("step", "sample")]
         seconds = statistics.median(row["step"] * row["mean_tokens"] * 128 for row in mine)
         ratios = [tiny.spread([r[name]["step"] / r["ours"]["step"] for r in rounds]),
                   tiny.spread([r["ours"]["bytes"] / r[name]["bytes"] for r in rounds])]

@@ -74,7 +74,7 @@ def main() -> None:
             if number:
                 rates[rows, name].append(tokens / seconds)
     print(f"{machine()}; {args.rounds} rounds, median (lowest to highest)\n")
-    print("| responses at once | | tokens/s | it / generate |\n|---|---|---|---|")
+    print("| responses asked for | | tokens/s | it / generate |\n|---|---|---|---|")
     for (rows, name), mine in rates.items():
         ratios = [a / b for a, b in zip(mine, rates[rows, "transformers' generate"])]
         print(f"| {rows} | {name} | {spread(mine, ',.0f')} | {spread(ratios)} |")

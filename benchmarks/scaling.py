@@ -17,7 +17,7 @@ import time
 from tiny import VOCABULARY, Ours, in_process, luffy, machine, save, spread
 from tqdm import tqdm
 
-GROWTH = {  # what grows -> values; the second is the step of the other benchmarks
+GROWTH = {  # what grows -> its values; elsewhere 8, 128 and 512
     "samples of a prompt": ("rollouts", (4, 8, 16, 32)),
     "longest response": ("max_response_tokens", (64, 128, 256, 512)),
     "vocabulary": ("vocabulary", (512, 2048, 8192, 32768)),
@@ -85,16 +85,14 @@ def main() -> None:
             print(f"| {prompts} | {phase} | {spread(one)} | {spread(two)} "
                   f"| {spread([a / b for a, b in zip(one, two)])} |", flush=True)
 
-    print("\n| | | sample, s | update, s | step, s | sampled tokens/s | step, of the one before |"
-          "\n|---|---|---|---|---|---|---|")
+    print(f"\nMedians of {args.steps} steps of one process\n\n| | | mean tokens | sample, s | "
+          "update, s | step, s | sampled tokens/s |\n|---|---|---|---|---|---|---|")
     for what, (field, values) in GROWTH.items():
-        before = None
         for value in tqdm(values, what):
             row = run(**{field: value})
-            ratio = f"{row['step'] / before:.2f}" if before else ""
-            before = row["step"]
-            print(f"| {what} | {value:,} | {row['sample']:.2f} | {row['update']:.2f} "
-                  f"| {row['step']:.2f} | {row['tokens'] / row['step']:,.0f} | {ratio} |", flush=True)
+            mean = row["tokens"] / 16 / (value if field == "rollouts" else 8)
+            print(f"| {what} | {value:,} | {mean:.0f} | {row['sample']:.2f} | {row['update']:.2f} "
+                  f"| {row['step']:.2f} | {row['tokens'] / row['step']:,.0f} |", flush=True)
 
     rows = [in_process(__file__, "--one", "{}") for _ in tqdm(range(args.rounds), "overhead")]
     print(f"\nOverhead of the toy's run, of a step of {spread([r['step'] for r in rows])} s: "

@@ -64,11 +64,11 @@ def prompts(n: int = 16, seed: int = 0) -> list[str]:
 
 
 def reward(text: str) -> float:
-    """Costs nothing, and differs within a group: 1 if the number of tokens is even."""
-    return float(text.count("<") % 2 == 0)
+    """Costs nothing, and differs within a group: the number of tokens, up to 1."""
+    return text.count("<") / MAX_TOKENS
 
 
-class Parity:
+class Lengths:
     """In place of the verifier: `reward`."""
 
     failures = Counter()
@@ -94,13 +94,15 @@ class Ours:
         self.model = luffy.load_model(model, config, self.cfg)
         self.policy = luffy.DDP(luffy.Policy(self.model, 1.0), gradient_as_bucket_view=True)
         self.optimizer = luffy.ShardedAdamW(self.policy.parameters(), lr=1e-6)
+        self.sampler.load_weights(self.model.named_parameters())
 
     def step(self, number: int) -> dict[str, float]:
         """-> seconds of each phase, sampled tokens of all ranks, and `trajectories`."""
         start = time.perf_counter()
         trajectories = luffy.rollout(self.sampler, self.problems, number, self.cfg)
+        luffy.barrier()  # sampling takes as long as on the slowest rank
         sampled = time.perf_counter()
-        luffy.score(trajectories, Parity(), self.tokenizer, self.cfg)
+        luffy.score(trajectories, Lengths(), self.tokenizer, self.cfg)
         scored = time.perf_counter()
         luffy.update(self.policy, self.optimizer, trajectories, self.cfg)
         self.sampler.load_weights(self.model.named_parameters())

@@ -4,10 +4,11 @@
 
 All variants take the same 128 trajectories (prompts of 16 to 48 tokens, responses of up to 128) of
 the same tiny Qwen2 to a step of AdamW on the same Dr. GRPO loss, with each token's entropy as a
-metric, in one process of one thread, in turns. Before that their gradients are compared. A useful
-FLOP is one that none can do without: 6 a matrix parameter and token (in the head: of responses
-only), and attention within a trajectory (causal: half of all pairs). The matrix rate is that of
-1024 x 1024 products, measured in every round.
+metric, in one process of one thread, in turns. Before that their gradients are compared. The
+padded ones pad as TRL does, with a plain head on the responses. Useful FLOP are the model's without
+padding or recomputation: 6 a matrix parameter and token (in the head: of responses only), and
+attention within a trajectory (causal: half of all pairs). The matrix rate is that of 1024 x 1024
+products, measured in every round.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from tiny import Ours, Parity, luffy, machine, matrix_rate, save, spread, torch
+from tiny import Ours, Lengths, luffy, machine, matrix_rate, save, spread, torch
 
 VARIANTS = {  # (padded?, trajectories or tokens of a micro-batch); TRL's default are 8 trajectories
     "ours, 512 tokens": (False, 512), "ours, 2,048 tokens": (False, 2048),
@@ -28,7 +29,7 @@ VARIANTS = {  # (padded?, trajectories or tokens of a micro-batch); TRL's defaul
 
 
 def padded(model, trajectories: list, batch: int) -> None:
-    """As TRL: prompts padded on the left, responses on the right, to the widest of all."""
+    """Prompts padded on the left, responses on the right, to the widest of all."""
     widest = max(len(t.problem.prompt_ids) for t in trajectories)
     longest = max(len(t.response) for t in trajectories)
     z = len(trajectories) * 128
@@ -74,7 +75,8 @@ def main() -> None:
         ours = Ours(path)
         model = luffy.from_pretrained(path, attn_implementation="sdpa").train()
     trajectories = luffy.rollout(ours.sampler, ours.problems, 0, ours.cfg)
-    luffy.score(trajectories, Parity(), ours.tokenizer, ours.cfg)
+    luffy.score(trajectories, Lengths(), ours.tokenizer, ours.cfg)
+    assert all(t.advantage for t in trajectories)  # else ours would save their backward pass
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def run(name: str, keep: list | None = None) -> None:
@@ -123,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    luffy.launch(main)

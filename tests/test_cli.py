@@ -92,7 +92,8 @@ def test_a_dry_run_needs_no_weights_and_leaves_nothing(tmp_path):
     assert "1,543,714,304 parameters" in out.stdout and "fits in 80 GiB" in out.stdout
     assert not (tmp_path / "run").exists()
     assert run("luffy.py", "--dry_run", ranks=2).stdout.count("machine     2 x CPU") == 1
-    assert "multiple of 6" in refused("--model", "Qwen2.5-Math-7B", "--dry_run", "3x80")
+    with pytest.raises(InputError, match="multiple of 6"):
+        check(parse_args(["--model", "Qwen2.5-Math-7B", "--dry_run", "3x80"]), 3)
 
 
 def test_a_response_longer_than_the_context(tiny_model, tmp_path):

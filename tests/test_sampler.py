@@ -9,7 +9,7 @@ import torch
 from data import Problem
 from luffy import Trajectory, collate
 from model import Policy, from_pretrained, load_config
-from sampler import TorchSampler, VLLMSampler, draw
+from sampler import TorchSampler, VLLMSampler, draw, grouped_attention
 
 PROMPTS = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3], [2, 17, 3]]
 
@@ -57,9 +57,24 @@ def test_responses_end_in_one_eos_or_are_full(sampler):
     assert all(len(s.tokens) == len(s.logps) for s in samples)
 
 
-def test_greedy_equals_transformers(sampler):
+@pytest.mark.parametrize("new", [1, 5])  # a step of decoding; prompts
+def test_query_heads_that_share_keys(new):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, heads, n, 8, generator=generator)
+                         for heads, n in ((6, new), (2, 7), (2, 7)))
+    mask = torch.arange(7) >= torch.tensor([0, 2, 3])[:, None, None, None]  # (3, 1, 1, 7)
+    copies = key.repeat_interleave(3, 1), value.repeat_interleave(3, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *copies, attn_mask=mask,
+                                                                scale=0.3)
+    found, _ = grouped_attention(SimpleNamespace(num_key_value_groups=3), query, key, value,
+                                 mask.expand(3, 1, new, 7), 0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_greedy_equals_transformers(sampler, tiny_model):
+    model = from_pretrained(tiny_model, attn_implementation="sdpa")
     for prompt, group in zip(PROMPTS, generate(sampler, n=1, temperature=0)):
-        expected = sampler.model.generate(torch.tensor([prompt]), do_sample=False, eos_token_id=1,
+        expected = model.generate(torch.tensor([prompt]), do_sample=False, eos_token_id=1,
                                           max_new_tokens=12, pad_token_id=0)[0, len(prompt):]
         assert group[0].tokens == expected.tolist()
 
