@@ -1,6 +1,6 @@
 """How a step's cost grows: with processes, group size, length, vocabulary; and what none asked for.
 
-    python benchmarks/scaling.py        # CPU, fifteen minutes; prints the tables of its README
+    python benchmarks/scaling.py        # CPU, twenty minutes; prints the tables of its README
 
 The step is that of benchmarks/compare_trl.py, 16 prompts x 8 samples of up to 128 tokens of a tiny
 Qwen2, float32, one thread a process; each table changes one number. Processes: the same step by one
@@ -18,9 +18,9 @@ from tiny import VOCABULARY, Ours, in_process, luffy, machine, save, spread
 from tqdm import tqdm
 
 GROWTH = {  # what grows -> its values; elsewhere 8, 128 and 512
-    "samples of a prompt": ("rollouts", (4, 8, 16, 32)),
-    "longest response": ("max_response_tokens", (64, 128, 256, 512)),
-    "vocabulary": ("vocabulary", (512, 2048, 8192, 32768)),
+    "samples of a prompt": ("rollouts", (4, 8, 16)),
+    "longest response": ("max_response_tokens", (64, 128, 256)),
+    "vocabulary": ("vocabulary", (512, 4096, 32768)),
 }
 
 
