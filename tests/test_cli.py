@@ -87,11 +87,10 @@ def test_vllm_where_it_is_not_installed(monkeypatch):
 
 
 def test_a_dry_run_needs_no_weights_and_leaves_nothing(tmp_path):
-    out = run("luffy.py", "--model", "Qwen2.5-Math-1.5B", "--dry_run", "1x80",
-              "--out", tmp_path / "run")
-    assert "1,543,714,304 parameters" in out.stdout and "fits in 80 GiB" in out.stdout
+    out = run("luffy.py", "--model", "Qwen2.5-Math-1.5B", "--dry_run", "2x80",
+              "--out", tmp_path / "run", ranks=2).stdout
+    assert out.count("1,543,714,304 parameters") == 1 and "fits in 80 GiB" in out
     assert not (tmp_path / "run").exists()
-    assert run("luffy.py", "--dry_run", ranks=2).stdout.count("machine     2 x CPU") == 1
     with pytest.raises(InputError, match="multiple of 6"):
         check(parse_args(["--model", "Qwen2.5-Math-7B", "--dry_run", "3x80"]), 3)
 
@@ -137,9 +136,3 @@ def test_the_directory_of_something_else_is_refused(tiny_model, tmp_path):
     error = refused("--model", tiny_model, "--out", tmp_path)
     assert "--out" in error and "not a run" in error
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_ranks_other_than_0_are_silent(tiny_model, tmp_path):
-    result = run("luffy.py", "--model", tiny_model, "--out", tmp_path / "run", "--steps", 1,
-                 "--eval_samples", 1, ranks=2)
-    assert result.stdout.count("step 1 | reward") == 1 and result.stdout.count("luffy on") == 1

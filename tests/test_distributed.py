@@ -46,7 +46,7 @@ def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo, nod
     run(*luffy(tiny_model, tmp_path / "1", "--algo", algo))
     if nodes == 2:
         printed = two_nodes(*luffy(tiny_model, tmp_path / "2", "--algo", algo))
-        assert printed.count("step 2 | reward") == 1
+        assert printed.count("step 2 | reward") == 1 and printed.count("luffy on") == 1
     else:
         run(*luffy(tiny_model, tmp_path / "2", "--algo", algo, "--checkpointing", "true"), ranks=2)
     one, two = (rows(tmp_path / n / "metrics.jsonl") for n in "12")

@@ -67,7 +67,9 @@ def test_verdicts_of_other_samplers(capsys, quick):
     assert "vLLM" not in text and "verdict     fits in 80 GiB" in text
 
 
-def test_a_machine_that_makes_no_sense():
+def test_the_machine(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")  # under torchrun
+    assert plan.machine("this", is_toy=True)[0] == 3
     with pytest.raises(InputError, match="--dry_run 8by80"):
         plan.machine("8by80", is_toy=False)
     assert plan.machine("8x80", is_toy=True) == (8, 80 * 2**30)
