@@ -29,21 +29,19 @@ STOP = 0.0117  # the chance that a token is EOS: a mean of 67 tokens, of at most
 
 
 # ------------------------------------------------------------------ the model
-def save(directory: str | Path, *, hidden: int = 256, vocabulary: int = VOCABULARY,
-         context: int = 1024) -> str:
-    """Save an untrained Qwen2 of 4 layers (at width 256 with 4 / 2 heads) and its tokenizer.
+def save(directory: str | Path, *, vocabulary: int = VOCABULARY) -> str:
+    """Save an untrained Qwen2 of 4 layers, width 256, 4 / 2 heads, and its tokenizer.
 
     The first channel is large and the same in all tokens, so the head's weight on it sets how
     likely EOS is. All other tokens are about equally likely.
     """
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, eos_token_id=EOS,
-        num_hidden_layers=4, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128,
-        max_position_embeddings=context, tie_word_embeddings=False, pad_token_id=0,
-        bos_token_id=None))
+        vocab_size=vocabulary, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=None, eos_token_id=EOS))
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 0.02 * hidden ** 0.5
+        model.model.embed_tokens.weight[:, 0] = 0.02 * 256 ** 0.5
         model.lm_head.weight[:, 0] = 0.0
         first = model.model(torch.randint(2, vocabulary, (8, 128))).last_hidden_state[..., 0].mean()
         odds = torch.tensor(STOP / (1 - STOP) * vocabulary)
