@@ -186,6 +186,7 @@ def add_token_metrics(means: Means, batch, logp: Tensor, old: Tensor, entropy: T
     means.add("sampler_kl", log_ratio.exp() - 1 - log_ratio)
     means.peak("sampler_ratio_max", log_ratio.exp())  # --tis_cap cuts it
     means.add("trace_prob", logp[off].exp())
+    means.add("trace_unlikely", logp[off] < math.log(0.1))  # those that shaping is for
     means.add("trace_weight", shaped[off])
 
 

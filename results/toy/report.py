@@ -1,0 +1,511 @@
+"""Tables, the numbers in the text and the pictures of results/, all from the files in data/.
+
+study.py calls `write_all`. In results/README.template.md `{{...}}` is a Python expression over the
+public functions of Report; results/README.md is what comes out, and so are the tables between
+`<!-- study -->` and `<!-- end -->` in the project's README.
+
+Intervals are 95 % intervals of a bootstrap that draws seeds and problems anew. They are paired: a
+difference of two arms is taken within each seed and problem.
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from eval import pass_at_k
+from run import read_jsonl, write
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+KINDS = ("frequent", "rare")
+SOURCES = ("easy", "hard", "ood")
+ARMS = ("base", "on_policy", "on_policy_noclip", "grpo", "mixed", "mixed_shaped", "luffy", "rl_sft",
+        "sft", "sft_then_on_policy")
+NAMES = {"base": "base model", "sft_then_on_policy": "sft, then on_policy"}
+GAMMAS = {0.05: "luffy, γ 0.05", 0.1: "luffy", 0.2: "luffy, γ 0.2", 0.3: "luffy, γ 0.3",
+          0.5: "luffy, γ 0.5"}
+DRAWS = 4000
+STYLES = {  # apart in grey, too: by dashes, by marker and by lightness
+    "base": dict(color="#999999", linestyle=":", marker="x"),
+    "on_policy": dict(color="#0072b2", linestyle="--", marker="v"),
+    "on_policy_noclip": dict(color="#56b4e9", linestyle=":", marker="^"),
+    "grpo": dict(color="#999999", linestyle="-.", marker="x"),
+    "mixed": dict(color="#e69f00", linestyle="--", marker="s"),
+    "mixed_shaped": dict(color="#777777", linestyle="-.", marker="D"),
+    "luffy": dict(color="black", linestyle="-", marker="o"),
+    "sft": dict(color="#e69f00", linestyle="-.", marker="s"),
+    "sft_then_on_policy": dict(color="#777777", linestyle="--", marker="D"),
+}
+
+
+def name(arm: str) -> str:
+    return NAMES.get(arm, arm)
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
+    """(seeds, problems) -> the mean and its interval, over both or what there is more than one of.
+
+    >>> bootstrap(np.full((5, 7), 0.25))
+    (0.25, 0.25, 0.25)
+    """
+    rng = np.random.default_rng(0)
+    seeds, problems = (rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n for n in values.shape)
+    low, high = np.percentile((seeds @ values * problems).sum(1), (2.5, 97.5))
+    return float(values.mean()), float(low), float(high)
+
+
+def number(value: float, digits: int = 2, sign: bool = False) -> str:
+    """0.5 -> .50"""
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return re.sub(r"^([+-]?)0\.", r"\1.", text) if float(text) else text.strip("+-")[-digits - 1:]
+
+
+def with_interval(values: np.ndarray, digits: int = 2, sign: bool = False) -> str:
+    value, low, high = (number(x, digits, sign) for x in bootstrap(values))
+    return f"{value} [{low}, {high}]"
+
+
+class Report:
+    """data/ and what can be said about it. The public functions are the templates' vocabulary."""
+
+    def __init__(self, data: Path = HERE / "data"):
+        self._final, self._val = {}, defaultdict(dict)  # (kind, arm) -> seed -> the run's row
+        self._scores, self._traces = defaultdict(dict), defaultdict(dict)
+        rows = read_jsonl(data / "runs.jsonl")
+        for row in rows:
+            if row["final"]:
+                self._final.setdefault((row["kind"], row["arm"]), {})[row["seed"]] = row
+
+        def is_final(row: dict) -> bool:
+            run = self._final.get((row["kind"], row["arm"]), {}).get(row["seed"], {"choice": {}})
+            return row["choice"] == run["choice"]
+
+        for row in filter(is_final, read_jsonl(data / "traces.jsonl")):
+            self._traces[row["kind"], row["arm"]][row["seed"]] = row
+        for row in read_jsonl(data / "scores.jsonl"):
+            if row["split"] == "val":
+                self._val[row["kind"], row["arm"]][str(row["choice"]), row["step"]] = row
+            elif is_final(row):
+                how = row["step"], row["temperature"], row["k"]
+                self._scores[row["kind"], row["arm"], *how][row["seed"]] = row
+        self._teacher = json.loads((data / "teacher.json").read_text())
+
+    def choices(self) -> dict[tuple[str, str], dict]:
+        """What val chose, as study.py takes it."""
+        found = {key: next(iter(runs.values())) for key, runs in self._final.items()}
+        return {(kind, arm): row["choice"] | ({"steps": row["final"]} if arm == "sft" else {})
+                for (kind, arm), row in found.items()}
+
+    # -------------------------------------------------------------- arrays
+    def _step(self, kind: str, arm: str) -> int:
+        """Of the checkpoint that counts."""
+        return 0 if arm == "base" else next(iter(self._final[kind, arm].values()))["final"]
+
+    def _rows(self, kind: str, arm: str, step: int | None = None, temperature: float = 0.6,
+              k: int = 8) -> list[dict]:
+        step = self._step(kind, arm) if step is None else step
+        rows = self._scores[kind, arm, step, temperature, k]
+        return [rows[seed] for seed in sorted(rows)]
+
+    def _right(self, kind: str, arm: str, source: str = "all", **how) -> np.ndarray:
+        """(seeds, problems): share of right responses. source all: the three, one after another"""
+        sources = SOURCES if source == "all" else (source,)
+        return np.array([sum((row["right"][s] for s in sources), []) for row
+                         in self._rows(kind, arm, **how)]) / how.get("k", 8)
+
+    def _length(self, kind: str, arm: str, source: str) -> np.ndarray:
+        return np.array([[row["length"][source]] for row in self._rows(kind, arm)])
+
+    def _curve(self, kind: str, arm: str, metric: str) -> np.ndarray:
+        """(seeds, points), a point for every WINDOW steps; NaN where nothing was measured"""
+        runs = self._final[kind, arm]
+        return np.array([runs[seed]["curves"][metric] for seed in sorted(runs)], float)
+
+    def _last(self, kind: str, arm: str, metric: str, points: int = 4) -> np.ndarray:
+        """(seeds, 1): the mean of the last points of a curve"""
+        return np.nanmean(self._curve(kind, arm, metric)[:, -points:], axis=1, keepdims=True)
+
+    def _at_forks(self, kind: str, arm: str, step: str, what: str) -> np.ndarray:
+        rows = self._traces[kind, arm]
+        return np.array([[rows[seed][step][what]] for seed in sorted(rows)])
+
+    def _compute(self, kind: str, arm: str, step: int) -> np.ndarray:
+        """(seeds,): millions of token passes up to a checkpoint, with what its base model took.
+
+        A token sampled or scored once is one pass, one trained on is three (with its backward one).
+        """
+        runs = self._final[kind, arm]
+        passes = np.array([runs[s]["sampled"][str(step)] + 3 * runs[s]["trained"][str(step)]
+                           for s in sorted(runs)]) / 1e6
+        if arm == "sft_then_on_policy":
+            passes += self._compute(kind, "sft", self._step(kind, "sft"))
+        return passes
+
+    def _at_temperature(self, kind: str, arm: str, temperature: float, source: str) -> np.ndarray:
+        """(seeds, problems), every fourth of the split"""
+        if temperature == 0.6:
+            return self._right(kind, arm, source)[:, ::4]
+        return self._right(kind, arm, source, temperature=temperature,
+                           k=32 if temperature == 1 else 8)
+
+    def _pass_at(self, kind: str, arm: str, k: int, source: str = "all") -> np.ndarray:
+        """(seeds, problems): unbiased pass@k from 32 responses at temperature 1"""
+        right = np.rint(32 * self._right(kind, arm, source, temperature=1.0, k=32)).astype(int)
+        return np.vectorize(lambda c: pass_at_k(32, c, k), otypes=[float])(right)
+
+    def _along_the_way(self, kind: str, arm: str) -> dict[int, tuple[float, np.ndarray]]:
+        """step -> (million token passes, rates) at each checkpoint"""
+        steps = sorted(step for k, a, step, *_ in self._scores if (k, a) == (kind, arm))
+        return {step: (self._compute(kind, arm, step).mean(), self._right(kind, arm, step=step))
+                for step in dict.fromkeys(steps)}
+
+    def _equal_compute(self, kind: str) -> tuple[int, np.ndarray]:
+        """The last checkpoint of SFT + RL that took no more than LUFFY, and its rates."""
+        limit = self._compute(kind, "luffy", self._step(kind, "luffy")).mean()
+        found = self._along_the_way(kind, "sft_then_on_policy")
+        step = max(step for step, (passes, _) in found.items() if passes <= limit)
+        return step, found[step][1]
+
+    # -------------------------------------------------------------- text
+    def score(self, kind: str, arm: str, source: str = "all") -> str:
+        return with_interval(self._right(kind, arm, source))
+
+    def gap(self, kind: str, arm: str, other: str, source: str = "all") -> str:
+        """How much better `arm` is than `other`."""
+        gaps = self._right(kind, arm, source) - self._right(kind, other, source)
+        return with_interval(gaps, sign=True)
+
+    def reward_max(self, kind: str, *arms: str) -> str:
+        """The highest reward on hard problems, of any seed, at any point of the curves."""
+        return number(max(np.nanmax(self._curve(kind, arm, "reward/hard")) for arm in arms), 3)
+
+    def last(self, kind: str, arm: str, metric: str, digits: int = 2) -> str:
+        return with_interval(self._last(kind, arm, metric), digits)
+
+    def forks(self, kind: str, arm: str, step: str | int, what: str, digits: int = 2) -> str:
+        return with_interval(self._at_forks(kind, arm, str(step), what), digits)
+
+    def pass_at(self, kind: str, arm: str, k: int, source: str = "all") -> str:
+        return with_interval(self._pass_at(kind, arm, k, source))
+
+    def at_temperature(self, kind: str, arm: str, temperature: float, source: str) -> str:
+        return with_interval(self._at_temperature(kind, arm, temperature, source))
+
+    def length(self, kind: str, arm: str, source: str = "hard") -> str:
+        return with_interval(self._length(kind, arm, source), 0)
+
+    def teacher(self, what: str = "tokens") -> str:
+        return f"{self._teacher[what]:.0f}"
+
+    def passes(self, kind: str, arm: str, step: int | None = None) -> str:
+        """Million token passes, mean over seeds and range."""
+        found = self._compute(kind, arm, step or self._step(kind, arm))
+        return f"{found.mean():.1f} ({found.min():.1f} to {found.max():.1f})"
+
+    def equal_step(self, kind: str) -> int:
+        return self._equal_compute(kind)[0]
+
+    def equal_compute(self, kind: str) -> str:
+        """LUFFY minus SFT + RL, where that had no more compute."""
+        return with_interval(self._right(kind, "luffy") - self._equal_compute(kind)[1], sign=True)
+
+    def takeoff(self, kind: str, arm: str, level: float = 0.2) -> str:
+        """For each seed, the step by which the reward on hard problems is above `level`."""
+        curve = self._curve(kind, arm, "reward/hard")
+        width = self._step(kind, arm) // curve.shape[1]
+        points = [int(np.argmax(c > level)) + 1 if (c > level).any() else None for c in curve]
+        return " ".join(str(width * point) if point else "never" for point in points)
+
+    def arms_table(self, kind: str) -> str:
+        lines = ["| arm | learning rate | easy | hard | ood | tokens on hard |", "|---" * 6 + "|"]
+        for arm in ARMS:
+            cells = [self.score(kind, arm, source) for source in SOURCES]
+            lines.append(f"| {self._code(arm)} | {self._choice(kind, arm)} | {' | '.join(cells)} | "
+                         f"{with_interval(self._length(kind, arm, 'hard'), 0)} |")
+        return "\n".join(lines)
+
+    def gaps_table(self, kind: str) -> str:
+        lines = ["| luffy minus | easy | hard | ood | all |", "|---" * 5 + "|"]
+        return "\n".join(lines + [
+            f"| {self._code(arm)} | "
+            + " | ".join(self.gap(kind, "luffy", arm, s) for s in (*SOURCES, "all")) + " |"
+            for arm in ARMS if arm != "luffy"])
+
+    def budget_table(self, kind: str) -> str:
+        """Mean over seeds, and the range."""
+        def spread(values, digits) -> str:
+            low, high = min(values), max(values)
+            span = f" ({number(low, digits)} to {number(high, digits)})" if low < high else ""
+            return number(sum(values) / len(values), digits) + span
+
+        lines = ["| arm | steps | response tokens sampled, million | trained on, million | "
+                 "CPU-seconds |", "|---" * 5 + "|"]
+        for arm in ARMS[1:]:
+            rows = [row for _, row in sorted(self._final[kind, arm].items())]
+            step = self._step(kind, arm)
+            sampled, trained = ([row[what][str(step)] / 1e6 for row in rows]
+                                for what in ("sampled", "trained"))
+            seconds = [row["cpu"] * step / max(map(int, row["trained"])) for row in rows]
+            before = " + sft's" if arm == "sft_then_on_policy" else ""
+            lines.append(f"| {self._code(arm)} | {step}{before} | {spread(sampled, 2)} | "
+                         f"{spread(trained, 2)} | {spread(seconds, 0)} |")
+        return "\n".join(lines)
+
+    def choices_table(self) -> str:
+        """What was tried for each arm on val, seed 0; the best in bold."""
+        lines = ["| arm | " + " | ".join(f"{kind} bases" for kind in KINDS) + " |",
+                 "|---" * (1 + len(KINDS)) + "|"]
+        for arm in ARMS[1:]:
+            cells = []
+            for kind in KINDS:
+                final = next(iter(self._final[kind, arm].values()))
+                tried = []
+                for (_, step), row in self._val[kind, arm].items():
+                    value = np.mean([np.mean(row["right"][s]) / row["k"] for s in ("easy", "hard")])
+                    text = f"{self._in_words(arm, row['choice'], step)}: {number(value, 3)}"
+                    best = row["choice"] == final["choice"] and step == final["final"]
+                    tried.append(f"**{text}**" if best else text)
+                cells.append("<br>".join(tried))
+            lines.append(f"| {self._code(arm)} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def switches_table(self) -> str:
+        """The fields in which the runs of an arm differ from luffy's; study.py has checked them."""
+        lines = ["| arm | fields of its config that differ from luffy's |", "|---|---|"]
+        for arm in ARMS[1:]:
+            differ = {}
+            for kind in KINDS:
+                for row in self._final[kind, arm].values():
+                    for field, value in row["differs"].items():
+                        differ.setdefault(field, []).append(value)
+            text = ", ".join(f"`{field}` " + " or ".join(map(str, dict.fromkeys(values)))
+                             for field, values in differ.items())
+            lines.append(f"| {self._code(arm)} | {text or '-'} |")
+        return "\n".join(lines)
+
+    def gammas_table(self, kind: str) -> str:
+        lines = ["| γ | easy | hard | ood | all | hard minus γ 0.1's |", "|---" * 6 + "|"]
+        for gamma, arm in GAMMAS.items():
+            cells = [self.score(kind, arm, source) for source in (*SOURCES, "all")]
+            gap = self.gap(kind, arm, "luffy", "hard") if arm != "luffy" else "-"
+            lines.append(f"| {gamma} | {' | '.join(cells)} | {gap} |")
+        return "\n".join(lines)
+
+    def bases_table(self) -> str:
+        """How unlikely the decisive tokens are under the base models, on hard training problems."""
+        lines = ["| bases | GOALS | π of a third step | π of the box after the last step | "
+                 "log-prob of a whole solution | trace tokens with π < 0.1 |", "|---" * 6 + "|"]
+        for kind, goals in zip(KINDS, (0.5, 0.2)):
+            go_on = self._at_forks(kind, "luffy", "0", "go_on")
+            rows = self._traces[kind, "luffy"]
+            share = np.array([[rows[seed]["share_unlikely"]] for seed in sorted(rows)])
+            lines.append(f"| {kind} | {goals} | {go_on.min():.0e} to {go_on.max():.0e} | "
+                         f"{self.forks(kind, 'luffy', 0, 'stop')} | "
+                         f"{self.forks(kind, 'luffy', 0, 'solution', 0)} | "
+                         f"{with_interval(share)} |")
+        return "\n".join(lines)
+
+    def _code(self, arm: str) -> str:
+        return name(arm) if arm == "base" else f"`{name(arm)}`"
+
+    def _choice(self, kind: str, arm: str) -> str:
+        if arm == "base":
+            return "-"
+        row = next(iter(self._final[kind, arm].values()))
+        return self._in_words(arm, row["choice"], row["final"])
+
+    def _in_words(self, arm: str, choice: dict, step: int) -> str:
+        steps = f", {step} steps" if arm == "sft" else ""
+        coef = f", coefficient {choice['sft_coef']:g}" if "sft_coef" in choice else ""
+        return f"{choice['lr']:.0e}".replace("e-0", "e-") + steps + coef
+
+    # -------------------------------------------------------------- pictures
+    def _draw_all(self, directory: Path) -> None:
+        for letter, draw in (("a", self._draw_a), ("b", self._draw_b), ("c", self._draw_c),
+                             ("d", self._draw_d), ("e", self._draw_e), ("f", self._draw_f),
+                             ("g", self._draw_g), ("h", self._draw_h)):
+            figure = draw()
+            figure.savefig(directory / f"{letter}.png", dpi=110, metadata={"Software": None})
+            plt.close(figure)
+
+    def _draw_a(self):
+        figure, axes = panels(1, 2, (9, 3.2))
+        for axis, kind in zip(axes[0], KINDS):
+            self._curves(axis, kind, ("luffy", "on_policy", "on_policy_noclip", "grpo"),
+                         "reward/hard")
+            axis.set_title(f"reward on hard problems, {kind} bases")
+            axis.set_ylim(-0.03, 1.03)
+        axes[0, 0].legend(loc="center right")
+        return figure
+
+    def _draw_b(self):
+        figure, axes = panels(2, 4, (13, 5.6))
+        arms = ("luffy", "mixed_shaped", "mixed")
+        for row, kind in zip(axes, KINDS):
+            self._curves(row[0], kind, arms, "reward/hard")
+            self._curves(row[1], kind, arms, "entropy")
+            self._curves(row[3], kind, arms, "trace_unlikely")
+            for arm in arms:
+                steps = sorted(int(s) for s in self._traces[kind, arm][0] if s.isdigit())
+                points = np.array([bootstrap(self._at_forks(kind, arm, str(s), "unlikely"))
+                                   for s in steps])
+                row[2].errorbar(steps, points[:, 0], abs(points[:, 1:].T - points[:, 0]),
+                                capsize=2, markersize=4, label=arm, **STYLES[arm])
+            row[0].set_ylabel(f"{kind} bases")
+            row[0].set_ylim(-0.03, 1.03)
+            row[1].set_ylim(0, 0.25)
+            row[2].set_ylim(-0.03, 1.03)
+        for axis, title in zip(axes[0], ("reward on hard problems", "entropy of rollouts (nats)",
+                                         "π of the trace tokens\nthat began below 0.1",
+                                         "share of trace tokens\nwith π < 0.1")):
+            axis.set_title(title)
+        axes[0, 0].legend(loc="lower right")
+        return figure
+
+    def _draw_c(self):
+        figure, axes = panels(1, 3, (11, 2.6), sharey=True)
+        self._dots(axes[0], ("on_policy", "on_policy_noclip", "mixed_shaped", "luffy"))
+        return figure
+
+    def _draw_d(self):
+        figure, axes = panels(1, 3, (11, 4.6), sharey=True)
+        self._dots(axes[0], ARMS)
+        return figure
+
+    def _draw_e(self):
+        figure, axes = panels(2, 3, (11, 5.6))
+        arms = ("base", "on_policy", "sft", "luffy", "sft_then_on_policy")
+        for row, kind in zip(axes, KINDS):
+            for arm in arms:
+                style = {**STYLES[arm], "markersize": 4, "label": name(arm)}
+                at_k = [self._pass_at(kind, arm, k).mean() for k in range(1, 33)]
+                row[0].plot(range(1, len(at_k) + 1), at_k, markevery=[0, 1, 3, 7, 15, 31], **style)
+                for axis, source in ((row[1], "easy"), (row[2], "hard")):
+                    points = [bootstrap(self._at_temperature(kind, arm, t, source))
+                              for t in (0.2, 0.6, 1.0, 1.4)]
+                    value, low, high = np.array(points).T
+                    axis.errorbar((0.2, 0.6, 1.0, 1.4), value, (value - low, high - value),
+                                  capsize=2, **style)
+            row[0].set_xscale("log", base=2)
+            row[0].xaxis.set_major_formatter("{x:g}")
+            row[0].set_ylabel(f"{kind} bases")
+            for axis in row:
+                axis.set_ylim(-0.03, 1.03)
+        for axis, title in zip(axes[0], ("pass@k at T = 1, all problems", "avg@k, easy problems",
+                                         "avg@k, hard problems")):
+            axis.set_title(title)
+        for axis, label in zip(axes[1], ("k", "temperature", "temperature")):
+            axis.set_xlabel(label)
+        axes[0, 0].legend(loc="lower right")
+        return figure
+
+    def _draw_f(self):
+        figure, axes = panels(1, 2, (9, 3.6), sharey=True)
+        arms = ARMS[::-1]
+        for axis, kind in zip(axes[0], KINDS):
+            for y, arm in enumerate(arms):
+                lengths = self._length(kind, arm, "hard")
+                self._dot(axis, lengths, y, "o", True)
+            for x, style, label in ((self._teacher["tokens"], "-", "teacher"),
+                                    (self._teacher["plain"], ":", "without detours")):
+                axis.axvline(x, color="black", linestyle=style, linewidth=1, label=label)
+            axis.set_yticks(range(len(arms)), [name(arm) for arm in arms])
+            axis.set_title(f"tokens on hard problems, {kind} bases")
+        axes[0, 0].legend(loc="lower left")
+        return figure
+
+    def _draw_g(self):
+        figure, axes = panels(1, 3, (11, 2.8), sharey=True)
+        self._dots(axes[0], tuple(GAMMAS.values()), [f"γ {gamma}" for gamma in GAMMAS])
+        return figure
+
+    def _draw_h(self):
+        figure, axes = panels(1, 2, (9, 3.4), sharey=True)
+        for axis, kind in zip(axes[0], KINDS):
+            for arm in ("luffy", "sft_then_on_policy"):
+                x, value, low, high = np.array([
+                    (passes, *bootstrap(rates))
+                    for passes, rates in self._along_the_way(kind, arm).values()]).T
+                axis.errorbar(x, value, (value - low, high - value), capsize=2, markersize=4,
+                              label=name(arm), **STYLES[arm])
+            axis.set_title(f"mean score on test, {kind} bases")
+            axis.set_xlabel("million token passes (trained: three)")
+            axis.set_ylim(-0.03, 1.03)
+        axes[0, 0].legend(loc="lower right")
+        return figure
+
+    def _curves(self, axis, kind: str, arms: tuple, metric: str) -> None:
+        """Mean over seeds, and the range as a band."""
+        for arm in arms:
+            found = self._curve(kind, arm, metric)
+            width = self._step(kind, arm) // found.shape[1]
+            steps = width * np.arange(1, found.shape[1] + 1)
+            axis.plot(steps, found.mean(0), markevery=8, markersize=4, label=name(arm),
+                      **STYLES[arm])
+            axis.fill_between(steps, found.min(0), found.max(0), color=STYLES[arm]["color"],
+                              alpha=0.15, linewidth=0)
+        axis.set_xlabel("step")
+
+    def _dots(self, axes, arms: tuple, labels: list | None = None) -> None:
+        """Easy, hard, ood: a dot and its interval for each arm and kind, small ones for seeds."""
+        for axis, source in zip(axes, SOURCES):
+            for y, arm in enumerate(arms[::-1]):
+                for shift, kind, marker in ((0.17, "frequent", "o"), (-0.17, "rare", "s")):
+                    self._dot(axis, self._right(kind, arm, source), y + shift, marker,
+                              kind == "frequent")
+            axis.set_title(source)
+            axis.set_xlim(-0.03, 1.03)
+            axis.set_yticks(range(len(arms)), (labels or [name(arm) for arm in arms])[::-1])
+        for kind, marker, fill in (("frequent", "o", "black"), ("rare", "s", "white")):
+            axes[0].plot([], [], marker=marker, color="black", markerfacecolor=fill, linestyle="",
+                         label=f"{kind} bases")
+        axes[0].figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+
+    @staticmethod
+    def _dot(axis, values: np.ndarray, y: float, marker: str, filled: bool) -> None:
+        value, low, high = bootstrap(values)
+        axis.plot(values.mean(1), [y] * len(values), "|", color="#888888", markersize=6)
+        axis.errorbar(value, y, xerr=[[value - low], [high - value]], color="black", capsize=2,
+                      marker=marker, markersize=5, linewidth=1,
+                      markerfacecolor="black" if filled else "white")
+
+
+def panels(rows: int, columns: int, size: tuple, **options):
+    plt.rcParams.update({"axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8,
+                         "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.frameon": False})
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False,
+                                **options)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def render(template: str, report: Report) -> str:
+    """With the value of each {{expression}}."""
+    names = {k: getattr(report, k) for k in dir(report) if not k.startswith("_")}
+    return re.sub(r"{{(.+?)}}", lambda found: str(eval(found[1], names)), template)
+
+
+def texts(report: Report) -> dict[Path, str]:
+    """What the two documents should say."""
+    template = (ROOT / "results/README.template.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    tables = f"\n{report.arms_table('frequent')}\n"
+    return {ROOT / "results/README.md": render(template, report),
+            ROOT / "README.md": re.sub(r"(?s)(<!-- study -->\n).*?(<!-- end -->)",
+                                       rf"\g<1>{tables}\g<2>", readme)}
+
+
+def write_all() -> None:
+    report = Report()
+    for file, text in texts(report).items():
+        write(file, text)
+    report._draw_all(HERE)
