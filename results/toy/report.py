@@ -11,6 +11,7 @@ difference of two arms is taken within each seed and problem.
 import json
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -49,15 +50,21 @@ def name(arm: str) -> str:
     return NAMES.get(arm, arm)
 
 
+@cache
+def drawn_weights(shape: tuple[int, int]) -> list[np.ndarray]:
+    """What each seed and each problem counts, DRAWS times: (DRAWS, seeds), (DRAWS, problems)."""
+    rng = np.random.default_rng(0)
+    return [rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n for n in shape]
+
+
 def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
     """(seeds, problems) -> the mean and its interval, over both or what there is more than one of.
 
     >>> bootstrap(np.full((5, 7), 0.25))
     (0.25, 0.25, 0.25)
     """
-    rng = np.random.default_rng(0)
-    seeds, problems = (rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n for n in values.shape)
-    low, high = np.percentile((seeds @ values * problems).sum(1), (2.5, 97.5))
+    seeds, problems = drawn_weights(values.shape)
+    low, high = np.percentile(np.einsum("dp,dp->d", seeds @ values, problems), (2.5, 97.5))
     return float(values.mean()), float(low), float(high)
 
 
@@ -158,7 +165,7 @@ class Report:
     def _pass_at(self, kind: str, arm: str, k: int, source: str = "all") -> np.ndarray:
         """(seeds, problems): unbiased pass@k from 32 responses at temperature 1"""
         right = np.rint(32 * self._right(kind, arm, source, temperature=1.0, k=32)).astype(int)
-        return np.vectorize(lambda c: pass_at_k(32, c, k), otypes=[float])(right)
+        return np.array([pass_at_k(32, c, k) for c in range(33)])[right]
 
     def _along_the_way(self, kind: str, arm: str) -> dict[int, tuple[float, np.ndarray]]:
         """step -> (million token passes, rates) at each checkpoint"""
