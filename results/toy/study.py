@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import sys
+import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -66,6 +67,12 @@ VAL = dict(split="val", temperature=0.6, samples=8, problems=192)
 
 # ------------------------------------------------------------------ jobs, in processes of their own
 def start_worker() -> None:
+    """One thread; and a worker does not outlive a study that is killed."""
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)
     init_processes()
 
@@ -265,14 +272,18 @@ class Study:
         else:
             model = await self.run(kind, arm, seed, await self.choice(kind, arm))
             self.finals[model.parent] = int(model.name[-6:])
-            await self.job(trace_probabilities, sorted(model.parent.glob("checkpoint-*")),
+            await self.job(trace_probabilities, checkpoints(model.parent),
                            await self.base(kind, seed), model.parent / "traces.json")
         hows = [(model, FINAL)]
         if arm in EXPLORED:
             hows += [(model, how) for how in EXPLORE]
         if arm in ("luffy", "sft_then_on_policy"):  # question (h): scores along the way
-            hows += [(path, FINAL) for path in sorted(model.parent.glob("checkpoint-*"))[:-1]]
+            hows += [(path, FINAL) for path in checkpoints(model.parent)[:-1]]
         await asyncio.gather(*(self.scores(path, how, out) for path, how in hows))
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted(out.glob("checkpoint-??????"))
 
 
 async def checkpoint(run: asyncio.Task, steps: int | None) -> Path:
