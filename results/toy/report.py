@@ -4,11 +4,13 @@ study.py calls `write_all`. In results/README.template.md `{{...}}` is a Python 
 public functions of Report; results/README.md is what comes out, and so are the tables between
 `<!-- study -->` and `<!-- end -->` in the project's README.
 
-Intervals are 95 % intervals of a bootstrap that draws seeds and problems anew. They are paired: a
-difference of two arms is taken within each seed and problem.
+Intervals are 95 % intervals of a bootstrap that draws seeds and problems anew, of what has no
+problems (lengths, entropies) seeds alone. They are paired: a difference of two arms is taken within
+each seed and problem.
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from functools import cache
@@ -18,6 +20,7 @@ import matplotlib
 import numpy as np
 
 from eval import pass_at_k
+from plots import draw_curves
 from run import read_jsonl, write
 
 matplotlib.use("Agg")
@@ -25,7 +28,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-KINDS = ("frequent", "rare")
+KINDS = {"frequent": 0.5, "rare": 0.2}  # kinds of base models: GOALS
 SOURCES = ("easy", "hard", "ood")
 ARMS = ("base", "on_policy", "on_policy_noclip", "grpo", "mixed", "mixed_shaped", "luffy", "rl_sft",
         "sft", "sft_then_on_policy")
@@ -33,6 +36,7 @@ NAMES = {"base": "base model", "sft_then_on_policy": "sft, then on_policy"}
 GAMMAS = {0.05: "luffy, γ 0.05", 0.1: "luffy", 0.2: "luffy, γ 0.2", 0.3: "luffy, γ 0.3",
           0.5: "luffy, γ 0.5"}
 DRAWS = 4000
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # t of 97.5 % for so many seeds
 STYLES = {  # apart in grey, too: by dashes, by marker and by lightness
     "base": dict(color="#999999", linestyle=":", marker="x"),
     "on_policy": dict(color="#0072b2", linestyle="--", marker="v"),
@@ -51,21 +55,27 @@ def name(arm: str) -> str:
 
 
 @cache
-def drawn_weights(shape: tuple[int, int]) -> list[np.ndarray]:
-    """What each seed and each problem counts, DRAWS times: (DRAWS, seeds), (DRAWS, problems)."""
+def drawn(shape: tuple[int, int]) -> list[np.ndarray]:
+    """How often each seed and each problem was drawn: (DRAWS, seeds), (DRAWS, problems)."""
     rng = np.random.default_rng(0)
-    return [rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n for n in shape]
+    return [rng.multinomial(n, np.full(n, 1 / n), DRAWS) for n in shape]
 
 
-def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
-    """(seeds, problems) -> the mean and its interval, over both or what there is more than one of.
+def bootstrap(values: np.ndarray, low: float = -np.inf, high: float = np.inf) -> tuple:
+    """(seeds, problems) -> the mean and its 95 % interval, within [low, high].
 
-    >>> bootstrap(np.full((5, 7), 0.25))
-    (0.25, 0.25, 0.25)
+    A handful of seeds vary less among themselves than they should, and their quantiles are not
+    normal: so each seed's distance from the mean is widened by sqrt(n / (n - 1)) and by Student's t
+    over 1.96, which is 1.58 for five.
     """
-    seeds, problems = drawn_weights(values.shape)
-    low, high = np.percentile(np.einsum("dp,dp->d", seeds @ values, problems), (2.5, 97.5))
-    return float(values.mean()), float(low), float(high)
+    mean = values.mean()
+    n = len(values)
+    factor = STUDENT.get(n, 1.96) / 1.96 * math.sqrt(n / max(n - 1, 1))
+    wider = values + (factor - 1) * (values.mean(1, keepdims=True) - mean)
+    seeds, problems = drawn(values.shape)
+    means = np.einsum("dp,dp->d", seeds @ wider, problems) / values.size
+    ends = np.percentile(means, (2.5, 97.5))
+    return float(mean), float(np.clip(ends[0], low, mean)), float(np.clip(ends[1], mean, high))
 
 
 def number(value: float, digits: int = 2, sign: bool = False) -> str:
@@ -74,9 +84,16 @@ def number(value: float, digits: int = 2, sign: bool = False) -> str:
     return re.sub(r"^([+-]?)0\.", r"\1.", text) if float(text) else text.strip("+-")[-digits - 1:]
 
 
-def with_interval(values: np.ndarray, digits: int = 2, sign: bool = False) -> str:
-    value, low, high = (number(x, digits, sign) for x in bootstrap(values))
+def with_interval(values: np.ndarray, digits: int = 2, sign: bool = False,
+                  bounds: tuple = ()) -> str:
+    value, low, high = (number(x, digits, sign) for x in bootstrap(values, *bounds))
     return f"{value} [{low}, {high}]"
+
+
+def spread(values: np.ndarray, digits: int) -> str:
+    """Mean and range."""
+    low, value, high = (number(x, digits) for x in (values.min(), values.mean(), values.max()))
+    return value + (f" ({low} to {high})" if low != high else "")
 
 
 class Report:
@@ -85,8 +102,7 @@ class Report:
     def __init__(self, data: Path = HERE / "data"):
         self._final, self._val = {}, defaultdict(dict)  # (kind, arm) -> seed -> the run's row
         self._scores, self._traces = defaultdict(dict), defaultdict(dict)
-        rows = read_jsonl(data / "runs.jsonl")
-        for row in rows:
+        for row in read_jsonl(data / "runs.jsonl"):
             if row["final"]:
                 self._final.setdefault((row["kind"], row["arm"]), {})[row["seed"]] = row
 
@@ -122,10 +138,11 @@ class Report:
         return [rows[seed] for seed in sorted(rows)]
 
     def _right(self, kind: str, arm: str, source: str = "all", **how) -> np.ndarray:
-        """(seeds, problems): share of right responses. source all: the three, one after another"""
-        sources = SOURCES if source == "all" else (source,)
-        return np.array([sum((row["right"][s] for s in sources), []) for row
-                         in self._rows(kind, arm, **how)]) / how.get("k", 8)
+        """(seeds, problems): share of right responses. source all: the mean of the three."""
+        if source == "all":
+            return np.mean([self._right(kind, arm, s, **how) for s in SOURCES], axis=0)
+        rows = self._rows(kind, arm, **how)
+        return np.array([row["right"][source] for row in rows]) / how.get("k", 8)
 
     def _length(self, kind: str, arm: str, source: str) -> np.ndarray:
         return np.array([[row["length"][source]] for row in self._rows(kind, arm)])
@@ -143,17 +160,16 @@ class Report:
         rows = self._traces[kind, arm]
         return np.array([[rows[seed][step][what]] for seed in sorted(rows)])
 
-    def _compute(self, kind: str, arm: str, step: int) -> np.ndarray:
-        """(seeds,): millions of token passes up to a checkpoint, with what its base model took.
+    def _spent(self, kind: str, arm: str, what: str, step: int | None = None) -> np.ndarray:
+        """(seeds,): seconds, or million tokens sampled or in updates, up to a checkpoint.
 
-        A token sampled or scored once is one pass, one trained on is three (with its backward one).
+        With what the SFT took, where RL began with its checkpoint.
         """
         runs = self._final[kind, arm]
-        passes = np.array([runs[s]["sampled"][str(step)] + 3 * runs[s]["trained"][str(step)]
-                           for s in sorted(runs)]) / 1e6
-        if arm == "sft_then_on_policy":
-            passes += self._compute(kind, "sft", self._step(kind, "sft"))
-        return passes
+        step = step or self._step(kind, arm)
+        spent = np.array([runs[seed][what][str(step)] for seed in sorted(runs)])
+        spent = spent if what == "seconds" else spent / 1e6
+        return spent + (self._spent(kind, "sft", what) if arm == "sft_then_on_policy" else 0)
 
     def _at_temperature(self, kind: str, arm: str, temperature: float, source: str) -> np.ndarray:
         """(seeds, problems), every fourth of the split"""
@@ -164,25 +180,27 @@ class Report:
 
     def _pass_at(self, kind: str, arm: str, k: int, source: str = "all") -> np.ndarray:
         """(seeds, problems): unbiased pass@k from 32 responses at temperature 1"""
+        if source == "all":
+            return np.mean([self._pass_at(kind, arm, k, s) for s in SOURCES], axis=0)
         right = np.rint(32 * self._right(kind, arm, source, temperature=1.0, k=32)).astype(int)
         return np.array([pass_at_k(32, c, k) for c in range(33)])[right]
 
     def _along_the_way(self, kind: str, arm: str) -> dict[int, tuple[float, np.ndarray]]:
-        """step -> (million token passes, rates) at each checkpoint"""
-        steps = sorted(step for k, a, step, *_ in self._scores if (k, a) == (kind, arm))
-        return {step: (self._compute(kind, arm, step).mean(), self._right(kind, arm, step=step))
-                for step in dict.fromkeys(steps)}
+        """step -> (seconds, rates) at each checkpoint"""
+        steps = sorted({step for k, a, step, *_ in self._scores if (k, a) == (kind, arm)})
+        return {step: (self._spent(kind, arm, "seconds", step).mean(),
+                       self._right(kind, arm, step=step)) for step in steps}
 
     def _equal_compute(self, kind: str) -> tuple[int, np.ndarray]:
         """The last checkpoint of SFT + RL that took no more than LUFFY, and its rates."""
-        limit = self._compute(kind, "luffy", self._step(kind, "luffy")).mean()
+        limit = self._spent(kind, "luffy", "seconds").mean()
         found = self._along_the_way(kind, "sft_then_on_policy")
-        step = max(step for step, (passes, _) in found.items() if passes <= limit)
+        step = max(step for step, (seconds, _) in found.items() if seconds <= limit)
         return step, found[step][1]
 
     # -------------------------------------------------------------- text
     def score(self, kind: str, arm: str, source: str = "all") -> str:
-        return with_interval(self._right(kind, arm, source))
+        return with_interval(self._right(kind, arm, source), bounds=(0, 1))
 
     def gap(self, kind: str, arm: str, other: str, source: str = "all") -> str:
         """How much better `arm` is than `other`."""
@@ -197,13 +215,14 @@ class Report:
         return with_interval(self._last(kind, arm, metric), digits)
 
     def forks(self, kind: str, arm: str, step: str | int, what: str, digits: int = 2) -> str:
-        return with_interval(self._at_forks(kind, arm, str(step), what), digits)
+        bounds = () if what == "solution" else (0, 1)
+        return with_interval(self._at_forks(kind, arm, str(step), what), digits, bounds=bounds)
 
     def pass_at(self, kind: str, arm: str, k: int, source: str = "all") -> str:
-        return with_interval(self._pass_at(kind, arm, k, source))
+        return with_interval(self._pass_at(kind, arm, k, source), bounds=(0, 1))
 
     def at_temperature(self, kind: str, arm: str, temperature: float, source: str) -> str:
-        return with_interval(self._at_temperature(kind, arm, temperature, source))
+        return with_interval(self._at_temperature(kind, arm, temperature, source), bounds=(0, 1))
 
     def length(self, kind: str, arm: str, source: str = "hard") -> str:
         return with_interval(self._length(kind, arm, source), 0)
@@ -211,10 +230,8 @@ class Report:
     def teacher(self, what: str = "tokens") -> str:
         return f"{self._teacher[what]:.0f}"
 
-    def passes(self, kind: str, arm: str, step: int | None = None) -> str:
-        """Million token passes, mean over seeds and range."""
-        found = self._compute(kind, arm, step or self._step(kind, arm))
-        return f"{found.mean():.1f} ({found.min():.1f} to {found.max():.1f})"
+    def seconds(self, kind: str, arm: str, step: int | None = None) -> str:
+        return spread(self._spent(kind, arm, "seconds", step), 0)
 
     def equal_step(self, kind: str) -> int:
         return self._equal_compute(kind)[0]
@@ -247,22 +264,14 @@ class Report:
 
     def budget_table(self, kind: str) -> str:
         """Mean over seeds, and the range."""
-        def spread(values, digits) -> str:
-            low, high = min(values), max(values)
-            span = f" ({number(low, digits)} to {number(high, digits)})" if low < high else ""
-            return number(sum(values) / len(values), digits) + span
-
-        lines = ["| arm | steps | response tokens sampled, million | trained on, million | "
-                 "CPU-seconds |", "|---" * 5 + "|"]
+        lines = ["| arm | steps | response tokens sampled, million | in updates, million | "
+                 "seconds on one core |", "|---" * 5 + "|"]
         for arm in ARMS[1:]:
-            rows = [row for _, row in sorted(self._final[kind, arm].items())]
-            step = self._step(kind, arm)
-            sampled, trained = ([row[what][str(step)] / 1e6 for row in rows]
-                                for what in ("sampled", "trained"))
-            seconds = [row["cpu"] * step / max(map(int, row["trained"])) for row in rows]
-            before = " + sft's" if arm == "sft_then_on_policy" else ""
-            lines.append(f"| {self._code(arm)} | {step}{before} | {spread(sampled, 2)} | "
-                         f"{spread(trained, 2)} | {spread(seconds, 0)} |")
+            before = f"{self._step(kind, 'sft')} + " if arm == "sft_then_on_policy" else ""
+            cells = [spread(self._spent(kind, arm, what), digits)
+                     for what, digits in (("sampled", 2), ("updated", 2), ("seconds", 0))]
+            lines.append(f"| {self._code(arm)} | {before}{self._step(kind, arm)} | "
+                         f"{' | '.join(cells)} |")
         return "\n".join(lines)
 
     def choices_table(self) -> str:
@@ -274,10 +283,12 @@ class Report:
             for kind in KINDS:
                 final = next(iter(self._final[kind, arm].values()))
                 tried = []
-                for (_, step), row in self._val[kind, arm].items():
+                rows = sorted(self._val[kind, arm].values(), key=lambda row: (
+                    row["choice"]["lr"], row["choice"].get("sft_coef", 0.1), row["step"]))
+                for row in rows:
                     value = np.mean([np.mean(row["right"][s]) / row["k"] for s in ("easy", "hard")])
-                    text = f"{self._in_words(arm, row['choice'], step)}: {number(value, 3)}"
-                    best = row["choice"] == final["choice"] and step == final["final"]
+                    text = f"{self._in_words(arm, row['choice'], row['step'])}: {number(value, 3)}"
+                    best = (row["choice"], row["step"]) == (final["choice"], final["final"])
                     tried.append(f"**{text}**" if best else text)
                 cells.append("<br>".join(tried))
             lines.append(f"| {self._code(arm)} | {' | '.join(cells)} |")
@@ -291,6 +302,8 @@ class Report:
             for kind in KINDS:
                 for row in self._final[kind, arm].values():
                     for field, value in row["differs"].items():
+                        if field == "lr":  # the tables of scores have it
+                            continue
                         differ.setdefault(field, []).append(value)
             text = ", ".join(f"`{field}` " + " or ".join(map(str, dict.fromkeys(values)))
                              for field, values in differ.items())
@@ -309,14 +322,14 @@ class Report:
         """How unlikely the decisive tokens are under the base models, on hard training problems."""
         lines = ["| bases | GOALS | π of a third step | π of the box after the last step | "
                  "log-prob of a whole solution | trace tokens with π < 0.1 |", "|---" * 6 + "|"]
-        for kind, goals in zip(KINDS, (0.5, 0.2)):
+        for kind, goals in KINDS.items():
             go_on = self._at_forks(kind, "luffy", "0", "go_on")
             rows = self._traces[kind, "luffy"]
             share = np.array([[rows[seed]["share_unlikely"]] for seed in sorted(rows)])
             lines.append(f"| {kind} | {goals} | {go_on.min():.0e} to {go_on.max():.0e} | "
                          f"{self.forks(kind, 'luffy', 0, 'stop')} | "
                          f"{self.forks(kind, 'luffy', 0, 'solution', 0)} | "
-                         f"{with_interval(share)} |")
+                         f"{with_interval(share, bounds=(0, 1))} |")
         return "\n".join(lines)
 
     def _code(self, arm: str) -> str:
@@ -330,7 +343,7 @@ class Report:
 
     def _in_words(self, arm: str, choice: dict, step: int) -> str:
         steps = f", {step} steps" if arm == "sft" else ""
-        coef = f", coefficient {choice['sft_coef']:g}" if "sft_coef" in choice else ""
+        coef = f", coefficient {choice.get('sft_coef', 0.1):g}" if arm == "rl_sft" else ""
         return f"{choice['lr']:.0e}".replace("e-0", "e-") + steps + coef
 
     # -------------------------------------------------------------- pictures
@@ -361,7 +374,7 @@ class Report:
             self._curves(row[3], kind, arms, "trace_unlikely")
             for arm in arms:
                 steps = sorted(int(s) for s in self._traces[kind, arm][0] if s.isdigit())
-                points = np.array([bootstrap(self._at_forks(kind, arm, str(s), "unlikely"))
+                points = np.array([bootstrap(self._at_forks(kind, arm, str(s), "unlikely"), 0, 1)
                                    for s in steps])
                 row[2].errorbar(steps, points[:, 0], abs(points[:, 1:].T - points[:, 0]),
                                 capsize=2, markersize=4, label=arm, **STYLES[arm])
@@ -395,7 +408,7 @@ class Report:
                 at_k = [self._pass_at(kind, arm, k).mean() for k in range(1, 33)]
                 row[0].plot(range(1, len(at_k) + 1), at_k, markevery=[0, 1, 3, 7, 15, 31], **style)
                 for axis, source in ((row[1], "easy"), (row[2], "hard")):
-                    points = [bootstrap(self._at_temperature(kind, arm, t, source))
+                    points = [bootstrap(self._at_temperature(kind, arm, t, source), 0, 1)
                               for t in (0.2, 0.6, 1.0, 1.4)]
                     value, low, high = np.array(points).T
                     axis.errorbar((0.2, 0.6, 1.0, 1.4), value, (value - low, high - value),
@@ -430,7 +443,7 @@ class Report:
 
     def _draw_g(self):
         figure, axes = panels(1, 3, (11, 2.8), sharey=True)
-        self._dots(axes[0], tuple(GAMMAS.values()), [f"γ {gamma}" for gamma in GAMMAS])
+        self._dots(axes[0], tuple(GAMMAS.values()), [f"γ {gamma}" for gamma in GAMMAS], ("rare",))
         return figure
 
     def _draw_h(self):
@@ -438,12 +451,12 @@ class Report:
         for axis, kind in zip(axes[0], KINDS):
             for arm in ("luffy", "sft_then_on_policy"):
                 x, value, low, high = np.array([
-                    (passes, *bootstrap(rates))
-                    for passes, rates in self._along_the_way(kind, arm).values()]).T
+                    (seconds, *bootstrap(rates, 0, 1))
+                    for seconds, rates in self._along_the_way(kind, arm).values()]).T
                 axis.errorbar(x, value, (value - low, high - value), capsize=2, markersize=4,
                               label=name(arm), **STYLES[arm])
             axis.set_title(f"mean score on test, {kind} bases")
-            axis.set_xlabel("million token passes (trained: three)")
+            axis.set_xlabel("seconds on one core, with those of SFT")
             axis.set_ylim(-0.03, 1.03)
         axes[0, 0].legend(loc="lower right")
         return figure
@@ -460,24 +473,27 @@ class Report:
                               alpha=0.15, linewidth=0)
         axis.set_xlabel("step")
 
-    def _dots(self, axes, arms: tuple, labels: list | None = None) -> None:
+    def _dots(self, axes, arms: tuple, labels: list | None = None, kinds=tuple(KINDS)) -> None:
         """Easy, hard, ood: a dot and its interval for each arm and kind, small ones for seeds."""
+        marks = {"frequent": ("o", True, 0.17), "rare": ("s", False, -0.17)}
         for axis, source in zip(axes, SOURCES):
             for y, arm in enumerate(arms[::-1]):
-                for shift, kind, marker in ((0.17, "frequent", "o"), (-0.17, "rare", "s")):
-                    self._dot(axis, self._right(kind, arm, source), y + shift, marker,
-                              kind == "frequent")
+                for kind in kinds:
+                    marker, filled, shift = marks[kind]
+                    self._dot(axis, self._right(kind, arm, source), y + shift * (len(kinds) > 1),
+                              marker, filled)
             axis.set_title(source)
             axis.set_xlim(-0.03, 1.03)
             axis.set_yticks(range(len(arms)), (labels or [name(arm) for arm in arms])[::-1])
-        for kind, marker, fill in (("frequent", "o", "black"), ("rare", "s", "white")):
-            axes[0].plot([], [], marker=marker, color="black", markerfacecolor=fill, linestyle="",
-                         label=f"{kind} bases")
+        for kind in kinds:
+            marker, filled, _ = marks[kind]
+            axes[0].plot([], [], marker=marker, color="black", linestyle="", label=f"{kind} bases",
+                         markerfacecolor="black" if filled else "white")
         axes[0].figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
     @staticmethod
     def _dot(axis, values: np.ndarray, y: float, marker: str, filled: bool) -> None:
-        value, low, high = bootstrap(values)
+        value, low, high = bootstrap(values, 0, 1 if values.max() <= 1 else np.inf)
         axis.plot(values.mean(1), [y] * len(values), "|", color="#888888", markersize=6)
         axis.errorbar(value, y, xerr=[[value - low], [high - value]], color="black", capsize=2,
                       marker=marker, markersize=5, linewidth=1,
@@ -505,10 +521,11 @@ def texts(report: Report) -> dict[Path, str]:
     """What the two documents should say."""
     template = (ROOT / "results/README.template.md").read_text()
     readme = (ROOT / "README.md").read_text()
-    tables = f"\n{report.arms_table('frequent')}\n"
+    before, table = readme.split("<!-- study -->\n")
+    table, after = table.split("<!-- end -->")
+    table = f"\n{report.arms_table('frequent')}\n"
     return {ROOT / "results/README.md": render(template, report),
-            ROOT / "README.md": re.sub(r"(?s)(<!-- study -->\n).*?(<!-- end -->)",
-                                       rf"\g<1>{tables}\g<2>", readme)}
+            ROOT / "README.md": f"{before}<!-- study -->\n{table}<!-- end -->{after}"}
 
 
 def write_all() -> None:
@@ -516,3 +533,4 @@ def write_all() -> None:
     for file, text in texts(report).items():
         write(file, text)
     report._draw_all(HERE)
+    draw_curves(HERE)  # of the metrics.jsonl beside it

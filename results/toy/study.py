@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -44,20 +45,23 @@ from verify import Grader  # noqa: E402
 import report  # noqa: E402  isort: skip
 
 # ------------------------------------------------------------------ what is run
-KINDS = {"frequent": 0.5, "rare": 0.2}  # GOALS, the toy's knob: nothing else differs
+KINDS = report.KINDS  # name -> GOALS, the toy's knob: nothing else differs
 SEEDS = range(5)
 COMMON = dict(eval_data="", save_every=50, sample_every=1000, graders=1)  # of every run
-LRS, LR_LIMITS = (1e-4, 3e-4, 1e-3), (3e-5, 3e-3)  # the grid grows while the best is at its edge
+# Tried on val: the values in the middle, and the next one where that at an edge is best
+LRS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+COEFFICIENTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the SFT loss in rl_sft; the row has 0.1
 SFT_STEPS, SFT_CHOICE = 400, (50, 100, 200, 400)  # 3, 6, 12 and 25 epochs
-COEFFICIENTS = (0.03, 0.3)  # of rl_sft, beside the row's own 0.1
-GAMMAS = (0.05, 0.2, 0.3, 0.5)  # beside 0.1
+TIE = 1.5 / 1024  # one response more or less is no difference: then what is nearest to the defaults
+SWEPT = ("rare",)  # bases for the sweep over γ
 # label -> (row of ALGORITHMS, what else is changed). SFT + RL differs from on_policy in its base.
 ARMS = {name: (name, {}) for name in (
     "on_policy", "on_policy_noclip", "grpo", "mixed", "mixed_shaped", "luffy", "rl_sft")}
 ARMS["sft"] = ("sft", {"steps": SFT_STEPS})
 ARMS["sft_then_on_policy"] = ("on_policy", {})
-SWEEP = {f"luffy, γ {g:g}": ("luffy", {"gamma": g}) for g in GAMMAS}
-BASE_SECONDS = 60  # of a core, to train a base model: measured, for the estimate
+SWEEP = {arm: ("luffy", {"gamma": g}) for g, arm in report.GAMMAS.items() if arm != "luffy"}
+BASE_SECONDS, RUN_SECONDS = 60, 4  # to train a base model; around a run: measured, to estimate
+TRACED = ("mixed", "mixed_shaped", "luffy")  # question (b)
 FINAL = dict(split="test", temperature=0.6, samples=8, problems=600)
 EXPLORED = ("base", "sft", "on_policy", "luffy", "sft_then_on_policy")  # question (e)
 EXPLORE = [dict(split="test", temperature=t, samples=32 if t == 1 else 8, problems=150)
@@ -94,28 +98,29 @@ def configure(out: Path, arm: str, base: Path, seed: int, **tuned) -> luffy.Conf
 def train(cfg: luffy.Config) -> Path:
     """-> the last checkpoint. What is printed goes to the run's log."""
     out = Path(cfg.out)
-    last = out / f"checkpoint-{cfg.steps:06d}"
-    if not last.exists():
+    config, last = out / "config.json", out / f"checkpoint-{cfg.steps:06d}"
+    if config.exists() and json.loads(config.read_text())["model"] != cfg.model:
+        raise RuntimeError(f"{out} did not begin with {cfg.model}: remove it")
+    if not last.exists() and not interrupted:
         out.parent.mkdir(parents=True, exist_ok=True)
-        start = time.process_time()
-        try:
-            with (open(f"{out}.log", "a") as log, contextlib.redirect_stdout(log),
-                  contextlib.redirect_stderr(log)):
-                luffy.check(cfg, 1)
-                luffy.train(cfg, cfg.model)
-        finally:
-            with open(f"{out}.cpu", "a") as file:
-                print(time.process_time() - start, file=file)
-    if not last.exists():
+        with (open(f"{out}.log", "a") as log, contextlib.redirect_stdout(log),
+              contextlib.redirect_stderr(log)):
+            luffy.check(cfg, 1)
+            luffy.train(cfg, cfg.model)
+    if not last.exists():  # Ctrl-C: the run was stopped, and this worker starts no other
+        interrupted.append(out)
         raise RuntimeError(f"{out} was stopped; the same command goes on")
     return last
+
+
+interrupted: list[Path] = []
 
 
 def evaluate(checkpoint: Path, file: Path, split: str, temperature: float, samples: int,
              problems: int) -> dict:
     """avg@samples, as counts of right responses for each problem."""
     if not file.exists():
-        start = time.process_time()
+        start = time.perf_counter()
         tokenizer, config = load_tokenizer(checkpoint), load_config(checkpoint)
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), Grader(1) as grader:
             asked = load_benchmarks([f"toy/{split}"], tokenizer, max_prompt_tokens=32)
@@ -132,7 +137,7 @@ def evaluate(checkpoint: Path, file: Path, split: str, temperature: float, sampl
                  "length": {s: round(mean(r["tokens"] for r in these), 2)
                             for s, these in sources.items()},
                  "truncated": round(mean(r["truncated"] for r in rows), 4),
-                 "cpu": round(time.process_time() - start, 1)}
+                 "seconds": round(time.perf_counter() - start, 1)}
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(found))
     return json.loads(file.read_text())
@@ -151,6 +156,7 @@ def trace_probabilities(checkpoints: list[Path], base: Path, file: Path) -> dict
         traces, _ = encode(load_problems("toy"), tokenizer, max_prompt_tokens=32,
                            max_response_tokens=96)
         chains = [chain for _, chain in toy.splits()["train"]]
+        assert len(traces) == len(chains)  # none was dropped
         plain = [tokenizer.encode(toy.response(chain, chain.steps, random.Random(0), 0, 0))
                  for chain in chains]
         step = len("d=5-2=3;")
@@ -216,7 +222,6 @@ class Study:
         flags = {k: v for k, v in choice.items() if k != "steps"}
         name = "-".join([arm, *(f"{k}{v:g}" for k, v in flags.items()), f"seed{seed}"])
         out = self.root / kind / name
-        self.runs[out] = kind, arm, seed, flags
         run = self.once(out, self.train(out, kind, arm, seed, flags))
         return self.once((out, choice.get("steps")), checkpoint(run, choice.get("steps")))
 
@@ -224,6 +229,7 @@ class Study:
         base = await self.base(kind, seed)
         if arm == "sft_then_on_policy":
             base = await self.run(kind, "sft", seed, await self.choice(kind, "sft"))
+        self.runs[out] = kind, arm, seed, flags, base
         return await self.job(train, configure(out, arm, base, seed, **flags))
 
     def scores(self, model: Path, how: dict, out: Path | None = None) -> asyncio.Task:
@@ -240,27 +246,38 @@ class Study:
             return await self.choice(kind, "luffy")
         if (kind, arm) in self.choices:
             return self.choices[kind, arm]
-        lrs, steps = list(LRS), SFT_CHOICE if arm == "sft" else (None,)
-        while True:
-            best = await self.best(kind, arm, [
-                {"lr": lr} | ({"steps": n} if n else {}) for lr in lrs for n in steps])
-            if best["lr"] == lrs[0] > LR_LIMITS[0]:
-                lrs.insert(0, LR_LIMITS[0])
-            elif best["lr"] == lrs[-1] < LR_LIMITS[1]:
-                lrs.append(LR_LIMITS[1])
-            else:
-                break
+        steps = [{"steps": n} for n in SFT_CHOICE] if arm == "sft" else [{}]
+        choice = await self.climb(kind, arm, LRS, lambda lr: [{"lr": lr} | n for n in steps])
         if arm == "rl_sft":
-            best = await self.best(kind, arm, [best, *(best | {"sft_coef": c}
-                                                       for c in COEFFICIENTS)])
-        return best
+            choice = await self.climb(kind, arm, COEFFICIENTS, lambda c: [
+                choice | ({"sft_coef": c} if c != luffy.ALGORITHMS[arm]["sft_coef"] else {})])
+        return choice
+
+    async def climb(self, kind: str, arm: str, ladder: tuple, choices) -> dict:
+        """The best of choices(value) for the values tried."""
+        low, high = 1, len(ladder) - 1
+        while True:
+            tried = [choices(value) for value in ladder[low:high]]
+            best = await self.best(kind, arm, sum(tried, []))
+            if best in tried[0] and low > 0:
+                low -= 1
+            elif best in tried[-1] and high < len(ladder):
+                high += 1
+            else:
+                return best
 
     async def best(self, kind: str, arm: str, choices: list[dict]) -> dict:
         values = await asyncio.gather(*(self.value(kind, arm, choice) for choice in choices))
-        return choices[values.index(max(values))]
+        ties = [c for c, value in zip(choices, values) if value > max(values) - TIE]
+        return min(ties, key=lambda c: (abs(math.log(c["lr"] / toy.RECIPE["lr"])),
+                                        abs(math.log(c.get("sft_coef", 0.1) / 0.1)),
+                                        c.get("steps", 0)))
 
     async def value(self, kind: str, arm: str, choice: dict) -> float:
-        found = await self.scores(await self.run(kind, arm, 0, choice), VAL)
+        try:
+            found = await self.scores(await self.run(kind, arm, 0, choice), VAL)
+        except FloatingPointError:  # this learning rate is too high
+            return -math.inf
         return mean(mean(found["right"][s]) / found["k"] for s in ("easy", "hard"))
 
     # -------------------------------------------------------------- the runs that are reported
@@ -272,8 +289,9 @@ class Study:
         else:
             model = await self.run(kind, arm, seed, await self.choice(kind, arm))
             self.finals[model.parent] = int(model.name[-6:])
-            await self.job(trace_probabilities, checkpoints(model.parent),
-                           await self.base(kind, seed), model.parent / "traces.json")
+            if arm in TRACED:
+                await self.job(trace_probabilities, checkpoints(model.parent),
+                               await self.base(kind, seed), model.parent / "traces.json")
         hows = [(model, FINAL)]
         if arm in EXPLORED:
             hows += [(model, how) for how in EXPLORE]
@@ -283,7 +301,9 @@ class Study:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    return sorted(out.glob("checkpoint-??????"))
+    """Without those that an interrupted run saved in between."""
+    found = sorted(out.glob("checkpoint-??????"))
+    return [path for path in found if int(path.name[-6:]) % COMMON["save_every"] == 0]
 
 
 async def checkpoint(run: asyncio.Task, steps: int | None) -> Path:
@@ -292,36 +312,38 @@ async def checkpoint(run: asyncio.Task, steps: int | None) -> Path:
     return last.with_name(f"checkpoint-{steps:06d}") if steps else last
 
 
-async def everything(study: Study, seeds: list, *parts: list) -> None:
-    """What is reported, one list of arms after another."""
-    for arms in parts:
+async def everything(study: Study, seeds: list, *parts: tuple) -> None:
+    """What is reported, one part after another: (arms, kinds of bases)."""
+    for arms, kinds in parts:
         await asyncio.gather(*(study.final(kind, arm, seed)
-                               for arm in arms for seed in seeds for kind in KINDS))
+                               for arm in arms for seed in seeds for kind in kinds))
 
 
 # ------------------------------------------------------------------ what is kept
 CURVES = ("reward/easy", "reward/hard", "entropy", "trace_prob", "trace_unlikely", "trace_weight",
           "length", "grad_norm", "ratio_far", "groups/none", "skipped_updates")
+PHASES = ("sample", "score", "update", "sync")
 WINDOW = 5  # steps that are averaged for a point of a curve
 
 
 def collect(study: Study, data: Path) -> None:
     """From the runs' directories to data/: runs, scores and probabilities of traces, a row each."""
     runs, scores, traces = [], [], []
-    for out, (kind, arm, seed, flags) in sorted(study.runs.items()):
+    for out, (kind, arm, seed, flags, base) in sorted(study.runs.items()):
         cfg = json.loads((out / "config.json").read_text())
-        luffys = asdict(configure(out, "luffy", cfg["model"], seed))
-        differ = check_switches(arm, cfg, luffys, flags)
+        differ = check_switches(arm, cfg, str(base), flags)
         what = {"kind": kind, "arm": arm, "seed": seed, "choice": flags}
         metrics = read_jsonl(out / "metrics.jsonl")
+        timing = read_jsonl(out / "timing.jsonl")
         groups = cfg["problems_per_step"]
         runs.append(what | {
-            "final": study.finals.get(out), "differs": differ, "cpu": round(sum(
-                float(line) for line in Path(f"{out}.cpu").read_text().split()), 1),
-            # response tokens, summed up to each checkpoint
+            "final": study.finals.get(out), "differs": differ,
+            # summed up to each checkpoint: seconds on one core, and response tokens
+            "seconds": {n: round(sum(row[phase] for row in timing[:n] for phase in PHASES), 1)
+                        for n in marks(cfg)},
             "sampled": {n: sum(round(row.get("length", 0) * cfg["rollouts"] * groups)
                                for row in metrics[:n]) for n in marks(cfg)},
-            "trained": {n: sum(round(row.get("length", 0) * cfg["rollouts"] * groups
+            "updated": {n: sum(round(row.get("length", 0) * cfg["rollouts"] * groups
                                      + row.get("trace_length", 0) * cfg["traces"] * groups)
                                for row in metrics[:n]) for n in marks(cfg)},
             "curves": {name: smooth(metrics, name) for name in CURVES if name in metrics[-1]}
@@ -355,35 +377,42 @@ def smooth(metrics: list[dict], name: str) -> list[float | None]:
     return [float(f"{mean(v):.4g}") if v else None for v in values]
 
 
-def check_switches(arm: str, cfg: dict, luffys: dict, tuned: dict) -> dict:
-    """-> the fields in which a run's config differs from luffy's on the same seed.
+def check_switches(arm: str, cfg: dict, base: str, tuned: dict) -> dict:
+    """-> the fields in which a run's config differs from luffy's on the same base model and seed.
 
-    They must be those of its row in ALGORITHMS that have another value than luffy's, and what was
-    tuned; the toy's RECIPE has the last word on sizes. RuntimeError names a field otherwise.
+    RuntimeError unless these are the fields of its row of ALGORITHMS and what was tuned, with their
+    values, and nothing else. (The toy's RECIPE has the last word on sizes.)
     """
     algo, changes = (ARMS | SWEEP)[arm]
     row, other = (luffy.ALGORITHMS[name] for name in (algo, "luffy"))
     default = asdict(luffy.Config())
-    switches = {k for k in row | other if row.get(k, default[k]) != other.get(k, default[k])
-                and k not in toy.RECIPE}
-    differ = {k: v for k, v in cfg.items() if v != luffys[k] and k not in ("algo", "model", "out")}
-    wrong = (switches | {k for k in changes | tuned if cfg[k] != luffys[k]}) ^ set(differ)
-    if wrong:
-        raise RuntimeError(f"{cfg['out']}: differs from luffy in {sorted(differ)}; "
-                           f"its row and what was tuned say otherwise about {sorted(wrong)}")
-    return differ
+    switches = {k: row.get(k, default[k]) for k in row | other if k not in toy.RECIPE}
+    luffys = asdict(configure(Path(cfg["out"]), "luffy", Path(base), cfg["seed"]))
+    expected = luffys | switches | changes | tuned | {"algo": algo}
+    if wrong := {k for k in expected if cfg[k] != expected[k]}:
+        raise RuntimeError(f"{cfg['out']}: " + ", ".join(
+            f"{k} is {cfg[k]!r}, should be {expected[k]!r}" for k in sorted(wrong)))
+    return {k: v for k, v in cfg.items() if k != "algo" and v != luffys[k]}
 
 
 # ------------------------------------------------------------------ the command line
 def estimate(data: Path, quick: bool) -> str:
-    """From the CPU-seconds of the committed study."""
-    rows = read_jsonl(data / "runs.jsonl") + read_jsonl(data / "scores.jsonl")
-    seconds = sum(row["cpu"] for row in rows if not quick or (
-        row["seed"] == 0 and row["arm"] not in SWEEP and row.get("final", True)))
-    seconds += BASE_SECONDS * len(KINDS) * (1 if quick else len(SEEDS))
-    cores = len(os.sched_getaffinity(0))
-    return (f"about {seconds / cores / 60:.0f} minutes, if these {cores} cores are as fast as "
-            "those of the committed study")
+    """From the seconds of the committed study."""
+    runs, scores = (read_jsonl(data / f"{name}.jsonl") for name in ("runs", "scores"))
+    if not runs:
+        return "no earlier study to estimate from"
+    if quick:
+        runs = [r for r in runs if r["final"] and r["seed"] == 0 and r["arm"] not in SWEEP]
+        scores = [r for r in scores if r["split"] == "test" and r["seed"] == 0
+                  and r["arm"] not in SWEEP]
+    seconds = sum(max(r["seconds"].values()) for r in runs) + sum(r["seconds"] for r in scores)
+    seconds += RUN_SECONDS * len(runs) + BASE_SECONDS * len(KINDS) * (1 if quick else len(SEEDS))
+    return (f"about {seconds / cores() / 60:.0f} minutes from the start, if these {cores()} cores "
+            "are as fast as those of the committed study")
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def main() -> None:
@@ -396,9 +425,10 @@ def main() -> None:
     data = HERE / "data"
     if not args.report:
         print(estimate(data, args.quick), flush=True)
+        all_arms = (["base", *ARMS], KINDS)
         study = run_study(args.runs, *(
-            ([0], report.Report(data).choices(), ["base", *ARMS]) if args.quick else
-            (SEEDS, {}, ["base", *ARMS], SWEEP)))
+            ([0], report.Report(data).choices(), all_arms) if args.quick else
+            (SEEDS, {}, all_arms, (SWEEP, SWEPT))))
         collect(study, args.runs / "quick" if args.quick else data)
     if args.quick:
         found = report.Report(args.runs / "quick")
@@ -408,11 +438,10 @@ def main() -> None:
         report.write_all()
 
 
-def run_study(root: Path, seeds: list, choices: dict, *parts: list) -> Study:
+def run_study(root: Path, seeds: list, choices: dict, *parts: tuple) -> Study:
     """By as many processes as there are cores, of one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    with (ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"),
-                              start_worker) as pool,
+    with (ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn"), start_worker) as pool,
           tqdm(total=0, desc="jobs so far known", smoothing=0) as bar):
         study = Study(pool, root, bar, choices)
         try:
