@@ -138,13 +138,14 @@ class Planned(study.Study):
     (3e-4, {1e-4, 3e-4, 1e-3}),
     (1e-3, {1e-4, 3e-4, 1e-3, 3e-3}),  # at the edge: the grid grows
     (3e-3, {1e-4, 3e-4, 1e-3, 3e-3}),
-    (0.0, {3e-5, 1e-4, 3e-4, 1e-3}),
+    (0.0, {1e-5, 3e-5, 1e-4, 3e-4, 1e-3}),
+    (3e-5, {1e-5, 3e-5, 1e-4, 3e-4, 1e-3}),
 ])
 def test_learning_rates_are_tried_until_the_best_is_inside(best, tried):
-    plan = Planned(lambda choice: -abs(choice["lr"] - best) * 1e4)
+    plan = Planned(lambda choice: -abs(choice["lr"] - best) * 1e6)
     choice = asyncio.run(as_task(plan.choice, "frequent", "luffy"))
     assert {cfg.lr for cfg in plan.trained} == tried
-    assert choice["lr"] == max(3e-5, best)
+    assert choice["lr"] == max(1e-5, best)
 
 
 def test_sft_then_rl_starts_from_the_checkpoint_that_val_chose():

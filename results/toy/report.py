@@ -36,7 +36,7 @@ NAMES = {"base": "base model", "sft_then_on_policy": "sft, then on_policy"}
 GAMMAS = {0.05: "luffy, γ 0.05", 0.1: "luffy", 0.2: "luffy, γ 0.2", 0.3: "luffy, γ 0.3",
           0.5: "luffy, γ 0.5"}
 DRAWS = 4000
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # t of 97.5 % for so many seeds
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}  # t of 97.5 % for so many seeds
 STYLES = {  # apart in grey, too: by dashes, by marker and by lightness
     "base": dict(color="#999999", linestyle=":", marker="x"),
     "on_policy": dict(color="#0072b2", linestyle="--", marker="v"),
@@ -138,7 +138,12 @@ class Report:
         return [rows[seed] for seed in sorted(rows)]
 
     def _right(self, kind: str, arm: str, source: str = "all", **how) -> np.ndarray:
-        """(seeds, problems): share of right responses. source all: the mean of the three."""
+        """(seeds, problems): share of right responses.
+
+        source all: the mean of the three; kind both: the seeds of both.
+        """
+        if kind == "both":
+            return np.concatenate([self._right(k, arm, source, **how) for k in KINDS])
         if source == "all":
             return np.mean([self._right(kind, arm, s, **how) for s in SOURCES], axis=0)
         rows = self._rows(kind, arm, **how)
@@ -151,10 +156,6 @@ class Report:
         """(seeds, points), a point for every WINDOW steps; NaN where nothing was measured"""
         runs = self._final[kind, arm]
         return np.array([runs[seed]["curves"][metric] for seed in sorted(runs)], float)
-
-    def _last(self, kind: str, arm: str, metric: str, points: int = 4) -> np.ndarray:
-        """(seeds, 1): the mean of the last points of a curve"""
-        return np.nanmean(self._curve(kind, arm, metric)[:, -points:], axis=1, keepdims=True)
 
     def _at_forks(self, kind: str, arm: str, step: str, what: str) -> np.ndarray:
         rows = self._traces[kind, arm]
@@ -211,8 +212,21 @@ class Report:
         """The highest reward on hard problems, of any seed, at any point of the curves."""
         return number(max(np.nanmax(self._curve(kind, arm, "reward/hard")) for arm in arms), 3)
 
-    def last(self, kind: str, arm: str, metric: str, digits: int = 2) -> str:
-        return with_interval(self._last(kind, arm, metric), digits)
+    def val_max(self, source: str, *arms: str) -> str:
+        """The best avg@8 on val, over all kinds of bases, choices and these arms."""
+        rows = [row for (_, arm), rows in self._val.items() if arm in arms for row in rows.values()]
+        return number(max(np.mean(row["right"][source]) / row["k"] for row in rows), 3)
+
+    def stuck(self, kind: str, arm: str) -> str:
+        """How many seeds solve less than a twentieth of the hard problems in the end."""
+        solved = self._right(kind, arm, "hard").mean(1)
+        return f"{(solved < 0.05).sum()} of {len(solved)}"
+
+    def at(self, kind: str, arm: str, metric: str, step: int, digits: int = 3) -> str:
+        """A curve's point that ends with this step."""
+        curve = self._curve(kind, arm, metric)
+        point = step * curve.shape[1] // self._step(kind, arm) - 1
+        return with_interval(curve[:, [point]], digits, bounds=(0,))
 
     def forks(self, kind: str, arm: str, step: str | int, what: str, digits: int = 2) -> str:
         bounds = () if what == "solution" else (0, 1)
@@ -238,14 +252,9 @@ class Report:
 
     def equal_compute(self, kind: str) -> str:
         """LUFFY minus SFT + RL, where that had no more compute."""
-        return with_interval(self._right(kind, "luffy") - self._equal_compute(kind)[1], sign=True)
-
-    def takeoff(self, kind: str, arm: str, level: float = 0.2) -> str:
-        """For each seed, the step by which the reward on hard problems is above `level`."""
-        curve = self._curve(kind, arm, "reward/hard")
-        width = self._step(kind, arm) // curve.shape[1]
-        points = [int(np.argmax(c > level)) + 1 if (c > level).any() else None for c in curve]
-        return " ".join(str(width * point) if point else "never" for point in points)
+        kinds = KINDS if kind == "both" else (kind,)
+        return with_interval(np.concatenate([
+            self._right(k, "luffy") - self._equal_compute(k)[1] for k in kinds]), sign=True)
 
     def arms_table(self, kind: str) -> str:
         lines = ["| arm | learning rate | easy | hard | ood | tokens on hard |", "|---" * 6 + "|"]
@@ -380,7 +389,7 @@ class Report:
                                 capsize=2, markersize=4, label=arm, **STYLES[arm])
             row[0].set_ylabel(f"{kind} bases")
             row[0].set_ylim(-0.03, 1.03)
-            row[1].set_ylim(0, 0.25)
+            row[1].set_ylim(0, 0.07)
             row[2].set_ylim(-0.03, 1.03)
         for axis, title in zip(axes[0], ("reward on hard problems", "entropy of rollouts (nats)",
                                          "π of the trace tokens\nthat began below 0.1",
@@ -423,7 +432,7 @@ class Report:
             axis.set_title(title)
         for axis, label in zip(axes[1], ("k", "temperature", "temperature")):
             axis.set_xlabel(label)
-        axes[0, 0].legend(loc="lower right")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
         return figure
 
     def _draw_f(self):

@@ -48,9 +48,9 @@ import report  # noqa: E402  isort: skip
 KINDS = report.KINDS  # name -> GOALS, the toy's knob: nothing else differs
 SEEDS = range(5)
 COMMON = dict(eval_data="", save_every=50, sample_every=1000, graders=1)  # of every run
-# Tried on val: the values in the middle, and the next one where that at an edge is best
-LRS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-COEFFICIENTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the SFT loss in rl_sft; the row has 0.1
+# Tried on val: three values from the third on, and the next one while that at an edge is best
+LRS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+COEFFICIENTS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the SFT loss in rl_sft; the row has 0.1
 SFT_STEPS, SFT_CHOICE = 400, (50, 100, 200, 400)  # 3, 6, 12 and 25 epochs
 TIE = 1.5 / 1024  # one response more or less is no difference: then what is nearest to the defaults
 SWEPT = ("rare",)  # bases for the sweep over γ
@@ -255,7 +255,7 @@ class Study:
 
     async def climb(self, kind: str, arm: str, ladder: tuple, choices) -> dict:
         """The best of choices(value) for the values tried."""
-        low, high = 1, len(ladder) - 1
+        low, high = 2, 5
         while True:
             tried = [choices(value) for value in ladder[low:high]]
             best = await self.best(kind, arm, sum(tried, []))
