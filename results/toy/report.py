@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib
@@ -172,6 +172,11 @@ class Report:
         spent = spent if what == "seconds" else spent / 1e6
         return spent + (self._spent(kind, "sft", what) if arm == "sft_then_on_policy" else 0)
 
+    @staticmethod
+    def _value(row: dict) -> float:
+        """What choices are made by: the mean over easy and hard."""
+        return np.mean([np.mean(row["right"][s]) / row["k"] for s in ("easy", "hard")])
+
     def _at_temperature(self, kind: str, arm: str, temperature: float, source: str) -> np.ndarray:
         """(seeds, problems), every fourth of the split"""
         if temperature == 0.6:
@@ -203,10 +208,26 @@ class Report:
     def score(self, kind: str, arm: str, source: str = "all") -> str:
         return with_interval(self._right(kind, arm, source), bounds=(0, 1))
 
-    def gap(self, kind: str, arm: str, other: str, source: str = "all") -> str:
+    def gap(self, kind: str, arm: str, other: str, source: str = "all",
+            temperature: float = 0.6) -> str:
         """How much better `arm` is than `other`."""
-        gaps = self._right(kind, arm, source) - self._right(kind, other, source)
-        return with_interval(gaps, sign=True)
+        found = self._right if temperature == 0.6 else partial(
+            self._at_temperature, temperature=temperature)
+        gaps = found(kind, arm, source=source) - found(kind, other, source=source)
+        return with_interval(gaps, sign=True, bounds=(-1, 1))
+
+    def loss(self, kind: str, arm: str) -> str:
+        """On hard problems, from T = 0.2 to 1.4."""
+        cold, hot = (self._at_temperature(kind, arm, t, "hard") for t in (0.2, 1.4))
+        return with_interval(hot - cold, sign=True, bounds=(-1, 1))
+
+    def val(self, kind: str, arm: str, **choice) -> str:
+        """The score by which choices were made, of one choice."""
+        [row] = [row for row in self._val[kind, arm].values() if row["choice"] == choice]
+        return number(self._value(row), 3)
+
+    def tried(self, kind: str, arm: str) -> str:
+        return str(len(self._val[kind, arm]))
 
     def reward_max(self, kind: str, *arms: str) -> str:
         """The highest reward on hard problems, of any seed, at any point of the curves."""
@@ -247,6 +268,11 @@ class Report:
     def seconds(self, kind: str, arm: str, step: int | None = None) -> str:
         return spread(self._spent(kind, arm, "seconds", step), 0)
 
+    def times(self, arm: str, other: str) -> str:
+        """How many times the seconds, over both kinds."""
+        total = [sum(self._spent(kind, a, "seconds").sum() for kind in KINDS) for a in (arm, other)]
+        return f"{total[0] / total[1]:.1f}"
+
     def equal_step(self, kind: str) -> int:
         return self._equal_compute(kind)[0]
 
@@ -254,7 +280,8 @@ class Report:
         """LUFFY minus SFT + RL, where that had no more compute."""
         kinds = KINDS if kind == "both" else (kind,)
         return with_interval(np.concatenate([
-            self._right(k, "luffy") - self._equal_compute(k)[1] for k in kinds]), sign=True)
+            self._right(k, "luffy") - self._equal_compute(k)[1] for k in kinds]), sign=True,
+            bounds=(-1, 1))
 
     def arms_table(self, kind: str) -> str:
         lines = ["| arm | learning rate | easy | hard | ood | tokens on hard |", "|---" * 6 + "|"]
@@ -295,8 +322,8 @@ class Report:
                 rows = sorted(self._val[kind, arm].values(), key=lambda row: (
                     row["choice"]["lr"], row["choice"].get("sft_coef", 0.1), row["step"]))
                 for row in rows:
-                    value = np.mean([np.mean(row["right"][s]) / row["k"] for s in ("easy", "hard")])
-                    text = f"{self._in_words(arm, row['choice'], row['step'])}: {number(value, 3)}"
+                    words = self._in_words(arm, row["choice"], row["step"])
+                    text = f"{words}: {number(self._value(row), 3)}"
                     best = (row["choice"], row["step"]) == (final["choice"], final["final"])
                     tried.append(f"**{text}**" if best else text)
                 cells.append("<br>".join(tried))
@@ -391,9 +418,11 @@ class Report:
             row[0].set_ylim(-0.03, 1.03)
             row[1].set_ylim(0, 0.07)
             row[2].set_ylim(-0.03, 1.03)
+            row[3].set_ylim(0, 0.09)
+            row[2].set_xlabel("step")
         for axis, title in zip(axes[0], ("reward on hard problems", "entropy of rollouts (nats)",
                                          "π of the trace tokens\nthat began below 0.1",
-                                         "share of trace tokens\nwith π < 0.1")):
+                                         "share of all trace tokens\nwith π < 0.1")):
             axis.set_title(title)
         axes[0, 0].legend(loc="lower right")
         return figure
@@ -427,8 +456,8 @@ class Report:
             row[0].set_ylabel(f"{kind} bases")
             for axis in row:
                 axis.set_ylim(-0.03, 1.03)
-        for axis, title in zip(axes[0], ("pass@k at T = 1, all problems", "avg@k, easy problems",
-                                         "avg@k, hard problems")):
+        for axis, title in zip(axes[0], ("pass@k at T = 1, all problems", "share right, easy",
+                                         "share right, hard")):
             axis.set_title(title)
         for axis, label in zip(axes[1], ("k", "temperature", "temperature")):
             axis.set_xlabel(label)
@@ -465,21 +494,20 @@ class Report:
                 axis.errorbar(x, value, (value - low, high - value), capsize=2, markersize=4,
                               label=name(arm), **STYLES[arm])
             axis.set_title(f"mean score on test, {kind} bases")
-            axis.set_xlabel("seconds on one core, with those of SFT")
+            axis.set_xlabel("seconds on one core (SFT's included)")
             axis.set_ylim(-0.03, 1.03)
         axes[0, 0].legend(loc="lower right")
         return figure
 
     def _curves(self, axis, kind: str, arms: tuple, metric: str) -> None:
-        """Mean over seeds, and the range as a band."""
+        """Mean over seeds, and each seed as a thin line."""
         for arm in arms:
             found = self._curve(kind, arm, metric)
             width = self._step(kind, arm) // found.shape[1]
             steps = width * np.arange(1, found.shape[1] + 1)
             axis.plot(steps, found.mean(0), markevery=8, markersize=4, label=name(arm),
                       **STYLES[arm])
-            axis.fill_between(steps, found.min(0), found.max(0), color=STYLES[arm]["color"],
-                              alpha=0.15, linewidth=0)
+            axis.plot(steps, found.T, alpha=0.35, linewidth=0.7, color=STYLES[arm]["color"])
         axis.set_xlabel("step")
 
     def _dots(self, axes, arms: tuple, labels: list | None = None, kinds=tuple(KINDS)) -> None:
@@ -491,7 +519,7 @@ class Report:
                     marker, filled, shift = marks[kind]
                     self._dot(axis, self._right(kind, arm, source), y + shift * (len(kinds) > 1),
                               marker, filled)
-            axis.set_title(source)
+            axis.set_title(f"{source}, share right")
             axis.set_xlim(-0.03, 1.03)
             axis.set_yticks(range(len(arms)), (labels or [name(arm) for arm in arms])[::-1])
         for kind in kinds:
