@@ -453,4 +453,7 @@ def run_study(root: Path, seeds: list, choices: dict, *parts: tuple) -> Study:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
