@@ -100,6 +100,7 @@ def test_what_is_kept_of_a_run(base):
     (out / "timing.jsonl").write_text("".join(json.dumps(
         {"step": n, "sample": 0.5, "score": 0.0, "update": 0.25, "sync": 0.25}) + "\n"
         for n in range(1, 101)))
+    (out / "traces.json").write_text('{"share_unlikely": 0.1}')
     for n in (50, 73, 100):  # 73: where an interrupted run was stopped
         (out / f"checkpoint-{n:06d}").mkdir()
     assert [path.name[-3:] for path in study.checkpoints(out)] == ["050", "100"]

@@ -36,7 +36,8 @@ NAMES = {"base": "base model", "sft_then_on_policy": "sft, then on_policy"}
 GAMMAS = {0.05: "luffy, γ 0.05", 0.1: "luffy", 0.2: "luffy, γ 0.2", 0.3: "luffy, γ 0.3",
           0.5: "luffy, γ 0.5"}
 DRAWS = 4000
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}  # t of 97.5 % for so many seeds
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31,
+           10: 2.26}  # t of 97.5 % for so many seeds
 STYLES = {  # apart in grey, too: by dashes, by marker and by lightness
     "base": dict(color="#999999", linestyle=":", marker="x"),
     "on_policy": dict(color="#0072b2", linestyle="--", marker="v"),

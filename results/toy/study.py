@@ -143,7 +143,7 @@ def evaluate(checkpoint: Path, file: Path, split: str, temperature: float, sampl
     return json.loads(file.read_text())
 
 
-def trace_probabilities(checkpoints: list[Path], base: Path, file: Path) -> dict:
+def trace_probabilities(checkpoints: list[Path], base: Path, file: Path) -> None:
     """What each checkpoint gives to the hard training problems' traces, and at their forks.
 
     unlikely: mean π of the trace tokens that had π < 0.1 under the base model, always the same
@@ -183,7 +183,6 @@ def trace_probabilities(checkpoints: list[Path], base: Path, file: Path) -> dict
                              for i, s in zip(hard, solutions)),
                 "solution": mean(s.sum().item() for s in solutions)}
         write(file, json.dumps(found))
-    return json.loads(file.read_text())
 
 
 # ------------------------------------------------------------------ the order of the jobs
@@ -348,7 +347,7 @@ def collect(study: Study, data: Path) -> None:
                                for row in metrics[:n]) for n in marks(cfg)},
             "curves": {name: smooth(metrics, name) for name in CURVES if name in metrics[-1]}
             if out in study.finals else {}})
-        if (out / "traces.json").exists():
+        if arm in TRACED and out in study.finals:
             traces.append(what | json.loads((out / "traces.json").read_text()))
         scores += [what | {"step": int(file.name[11:17])} | json.loads(file.read_text())
                    for file in sorted(out.glob("checkpoint-*-t*.json"))]
