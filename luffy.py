@@ -103,7 +103,8 @@ class Config:
     save_every: int = 50  # steps between checkpoints
     eval_every: int = 0  # steps between evaluations; 0: only before and after
     eval_samples: int = 8  # responses to each evaluation problem, at temperature 0.6
-    sample_every: int = 10  # steps between files of sampled groups
+    sample_every: int = 10  # steps between files of sampled groups, for report.html
+    sample_groups: int = 8  # groups in such a file
     dry_run: str = ""  # print the plan for this machine, or for GPUSxGIB such as 8x80, and stop
 
     @property
@@ -196,7 +197,10 @@ def train(cfg: Config, base: str) -> None:
                                  weight_decay=cfg.weight_decay)
         sampler.load_weights(model.named_parameters())
         run.restore(optimizer)
+        watched = first_traces(problems, cfg)
         if run.first_step == 0:
+            record_old_logprobs(policy, watched, cfg)
+            run.log_watched(0, watched, tokenizer)
             run.log_evaluation(0, held_out_scores(sampler, held_out, grader, tokenizer, cfg))
         for step in run.steps():  # from the last checkpoint on
             batch = batch_at(problems, step, cfg.problems_per_step, cfg.seed)
@@ -210,6 +214,9 @@ def train(cfg: Config, base: str) -> None:
                 sampler.load_weights(model.named_parameters())
             run.log_step(step + 1, metrics, trajectories, tokenizer)
             evaluation_due, checkpoint_due = run.due(step)
+            if run.shown(step + 1):
+                record_old_logprobs(policy, watched, cfg)
+                run.log_watched(step + 1, watched, tokenizer)
             if evaluation_due:
                 scores = held_out_scores(sampler, held_out, grader, tokenizer, cfg)
                 run.log_evaluation(step + 1, scores)
@@ -269,7 +276,8 @@ def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Tra
     share = cfg.problems_per_step // cfg.updates_per_step
     mini_batches = [[t for t in trajectories if t.position // share == i]
                     for i in range(cfg.updates_per_step)]
-    record_old_logprobs(policy, sum(mini_batches[1:], []), cfg)
+    later = sum(mini_batches[1:], [])
+    record_old_logprobs(policy, [t for t in later if not t.off_policy], cfg)
     means, grad_norms = Means(), []
     bar = progress("update", sum(len(t.response) for t in trajectories))
     for i, mini_batch in enumerate(mini_batches):
@@ -296,6 +304,10 @@ def update(policy: nn.Module, optimizer: "ShardedAdamW", trajectories: list["Tra
                 loss = -(batch.weight * (objective + cfg.entropy_coef * entropy)).sum()
                 if backward:
                     (loss * world_size()).backward()  # DDP averages over ranks; 1/Z is global
+            lengths = [len(t.response) for t in batch.trajectories]
+            for t, now, before in zip(batch.trajectories, logp.detach().split(lengths),
+                                      old.split(lengths)):  # for report.html
+                t.logp, t.logp_old = now, None if t.off_policy else before
             shaped = SHAPINGS[cfg.shaping](logp.detach(), cfg.gamma)
             add_token_metrics(means, batch, logp.detach(), old, entropy.detach(), shaped)
             bar.update(len(logp))
@@ -322,7 +334,8 @@ class Trajectory:
     reward: float = math.nan  # set by score()
     advantage: float = math.nan  # set by score()
     weight: float = math.nan  # 1/Z of each of its tokens, set by update()
-    logp_old: Tensor | None = None  # (response,), set by record_old_logprobs()
+    logp_old: Tensor | None = None  # (response,), set by record_old_logprobs() or update()
+    logp: Tensor | None = None  # (response,), of the policy that update() updated
 
 
 @dataclass(frozen=True)
@@ -362,9 +375,8 @@ def record_old_logprobs(policy: nn.Module, trajectories: list[Trajectory], cfg: 
 
     By the trainer itself: a sampler's log-probs differ by its numerics. Traces need none: π_φ := 1.
     """
-    rollouts = [t for t in trajectories if not t.off_policy]
     with torch.no_grad():
-        for batch in pack(rollouts, cfg.token_budget):
+        for batch in pack(trajectories, cfg.token_budget):
             logps = policy.module(batch)[0].split([len(t.response) for t in batch.trajectories])
             for t, logp in zip(batch.trajectories, logps):
                 t.logp_old = logp
@@ -511,6 +523,13 @@ def load_held_out(cfg: Config, tokenizer) -> list[Problem]:
     return load_benchmarks(names, tokenizer, max_prompt_tokens=cfg.max_prompt_tokens)
 
 
+def first_traces(problems: list[Problem], cfg: Config) -> list[Trajectory]:
+    """The traces of the first groups, to watch what the policy makes of them as it learns."""
+    first = batch_at(problems, 0, cfg.problems_per_step, cfg.seed)[:cfg.sample_groups]
+    return [Trajectory(i, problem, problem.trace_ids, off_policy=True)
+            for i, problem in enumerate(first) if problem.trace_ids]
+
+
 def held_out_scores(sampler, problems: list[Problem], grader: Grader, tokenizer,
                     cfg: Config) -> dict:
     return evaluate(sampler, problems, grader, tokenizer, samples=cfg.eval_samples,
@@ -569,7 +588,7 @@ def check(cfg: Config, ranks: int) -> None:
     rows = cfg.rollouts + (cfg.traces if cfg.baseline == "group" else 0)
     counts = ("steps", "problems_per_step", "updates_per_step", "max_prompt_tokens",
               "max_response_tokens", "token_budget", "graders", "save_every", "eval_samples",
-              "sample_every", "tensor_parallel")
+              "sample_every", "sample_groups", "tensor_parallel")
     for wrong, message in (
         *((getattr(cfg, name) < 1, f"--{name} must be at least 1") for name in counts),
         (cfg.traces not in (0, 1), f"--traces {cfg.traces}: a group holds one trace or none"),

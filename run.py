@@ -6,9 +6,11 @@ A run directory holds
     timing.jsonl           one object a step: seconds and tokens per second of each phase; "sync",
                            new weights for the sampler, is part of "sample" with vLLM
     evals.jsonl            one object for each evaluation
-    samples/               groups of trajectories to read, every few steps
+    samples/               groups of trajectories with their tokens' log-probs, every few steps
+    watched.jsonl          log-probs of the first groups' traces, always the same, every few steps
     checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's shards
     curves.png             drawn at the end and on Ctrl-C
+    report.html            made at the end and on Ctrl-C: a page to look into all of this
 Rank 0 writes all of it, but for the optimizer's shards.
 """
 
@@ -34,8 +36,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 # A finished or interrupted run may go on with these changed: they do not change the mathematics.
-MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "graders", "token_budget",
-              "sampler", "tensor_parallel", "cache_gib", "checkpointing"}
+MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "sample_groups",
+              "graders", "token_budget", "sampler", "tensor_parallel", "cache_gib",
+              "checkpointing"}
 
 
 class InputError(ValueError):
@@ -190,13 +193,17 @@ def add_token_metrics(means: Means, batch, logp: Tensor, old: Tensor, entropy: T
     means.add("trace_weight", shaped[off])
 
 
-def groups_as_text(trajectories: list, tokenizer, groups: int = 8) -> list[dict]:
-    """The first groups of this rank, one row a trajectory, to look at."""
-    shown = sorted({t.position for t in trajectories})[:groups]
+def as_rows(trajectories: list, tokenizer) -> list[dict]:
+    """A row a trajectory, to look at; log-probs as of the update, to three decimals."""
     return [{"position": t.position, "source": t.problem.source, "off_policy": t.off_policy,
              "prompt": tokenizer.decode(t.problem.prompt_ids), "answer": t.problem.answer,
              "response": tokenizer.decode(t.response), "reward": t.reward,
-             "advantage": t.advantage} for t in trajectories if t.position in shown]
+             "advantage": t.advantage, "tokens": tokenizer.batch_decode([[i] for i in t.response]),
+             "logp": rounded(t.logp), "logp_old": rounded(t.logp_old)} for t in trajectories]
+
+
+def rounded(logps: Tensor | None) -> list[float] | None:
+    return None if logps is None else [round(x, 3) for x in logps.tolist()]
 
 
 # ------------------------------------------------------------------ the run directory
@@ -242,7 +249,7 @@ class Run:
         """Make the directory; drop what a killed run logged after its last checkpoint."""
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
         write(self.out / "config.json", json.dumps(asdict(self.cfg), indent=1))
-        for name in ("metrics", "timing", "evals"):
+        for name in ("metrics", "timing", "evals", "watched"):
             rows = [row for row in read_jsonl(self.out / f"{name}.jsonl")
                     if row["step"] <= self.first_step and self.checkpoint]
             write(self.out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -296,12 +303,28 @@ class Run:
             append(self.out / "timing.jsonl", {"step": step} | dict(self.seconds) | {
                 f"tokens_per_second/{phase}": count / max(self.seconds[phase], 1e-9)
                 for phase, count in tokens.items()})
-            if step % self.cfg.sample_every == 0:
+            if self.shown(step):
+                positions = sorted({t.position for t in trajectories})[:self.cfg.sample_groups]
+                rows = as_rows([t for t in trajectories if t.position in positions], tokenizer)
                 write(self.out / "samples" / f"step-{step:06d}.jsonl",
-                      "".join(json.dumps(row, ensure_ascii=False) + "\n"
-                              for row in groups_as_text(trajectories, tokenizer)))
+                      "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             print(one_line(row, self.seconds), flush=True)
         self.seconds.clear()
+
+    def shown(self, step: int) -> bool:
+        """Is this one of the steps whose groups are kept?"""
+        return step in (1, self.cfg.steps) or step % self.cfg.sample_every == 0
+
+    def log_watched(self, step: int, traces: list, tokenizer) -> None:
+        """log-probs of the same traces, after so many steps; what they are, with the first."""
+        if rank() == 0 and traces:
+            rows = [{"position": t.position, "logp": rounded(t.logp_old)} for t in traces]
+            if step == 0:
+                rows = [row | {"source": t.problem.source, "answer": t.problem.answer,
+                               "prompt": tokenizer.decode(t.problem.prompt_ids),
+                               "tokens": tokenizer.batch_decode([[i] for i in t.response])}
+                        for row, t in zip(rows, traces)]
+            append(self.out / "watched.jsonl", {"step": step, "traces": rows})
 
     def log_evaluation(self, step: int, scores: dict[str, dict]) -> None:
         if rank() == 0 and scores:

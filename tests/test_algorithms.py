@@ -52,6 +52,14 @@ def test_every_algorithm_runs(tiny_model, tmp_path, monkeypatch, algo):
                (out / "samples" / "step-000001.jsonl").read_text().splitlines()]
     assert len(samples) == 4 * (cfg.rollouts + cfg.traces)
     assert sum(s["off_policy"] for s in samples) == 4 * cfg.traces
+    for s in samples:  # what report.html is made from
+        assert len(s["tokens"]) == len(s["logp"]) and "".join(s["tokens"]) == s["response"]
+        assert max(s["logp"]) <= 0 and (s["logp_old"] is None) == s["off_policy"]
+    watched = [json.loads(line) for line in (out / "watched.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in watched] == [0, 1, 2]
+    first, _, last = (sum(sum(t["logp"]) for t in row["traces"]) for row in watched)
+    if cfg.traces:
+        assert last > first  # the traces are learnt
     if cfg.trace_advantage is not None:
         assert {s["advantage"] for s in samples if s["off_policy"]} == {cfg.trace_advantage}
     assert (out / "checkpoint-000002" / "model.safetensors").exists()

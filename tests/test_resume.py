@@ -40,7 +40,7 @@ def whole(tiny_model, tmp_path_factory):
 
 
 def assert_same_run(a, b):
-    for name in ("metrics.jsonl", "evals.jsonl"):
+    for name in ("metrics.jsonl", "evals.jsonl", "watched.jsonl"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     one, two = (load_file(d / "checkpoint-000006" / "model.safetensors") for d in (a, b))
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -69,7 +69,7 @@ def test_kill_9_in_mid_step_and_again(tiny_model, tmp_path, whole):
     assert_same_run(out, whole)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_a_checkpoint_and_the_curves(tiny_model, tmp_path, ranks):
     out = tmp_path / "run"
     process = start(*luffy(tiny_model, out, "--steps", 1000, "--save_every", 1000), ranks=ranks)
@@ -91,6 +91,7 @@ def test_another_configuration_is_refused(tiny_model, whole):
     assert all(f.stat().st_mtime < before for f in whole.rglob("*"))
 
 
+@pytest.mark.slow
 def test_more_steps_continue_a_finished_run_by_one_rank_or_two(tiny_model, tmp_path, whole):
     """The optimizer's shards do not depend on how many ranks wrote them."""
     run(*luffy(tiny_model, tmp_path / "1", "--steps", 4))
