@@ -3,6 +3,7 @@
     python eval.py --model runs/toy-luffy-seed0/checkpoint-000200 --bench toy
     python eval.py --paper oat-zero --bench six --data_dir LUFFY/data    # a row of the paper
     python eval.py compare DIR DIR ...                                   # what such runs wrote
+    python eval.py report RUN_DIR ...                                    # pages to look into runs
 
 An evaluation's directory (--out) holds its config.json, the graded responses as they come
 (BENCHMARK-tTEMPERATURE-kK-rankN.jsonl) and scores.json. Started again, it goes on where it stopped.
@@ -300,15 +301,18 @@ def percent(value: float, error: float = math.nan) -> str:
 
 def report(run: Path) -> None:
     """What a run directory came to: curves.png, the first and the last evaluation side by side."""
+    from page import write_page
     from plots import draw_curves  # matplotlib is slow to import
 
     draw_curves(run)
+    if (run / "metrics.jsonl").stat().st_size:
+        write_page([run], run / "report.html")
     evaluations = read_jsonl(run / "evals.jsonl")
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
         print("\n" + table({f"step {e['step']}": e["scores"] for e in (first, last)}))
     print(f"\ncheckpoint  {(checkpoints(run) or ['none yet'])[-1]}"
-          f"\ncurves      {run / 'curves.png'}")
+          f"\ncurves      {run / 'curves.png'}\nlook inside {run / 'report.html'}")
 
 
 # ------------------------------------------------------------------ evaluations side by side
@@ -418,6 +422,10 @@ def prepare_directory(args) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["compare"]:
         return compare(sys.argv[2:])
+    if sys.argv[1:2] == ["report"]:
+        from page import main as report_main
+
+        return report_main(sys.argv[2:])
     args = parse_args()
     init_processes()
     names = [n for name in args.bench.split(",") for n in GROUPS.get(name, [name])]

@@ -1,0 +1,175 @@
+"""report.html: a page to look into a run. One file that opens from disk, without a network.
+
+    python eval.py report RUN_DIR [RUN_DIR ...] [--out FILE]
+
+Curves of all runs; groups of trajectories, token by token, with what each token counts in the
+gradient; and the same traces before, during and after training. The page is page.html with the
+runs' data and plotly.js put in; all that a model wrote gets into it as JSON and out as text.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from run import InputError, read_jsonl, write
+
+TEMPLATE = Path(__file__).with_name("page.html")
+SHOWN_TOKENS = 160_000  # in all groups of a page
+SHOWN_HEAD, SHOWN_TAIL = 800, 200  # tokens of a longer response
+
+
+def write_page(runs: list[Path], out: Path) -> None:
+    from plotly.offline import get_plotlyjs
+
+    data = [describe(run, SHOWN_TOKENS // len(runs)) for run in runs]
+    before, rest = TEMPLATE.read_text().split("/*DATA*/")
+    between, after = rest.split("/*PLOTLY*/")
+    # "<" could end the element that the JSON stands in; nothing else could
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    page = before + text + between + get_plotlyjs() + after
+    write(out, page)
+
+
+def describe(run: Path, budget: int) -> dict:
+    """What the page shows of a run directory. Raises InputError if it is none."""
+    if not (run / "config.json").is_file() or not (metrics := read_jsonl(run / "metrics.jsonl")):
+        raise InputError(f"{run}: not the directory of a run with at least one step")
+    cfg = json.loads((run / "config.json").read_text())
+    timing = {row["step"]: row for row in read_jsonl(run / "timing.jsonl")}
+    metrics = [row | timing.get(row["step"], {}) for row in metrics]
+    names = sorted({name for row in metrics for name in row} - {"step"})
+    return {
+        "name": run.resolve().name, "algo": cfg["algo"], "gamma": cfg["gamma"],
+        "shaping": cfg["shaping"], "model": cfg["model"], "steps": [row["step"] for row in metrics],
+        "head": SHOWN_HEAD,
+        "curves": {name: [short(row.get(name)) for row in metrics] for name in names},
+        "weights": of_trace(F.logsigmoid(torch.linspace(-11.5, 9, 101)), cfg),
+        "groups": groups(run, cfg, budget), "watched": watched(run, cfg)}
+
+
+def groups(run: Path, cfg: dict, budget: int) -> list[dict]:
+    """[{step, problems: [...]}, ...]: of the steps and problems that were kept, what fits.
+
+    The first and the last step come first, then those that halve the gaps; none of them takes
+    more than a fifth of the budget (tokens), or one problem.
+    """
+    files = sorted((run / "samples").glob("step-*.jsonl"))
+    shown, share = {}, budget // 5
+    for i in by_halves(len(files)):
+        problems, used = {}, 0
+        for row in read_jsonl(files[i]):
+            if "logp" not in row:  # earlier versions wrote the text alone
+                continue
+            if row["position"] not in problems and used > share:
+                break
+            problem = problems.setdefault(row["position"], {
+                "source": row["source"], "prompt": row["prompt"], "answer": row["answer"],
+                "trajectories": []})
+            problem["trajectories"].append(trajectory(row, cfg))
+            used += len(problem["trajectories"][-1]["tokens"])
+        if problems:
+            shown[i] = {"step": int(files[i].stem.split("-")[1]), "problems": [*problems.values()]}
+        budget -= used
+        if budget <= share and len(shown) > 1:
+            break
+    return [shown[i] for i in sorted(shown)]
+
+
+def by_halves(n: int) -> list[int]:
+    """0 and n - 1, then what lies halfway between, ...
+
+    >>> by_halves(6)
+    [0, 5, 2, 1, 3, 4]
+    """
+    order, gaps = [*dict.fromkeys([0, n - 1][:n])], [(0, n - 1)]
+    for low, high in gaps:
+        middle = (low + high) // 2
+        if low < middle < high:
+            order.append(middle)
+            gaps += [(low, middle), (middle, high)]
+    return order
+
+
+def trajectory(row: dict, cfg: dict) -> dict:
+    logp = torch.tensor(row["logp"])
+    shown = {"trace": row["off_policy"], "reward": row["reward"],
+             "advantage": short(row["advantage"]), "length": len(logp),
+             "tokens": cut(row["tokens"])}
+    if row["off_policy"]:
+        return shown | of_trace(logp, cfg)
+    old = torch.tensor(row["logp_old"])
+    weights = token_weights(logp, old, row["advantage"], False, cfg, cfg["shaping"])
+    return shown | probabilities(logp) | {"ratio": numbers((logp - old).exp()),
+                                          "weights": numbers(weights)}
+
+
+def of_trace(logp: torch.Tensor, cfg: dict) -> dict:
+    """π, f(π) and, for each shaping, the weight of trace tokens at advantage 1."""
+    from luffy import SHAPINGS, shape  # which imports eval.py, and so this
+
+    return probabilities(logp) | {"f": numbers(shape(logp.exp(), cfg["gamma"])), "weights": {
+        name: numbers(token_weights(logp, torch.zeros_like(logp), 1.0, True, cfg, name))
+        for name in SHAPINGS}}
+
+
+def probabilities(logp: torch.Tensor) -> dict:
+    """π and 1 - π, which is ∇log π at the token's own logit."""
+    return {"p": numbers(logp.exp()), "rest": numbers(-torch.expm1(logp))}
+
+
+def token_weights(logp: torch.Tensor, logp_behavior: torch.Tensor, advantage: float,
+                  off_policy: bool, cfg: dict, shaping: str) -> torch.Tensor:
+    """∂J/∂log π of each token but for 1/Z (and --tis_cap), by the training code's own objective: (N,) -> (N,).
+
+    On a trace: A π without shaping, A γπ/(π+γ)² with it, A for "log". On a rollout: A x the ratio,
+    0 where it is clipped.
+    """
+    from luffy import mixed_policy_objective
+
+    logp = logp.clone().requires_grad_()
+    objective = mixed_policy_objective(
+        logp, logp_behavior, torch.full_like(logp, advantage),
+        torch.full(logp.shape, off_policy), shaping=shaping, gamma=cfg["gamma"],
+        clip=cfg["clip"], shape_rollouts=cfg["shape_rollouts"])
+    return torch.autograd.grad(objective.sum(), logp)[0]
+
+
+def watched(run: Path, cfg: dict) -> list[dict]:
+    """The traces that were looked at again and again: their tokens' π and weights, by step."""
+    rows = read_jsonl(run / "watched.jsonl")
+    traces = [{key: trace[key] for key in ("source", "prompt", "answer")} | {
+        "tokens": cut(trace["tokens"]), "length": len(trace["tokens"]), "at": []}
+        for trace in (rows[0]["traces"] if rows else [])]
+    for i in sorted(by_halves(len(rows))[:9]):
+        for trace, now in zip(traces, rows[i]["traces"]):
+            trace["at"].append({"step": rows[i]["step"]} | of_trace(torch.tensor(now["logp"]), cfg))
+    return traces
+
+
+def cut(values: list) -> list:
+    """A long one without its middle."""
+    return values if len(values) <= SHOWN_HEAD + SHOWN_TAIL else (
+        values[:SHOWN_HEAD] + values[-SHOWN_TAIL:])
+
+
+def numbers(values: torch.Tensor) -> list[float]:
+    return [short(value) for value in cut(values.tolist())]
+
+
+def short(value: float | None) -> float | None:
+    """Three digits; None for what JSON does not know."""
+    return float(f"{value:.3g}") if value is not None and math.isfinite(value) else None
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="eval.py report", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--out", type=Path, help="[report.html in the first one]")
+    args = parser.parse_args(arguments)
+    out = args.out or args.runs[0] / "report.html"
+    write_page(args.runs, out)
+    print(f"report      {out}")
