@@ -41,7 +41,8 @@ def two_nodes(*args) -> str:
             node.kill()
 
 
-@pytest.mark.parametrize("algo, nodes", [("luffy", 2), ("rl_sft", 1)])
+@pytest.mark.parametrize("algo, nodes", [
+    ("luffy", 2), pytest.param("rl_sft", 1, marks=pytest.mark.slow)])
 def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo, nodes):
     run(*luffy(tiny_model, tmp_path / "1", "--algo", algo))
     if nodes == 2:

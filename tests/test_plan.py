@@ -109,6 +109,7 @@ MEASURE = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_the_toys_plan_agrees_with_a_measured_update(tiny_model, tmp_path):
     """51,200 tokens in one micro-batch: 700 MB, far above what Python itself takes or frees.
 
