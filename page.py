@@ -123,8 +123,9 @@ def probabilities(logp: torch.Tensor) -> dict:
 
 def token_weights(logp: torch.Tensor, logp_behavior: torch.Tensor, advantage: float,
                   off_policy: bool, cfg: dict, shaping: str) -> torch.Tensor:
-    """∂J/∂log π of each token but for 1/Z (and --tis_cap), by the training code's own objective: (N,) -> (N,).
+    """∂J/∂log π of each token, by the training code's own objective: (N,), (N,) -> (N,).
 
+    Without 1/Z, which all tokens share in most arms, and without --tis_cap's factor.
     On a trace: A π without shaping, A γπ/(π+γ)² with it, A for "log". On a rollout: A x the ratio,
     0 where it is clipped.
     """

@@ -1,20 +1,31 @@
 """Bad input ends at once, with a message that names the flag and the fix."""
 
 import json
+import sys
 from dataclasses import fields
 
 import pytest
+import torch.distributed as dist
 from conftest import run
 
+import luffy
 import toy
 from run import InputError
 from luffy import ALGORITHMS, Config, but, check, parse_args
 
 
-def refused(*args, ranks: int = 1) -> str:
-    result = run("luffy.py", *args, ranks=ranks, check=False)
-    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
-    return result.stderr
+@pytest.fixture
+def refused(monkeypatch):
+    """What luffy.py says of its arguments, in this process: to start another takes seconds."""
+    def refused(*args) -> str:
+        monkeypatch.setattr(sys, "argv", ["luffy.py", *map(str, args)])
+        try:
+            with pytest.raises(SystemExit) as exit:
+                luffy.main()
+        finally:
+            dist.destroy_process_group()
+        return exit.value.code
+    return refused
 
 
 @pytest.mark.parametrize("args, words", [
@@ -95,14 +106,16 @@ def test_a_dry_run_needs_no_weights_and_leaves_nothing(tmp_path):
         check(parse_args(["--model", "Qwen2.5-Math-7B", "--dry_run", "3x80"]), 3)
 
 
-def test_a_response_longer_than_the_context(tiny_model, tmp_path):
+def test_a_response_longer_than_the_context(refused, tiny_model, tmp_path):
     error = refused("--model", tiny_model, "--out", tmp_path / "run", "--max_response_tokens", 300)
     assert "--max_response_tokens 300" in error and "256" in error
 
 
 def test_models_that_are_not_there(tmp_path):
-    error = refused("--model", tmp_path / "absent", "--data", "toy", "--out", tmp_path / "run")
-    assert "--model" in error and "absent" in error
+    result = run("luffy.py", "--model", tmp_path / "absent", "--data", "toy", "--out",
+                 tmp_path / "run", check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "--model" in result.stderr and "absent" in result.stderr
 
 
 def test_the_first_line_says_how_the_run_differs_from_luffy():
@@ -115,7 +128,7 @@ def test_the_first_line_says_how_the_run_differs_from_luffy():
     assert words("--clip", "0.2", "--seed", "3") == ", but clip 0.2"
 
 
-def test_data_that_cannot_be_trained_on(tiny_model, tmp_path):
+def test_data_that_cannot_be_trained_on(refused, tiny_model, tmp_path):
     row = {"prompt": [{"role": "user", "content": "b2,c5,-;e?"}],
            "reward_model": {"ground_truth": "5"}}
     wrong = row | {"target": [{"role": "assistant", "content": "\\boxed{4}"}]}
@@ -128,7 +141,7 @@ def test_data_that_cannot_be_trained_on(tiny_model, tmp_path):
         assert words in error and f"{name}.jsonl" in error
 
 
-def test_the_directory_of_something_else_is_refused(tiny_model, tmp_path):
+def test_the_directory_of_something_else_is_refused(refused, tiny_model, tmp_path):
     before = (tiny_model / "config.json").read_bytes()
     assert "--out" in refused("--model", tiny_model, "--out", tiny_model)  # it has a config.json
     assert (tiny_model / "config.json").read_bytes() == before
