@@ -26,6 +26,10 @@ def write_page(runs: list[Path], out: Path) -> None:
     from plotly.offline import get_plotlyjs
 
     data = [describe(run, SHOWN_TOKENS // len(runs)) for run in runs]
+    names = [run["name"] for run in data]
+    for run, path in zip(data, runs):
+        if names.count(run["name"]) > 1:
+            run["name"] = str(path)
     before, rest = TEMPLATE.read_text().split("/*DATA*/")
     between, after = rest.split("/*PLOTLY*/")
     # "<" could end the element that the JSON stands in; nothing else could
@@ -43,12 +47,12 @@ def describe(run: Path, budget: int) -> dict:
     metrics = [row | timing.get(row["step"], {}) for row in metrics]
     names = sorted({name for row in metrics for name in row} - {"step"})
     return {
-        "name": run.resolve().name, "algo": cfg["algo"], "gamma": cfg["gamma"],
-        "shaping": cfg["shaping"], "model": cfg["model"], "steps": [row["step"] for row in metrics],
-        "head": SHOWN_HEAD,
+        "name": run.resolve().name, "algo": cfg["algo"], "model": cfg["model"],
+        "gamma": cfg["gamma"], "shaping": cfg["shaping"] if cfg["traces"] else None,
+        "steps": [row["step"] for row in metrics],
         "curves": {name: [short(row.get(name)) for row in metrics] for name in names},
         "weights": of_trace(F.logsigmoid(torch.linspace(-11.5, 9, 101)), cfg),
-        "groups": groups(run, cfg, budget), "watched": watched(run, cfg)}
+        "groups": groups(run, cfg, budget), "watched": watched(run, cfg), "head": SHOWN_HEAD}
 
 
 def groups(run: Path, cfg: dict, budget: int) -> list[dict]:

@@ -9,7 +9,7 @@ import torch
 
 import page
 
-CONFIG = dict(algo="luffy", model="toy", gamma=0.1, shaping="luffy", clip=None,
+CONFIG = dict(algo="luffy", model="toy", traces=1, gamma=0.1, shaping="luffy", clip=None,
               shape_rollouts=False)
 NASTY = ["<script>document.title='bad'</script>", "</pre></div></script>", "a\0b", "\u202eright",
          "/*DATA*/", "/*PLOTLY*/",
@@ -146,11 +146,11 @@ def test_a_reader_looks_around(browser, tmp_path):
     line = "return [...document.querySelectorAll('.card.trace .token')].slice(0, 2)" \
            ".map(t => getComputedStyle(t).borderBottom.split(' ').slice(0, 2).join(' '))"
     assert at.js(line) == ["4px solid", "6px solid"]  # .017 and .064
-    assert "get 21 % of the push" in at.text(".card.trace")
+    assert "get 21 % of the push" in at.text(".card.trace")
     at.press("s")
     assert "shaping=luffy" in at.link()
     assert at.js(line) == ["6px solid", "4px solid"]  # .119 and .0062
-    assert "get 95 % of the push" in at.text(".card.trace")
+    assert "get 95 % of the push" in at.text(".card.trace")
     assert at.js(line.replace(".trace", "")) == ["6px dotted", "4px dotted"]  # a wrong rollout
     at.js("document.querySelector('#cards .trace .token').click()")
     assert "π = 0.02, f(π) = 0.167" in at.text("#detail")
