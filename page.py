@@ -146,13 +146,14 @@ def token_weights(logp: torch.Tensor, logp_behavior: torch.Tensor, advantage: fl
 def watched(run: Path, cfg: dict) -> list[dict]:
     """The traces that were looked at again and again: their tokens' π and weights, by step."""
     rows = read_jsonl(run / "watched.jsonl")
-    traces = [{key: trace[key] for key in ("source", "prompt", "answer")} | {
-        "tokens": cut(trace["tokens"]), "length": len(trace["tokens"]), "at": []}
-        for trace in (rows[0]["traces"] if rows else [])]
-    for i in sorted(by_halves(len(rows))[:9]):
-        for trace, now in zip(traces, rows[i]["traces"]):
-            trace["at"].append({"step": rows[i]["step"]} | of_trace(torch.tensor(now["logp"]), cfg))
-    return traces
+    if not rows:
+        return []
+    count = min(len(row["traces"]) for row in rows)  # --sample_groups may change
+    shown = [rows[i] for i in sorted(by_halves(len(rows))[:9])]
+    return [{key: trace[key] for key in ("source", "prompt", "answer")} | {
+        "tokens": cut(trace["tokens"]), "length": len(trace["tokens"]),
+        "at": [{"step": row["step"]} | of_trace(torch.tensor(row["traces"][i]["logp"]), cfg)
+               for row in shown]} for i, trace in enumerate(rows[0]["traces"][:count])]
 
 
 def cut(values: list) -> list:

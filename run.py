@@ -316,15 +316,16 @@ class Run:
         return step in (1, self.cfg.steps) or step % self.cfg.sample_every == 0
 
     def log_watched(self, step: int, traces: list, tokenizer) -> None:
-        """log-probs of the same traces, after so many steps; what they are, with the first."""
+        """log-probs of the same traces, after so many steps; what they are, in the first row."""
         if rank() == 0 and traces:
+            file = self.out / "watched.jsonl"
             rows = [{"position": t.position, "logp": rounded(t.logp_old)} for t in traces]
-            if step == 0:
+            if not read_jsonl(file):
                 rows = [row | {"source": t.problem.source, "answer": t.problem.answer,
                                "prompt": tokenizer.decode(t.problem.prompt_ids),
                                "tokens": tokenizer.batch_decode([[i] for i in t.response])}
                         for row, t in zip(rows, traces)]
-            append(self.out / "watched.jsonl", {"step": step, "traces": rows})
+            append(file, {"step": step, "traces": rows})
 
     def log_evaluation(self, step: int, scores: dict[str, dict]) -> None:
         if rank() == 0 and scores:
@@ -388,7 +389,7 @@ def one_line(row: dict, seconds: dict) -> str:
 def read_jsonl(path: Path) -> list[dict]:
     """The complete rows of a file; a killed run may have left half a row at its end."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text().split("\n") if path.exists() else []:  # U+2028 is text
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

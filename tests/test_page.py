@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from shutil import which
 
 import pytest
@@ -12,7 +13,7 @@ import page
 CONFIG = dict(algo="luffy", model="toy", traces=1, gamma=0.1, shaping="luffy", clip=None,
               shape_rollouts=False)
 NASTY = ["<script>document.title='bad'</script>", "</pre></div></script>", "a\0b", "\u202eright",
-         "/*DATA*/", "/*PLOTLY*/",
+         "\u2028\u0085", "/*DATA*/", "/*PLOTLY*/",
          "<img src=x onerror=\"document.title='bad'\">", "x" * 100_000]
 
 
@@ -57,7 +58,7 @@ def write_run(run, steps=(1, 10), response=("a", "b"), problems=2):
                        "advantage": 0.875 if i == 7 else -0.125, "prompt": f"<user>{p}+{step}?"}
                 for p in range(problems) for i in range(8)]
         (run / "samples" / f"step-{step:06d}.jsonl").write_text(
-            "".join(json.dumps(r) + "\n" for r in rows))
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     watched = [{"step": s, "traces": [{"position": 0, "logp": logp} | (
         {key: row[key] for key in ("source", "prompt", "answer", "tokens")} if s == 0 else {})]}
         for s in (0, *steps)]
@@ -161,9 +162,9 @@ def test_a_reader_looks_around(browser, tmp_path):
 def test_what_a_model_wrote_is_text(browser, tmp_path):
     page.write_page([write_run(tmp_path / "run", response=NASTY)], tmp_path / "report.html")
     at = Page(browser, tmp_path / "report.html")
-    shown = at.text(".card .text")
+    shown = at.text("#cards .text")
     for text in NASTY:
-        assert text.replace("\0", "⟨0000⟩").replace("\u202e", "⟨202E⟩") in shown
+        assert re.sub("[\0\x85\u2028\u202e]", lambda c: f"⟨{ord(c[0]):04X}⟩", text) in shown
     assert at.js("return document.title") == "LUFFY: a run"
     assert at.js("return document.querySelectorAll('.text script, .text img').length") == 0
     at.check()
