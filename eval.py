@@ -305,14 +305,14 @@ def report(run: Path) -> None:
     from plots import draw_curves  # matplotlib is slow to import
 
     draw_curves(run)
-    if (run / "metrics.jsonl").stat().st_size:
-        write_page([run], run / "report.html")
     evaluations = read_jsonl(run / "evals.jsonl")
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
         print("\n" + table({f"step {e['step']}": e["scores"] for e in (first, last)}))
     print(f"\ncheckpoint  {(checkpoints(run) or ['none yet'])[-1]}"
-          f"\ncurves      {run / 'curves.png'}\nlook inside {run / 'report.html'}")
+          f"\ncurves      {run / 'curves.png'}")
+    write_page([run], run / "report.html")
+    print(f"look inside {run / 'report.html'}")
 
 
 # ------------------------------------------------------------------ evaluations side by side

@@ -212,8 +212,8 @@ def train(cfg: Config, base: str) -> None:
                 metrics |= update(policy, optimizer, trajectories, cfg)
             with run.clock("sync"):  # every step: the next rollouts are on-policy
                 sampler.load_weights(model.named_parameters())
-            run.log_step(step + 1, metrics, trajectories, tokenizer)
             evaluation_due, checkpoint_due = run.due(step)
+            run.log_step(step + 1, metrics, trajectories, tokenizer)
             if run.shown(step + 1):
                 record_old_logprobs(policy, watched, cfg)
                 run.log_watched(step + 1, watched, tokenizer)
@@ -371,7 +371,7 @@ def set_weights(trajectories: list[Trajectory], cfg: Config) -> None:
 
 
 def record_old_logprobs(policy: nn.Module, trajectories: list[Trajectory], cfg: Config) -> None:
-    """log π_old of rollouts that are trained on only after the policy has moved.
+    """log π_old of what is trained on only after the policy has moved (or is only looked at).
 
     By the trainer itself: a sampler's log-probs differ by its numerics. Traces need none: π_φ := 1.
     """

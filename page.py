@@ -21,6 +21,11 @@ TEMPLATE = Path(__file__).with_name("page.html")
 SHOWN_TOKENS = 160_000  # in all groups of a page
 SHOWN_HEAD, SHOWN_TAIL = 800, 200  # tokens of a longer response
 
+TOY = """The toy: each value is the sum (or difference) of the two before it, modulo 7. From the two
+that are given the policy has to go on until the letter that is asked for; the answer is the last
+three values. The base model boxes after two steps, and hard problems take more. The teacher
+sometimes writes "check" and a step again, or a wrong value, "wait" and the right one."""
+
 
 def write_page(runs: list[Path], out: Path) -> None:
     from plotly.offline import get_plotlyjs
@@ -49,10 +54,33 @@ def describe(run: Path, budget: int) -> dict:
     return {
         "name": run.resolve().name, "algo": cfg["algo"], "model": cfg["model"],
         "gamma": cfg["gamma"], "shaping": cfg["shaping"] if cfg["traces"] else None,
+        "note": TOY if cfg["data"] == "toy" else "", "advantage": advantage_rule(cfg),
+        "ratio": rollout_rule(cfg),
         "steps": [row["step"] for row in metrics],
         "curves": {name: [short(row.get(name)) for row in metrics] for name in names},
         "weights": of_trace(F.logsigmoid(torch.linspace(-11.5, 9, 101)), cfg),
-        "groups": groups(run, cfg, budget), "watched": watched(run, cfg), "head": SHOWN_HEAD}
+        "groups": groups(run, cfg, budget), "watched": watched(run, cfg, budget // 5),
+        "head": SHOWN_HEAD}
+
+
+def advantage_rule(cfg: dict) -> str:
+    """luffy.score in words."""
+    rows = "all rewards of the group" if cfg["baseline"] == "group" else "the rollouts' rewards"
+    std = ", divided by their standard deviation" if cfg["normalize_std"] else ""
+    trace = "" if cfg["trace_advantage"] is None else f"; a trace's is {cfg['trace_advantage']:g}"
+    return f"reward − the mean of {rows}{std}{trace}"
+
+
+def rollout_rule(cfg: dict) -> str:
+    """A rollout token's weight in words."""
+    rule = ["the importance ratio π/π_old", "that of f(π)/f(π_old)"][cfg["shape_rollouts"]]
+    if cfg["clip"] is not None:
+        rule += f", or 0 where the clip at {cfg['clip']:g} holds it"
+    if cfg["tis_cap"] is not None:
+        rule += ", but for --tis_cap"
+    if cfg["shaping"] == "log" and cfg["rollouts"]:
+        rule += "; here traces and rollouts have normalisers of their own, so compare within each"
+    return rule + "."
 
 
 def groups(run: Path, cfg: dict, budget: int) -> list[dict]:
@@ -143,13 +171,15 @@ def token_weights(logp: torch.Tensor, logp_behavior: torch.Tensor, advantage: fl
     return torch.autograd.grad(objective.sum(), logp)[0]
 
 
-def watched(run: Path, cfg: dict) -> list[dict]:
+def watched(run: Path, cfg: dict, budget: int) -> list[dict]:
     """The traces that were looked at again and again: their tokens' π and weights, by step."""
     rows = read_jsonl(run / "watched.jsonl")
     if not rows:
         return []
-    count = min(len(row["traces"]) for row in rows)  # --sample_groups may change
     shown = [rows[i] for i in sorted(by_halves(len(rows))[:9])]
+    count = min(len(row["traces"]) for row in rows)  # --sample_groups may change
+    longest = max(len(cut(trace["tokens"])) for trace in rows[0]["traces"])
+    count = min(count, 1 + budget // (longest * len(shown)))
     return [{key: trace[key] for key in ("source", "prompt", "answer")} | {
         "tokens": cut(trace["tokens"]), "length": len(trace["tokens"]),
         "at": [{"step": row["step"]} | of_trace(torch.tensor(row["traces"][i]["logp"]), cfg)
@@ -177,5 +207,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="[report.html in the first one]")
     args = parser.parse_args(arguments)
     out = args.out or args.runs[0] / "report.html"
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: name a file in a directory that exists")
     write_page(args.runs, out)
     print(f"report      {out}")

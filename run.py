@@ -194,16 +194,30 @@ def add_token_metrics(means: Means, batch, logp: Tensor, old: Tensor, entropy: T
 
 
 def as_rows(trajectories: list, tokenizer) -> list[dict]:
-    """A row a trajectory, to look at; log-probs as of the update, to three decimals."""
+    """A row a trajectory, to look at; log-probs as of the update."""
     return [{"position": t.position, "source": t.problem.source, "off_policy": t.off_policy,
              "prompt": tokenizer.decode(t.problem.prompt_ids), "answer": t.problem.answer,
              "response": tokenizer.decode(t.response), "reward": t.reward,
-             "advantage": t.advantage, "tokens": tokenizer.batch_decode([[i] for i in t.response]),
+             "advantage": t.advantage, "tokens": token_texts(t.response, tokenizer),
              "logp": rounded(t.logp), "logp_old": rounded(t.logp_old)} for t in trajectories]
 
 
+def token_texts(ids: list[int], tokenizer) -> list[str]:
+    """The text of each token. A character whose bytes several tokens share is the last one's."""
+    texts = tokenizer.batch_decode([[i] for i in ids])
+    for end, text in enumerate(texts, start=1):
+        if "\ufffd" in text:  # a character has four bytes at most
+            for start in range(end - 2, max(end - 5, -1), -1):
+                whole = tokenizer.decode(ids[start:end])
+                if "\ufffd" not in whole:
+                    texts[start:end] = [""] * (end - 1 - start) + [whole]
+                    break
+    return texts
+
+
 def rounded(logps: Tensor | None) -> list[float] | None:
-    return None if logps is None else [round(x, 3) for x in logps.tolist()]
+    """To five digits, not decimals: log π of a sure token is π - 1, which must not become 0."""
+    return None if logps is None else [float(f"{x:.5g}") for x in logps.tolist()]
 
 
 # ------------------------------------------------------------------ the run directory
@@ -253,6 +267,9 @@ class Run:
             rows = [row for row in read_jsonl(self.out / f"{name}.jsonl")
                     if row["step"] <= self.first_step and self.checkpoint]
             write(self.out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        for file in (self.out / "samples").glob("step-*.jsonl"):
+            if int(file.stem.split("-")[1]) > self.first_step:
+                file.unlink()
         if self.checkpoint:
             say(f"resuming {self.out} after step {self.first_step}")
 
@@ -304,7 +321,9 @@ class Run:
                 f"tokens_per_second/{phase}": count / max(self.seconds[phase], 1e-9)
                 for phase, count in tokens.items()})
             if self.shown(step):
-                positions = sorted({t.position for t in trajectories})[:self.cfg.sample_groups]
+                positions = sorted({t.position for t in trajectories})  # of all of the updates
+                apart = max(1, len(positions) // self.cfg.sample_groups)
+                positions = positions[::apart][:self.cfg.sample_groups]
                 rows = as_rows([t for t in trajectories if t.position in positions], tokenizer)
                 write(self.out / "samples" / f"step-{step:06d}.jsonl",
                       "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -313,7 +332,8 @@ class Run:
 
     def shown(self, step: int) -> bool:
         """Is this one of the steps whose groups are kept?"""
-        return step in (1, self.cfg.steps) or step % self.cfg.sample_every == 0
+        return (step in (1, self.cfg.steps) or self.stopped
+                or step % self.cfg.sample_every == 0)
 
     def log_watched(self, step: int, traces: list, tokenizer) -> None:
         """log-probs of the same traces, after so many steps; what they are, in the first row."""
@@ -323,7 +343,7 @@ class Run:
             if not read_jsonl(file):
                 rows = [row | {"source": t.problem.source, "answer": t.problem.answer,
                                "prompt": tokenizer.decode(t.problem.prompt_ids),
-                               "tokens": tokenizer.batch_decode([[i] for i in t.response])}
+                               "tokens": token_texts(t.response, tokenizer)}
                         for row, t in zip(rows, traces)]
             append(file, {"step": step, "traces": rows})
 

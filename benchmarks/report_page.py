@@ -57,13 +57,14 @@ def main() -> None:
 def open_browser(width: int = 1280, height: int = 900):
     options = webdriver.ChromeOptions()
     options.binary_location = which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", f"--window-size={width},{height}"):
+    for argument in ("--headless=new", "--no-sandbox", f"--window-size={width},{height}",
+                     "--hide-scrollbars"):
         options.add_argument(argument)
     return webdriver.Chrome(options, webdriver.ChromeService(which("chromedriver")))
 
 
 def picture(url: str, file: Path) -> None:
-    """From what a token counts down to the group's texts."""
+    """From how much a token counts down to the group's texts."""
     browser = open_browser(1100, 900)
     browser.get(url)
     clip = browser.execute_script("""
