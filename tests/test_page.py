@@ -135,6 +135,8 @@ class Page:
         browser.get_log("browser"), browser.get_log("performance")
         browser.get(f"file://{file}{link}")
         self.browser = browser
+        while self.js("return document.readyState") != "complete":
+            time.sleep(0.1)
 
     def js(self, code, *arguments):
         return self.browser.execute_script(code, *arguments)
