@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from data import load_problems, load_training_set
+from run import token_texts
 from verify import Grader
 
 TRACES = SHARED / "traces_r1_sample10.parquet"
@@ -73,3 +74,5 @@ def test_real_traces_keep_every_character_and_are_right(qwen_math, tmp_path):
         assert "<think>\n" + trace == original.trace + "<|endoftext|>"
         assert list(problem.trace_ids).count(eos) == 1 and problem.trace_ids[-1] == eos
         assert len(problem.trace_ids) < 8192 and eos not in problem.prompt_ids
+        shown = token_texts(problem.trace_ids, qwen_math)  # with √ and π, of several tokens each
+        assert "".join(shown) == trace and "\ufffd" not in trace
