@@ -66,7 +66,7 @@ def describe(run: Path, budget: int) -> dict:
 def advantage_rule(cfg: dict) -> str:
     """luffy.score in words."""
     rows = "all rewards of the group" if cfg["baseline"] == "group" else "the rollouts' rewards"
-    std = ", divided by their standard deviation" if cfg["normalize_std"] else ""
+    std = f", {'' if cfg['normalize_std'] else 'not '}divided by their standard deviation"
     trace = "" if cfg["trace_advantage"] is None else f"; a trace's is {cfg['trace_advantage']:g}"
     return f"reward − the mean of {rows}{std}{trace}"
 
