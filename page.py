@@ -10,11 +10,13 @@ runs' data and plotly.js put in; all that a model wrote gets into it as JSON and
 import argparse
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+from luffy import SHAPINGS, mixed_policy_objective, shape
 from run import InputError, read_jsonl, write
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -45,66 +47,78 @@ def write_page(runs: list[Path], out: Path) -> None:
 
 def describe(run: Path, budget: int) -> dict:
     """What the page shows of a run directory. Raises InputError if it is none."""
-    if not (run / "config.json").is_file() or not (metrics := read_jsonl(run / "metrics.jsonl")):
+    if not (run / "config.json").is_file() or not read_jsonl(run / "metrics.jsonl"):
         raise InputError(f"{run}: not the directory of a run with at least one step")
     cfg = json.loads((run / "config.json").read_text())
-    timing = {row["step"]: row for row in read_jsonl(run / "timing.jsonl")}
-    metrics = [row | timing.get(row["step"], {}) for row in metrics]
-    names = sorted({name for row in metrics for name in row} - {"step"})
+    rows = defaultdict(dict)
+    for row in read_jsonl(run / "metrics.jsonl") + read_jsonl(run / "timing.jsonl"):
+        rows[row.pop("step")] |= row
+    for row in read_jsonl(run / "evals.jsonl"):
+        rows[row["step"]] |= {f"eval/{name}": s["avg"] for name, s in row["scores"].items()}
+    names = sorted({name for row in rows.values() for name in row})
     return {
         "name": run.resolve().name, "algo": cfg["algo"], "model": cfg["model"],
         "gamma": cfg["gamma"], "shaping": cfg["shaping"] if cfg["traces"] else None,
-        "note": TOY if cfg["data"] == "toy" else "", "advantage": advantage_rule(cfg),
-        "ratio": rollout_rule(cfg),
-        "steps": [row["step"] for row in metrics],
-        "curves": {name: [short(row.get(name)) for row in metrics] for name in names},
+        "rules": rules(cfg), "steps": sorted(rows),
+        "curves": {name: [short(rows[step].get(name)) for step in sorted(rows)] for name in names},
         "weights": of_trace(F.logsigmoid(torch.linspace(-11.5, 9, 101)), cfg),
         "groups": groups(run, cfg, budget), "watched": watched(run, cfg, budget // 5),
         "head": SHOWN_HEAD}
 
 
-def advantage_rule(cfg: dict) -> str:
-    """luffy.score in words."""
-    rows = "all rewards of the group" if cfg["baseline"] == "group" else "the rollouts' rewards"
-    std = f", {'' if cfg['normalize_std'] else 'not '}divided by their standard deviation"
-    trace = "" if cfg["trace_advantage"] is None else f"; a trace's is {cfg['trace_advantage']:g}"
-    return f"reward − the mean of {rows}{std}{trace}"
-
-
-def rollout_rule(cfg: dict) -> str:
-    """A rollout token's weight in words."""
-    rule = ["the importance ratio π/π_old", "that of f(π)/f(π_old)"][cfg["shape_rollouts"]]
-    if cfg["clip"] is not None:
-        rule += f", or 0 where the clip at {cfg['clip']:g} holds it"
-    if cfg["tis_cap"] is not None:
-        rule += ", but for --tis_cap"
-    if cfg["shaping"] == "log" and cfg["rollouts"]:
-        rule += "; here traces and rollouts have normalisers of their own, so compare within each"
-    return rule + "."
+def rules(cfg: dict) -> dict:
+    """What luffy.score and luffy.mixed_policy_objective make of the configuration, in words."""
+    if not cfg["rollouts"]:
+        advantage, rollout = f"{cfg['trace_advantage']:g} for every trace", ""
+    else:
+        rewards = {"group": "all rewards", "rollouts": "the rollouts' rewards"}[cfg["baseline"]]
+        advantage = (f"reward − the mean of {rewards} of the group, "
+                     f"{'' if cfg['normalize_std'] else 'not '}divided by their standard deviation")
+        if cfg["traces"] and cfg["trace_advantage"] is not None:
+            advantage += f"; a trace's is {cfg['trace_advantage']:g}"
+        rollout = "On a rollout w is the importance ratio π/π_old"
+        if cfg["shape_rollouts"]:
+            rollout = "On a rollout w is f(π)/f(π_old) × γ/(π + γ), as the ratio is f(π)/f(π_old)"
+        if cfg["clip"] is not None:
+            rollout += f", or 0 where the clip at {cfg['clip']:g} holds the ratio"
+        if cfg["tis_cap"] is not None:
+            rollout += ", but for --tis_cap"
+        if cfg["shaping"] == "log":
+            rollout += "; traces have a normaliser of their own here, so compare within each"
+        rollout += "."
+    return {"advantage": advantage, "rollout": rollout,
+            "ratio": "f(π)/f(π_old)" if cfg["shape_rollouts"] else "π/π_old",
+            "weaker": "(So the traces' likely tokens also weigh less against the rollouts, which "
+                      "are not shaped.)" if cfg["rollouts"] and not cfg["shape_rollouts"] else "",
+            "first": "Shown first is the group in which the trace's unlikely tokens get the most "
+                     "push." if cfg["traces"] else "",
+            "watched": "" if cfg["traces"] else "This run does not train on traces.",
+            "note": TOY if cfg["data"] == "toy" else ""}
 
 
 def groups(run: Path, cfg: dict, budget: int) -> list[dict]:
     """[{step, problems: [...]}, ...]: of the steps and problems that were kept, what fits.
 
-    The first and the last step come first, then those that halve the gaps; none of them takes
-    more than a fifth of the budget (tokens), or one problem.
+    First the first and the last of them, then those that halve the gaps. A step gets problems
+    until they have a fifth of the budget (tokens), the page gets steps until four fifths are gone.
     """
     files = sorted((run / "samples").glob("step-*.jsonl"))
     shown, share = {}, budget // 5
     for i in by_halves(len(files)):
-        problems, used = {}, 0
+        rows = defaultdict(list)
         for row in read_jsonl(files[i]):
-            if "logp" not in row:  # earlier versions wrote the text alone
-                continue
-            if row["position"] not in problems and used > share:
-                break
-            problem = problems.setdefault(row["position"], {
-                "source": row["source"], "prompt": row["prompt"], "answer": row["answer"],
-                "trajectories": []})
-            problem["trajectories"].append(trajectory(row, cfg))
-            used += len(problem["trajectories"][-1]["tokens"])
+            if "logp" in row:  # earlier versions wrote the text alone
+                rows[row["position"]].append(row)
+        problems, used = {}, 0
+        for n in by_halves(len(rows)):
+            if used < share or not problems:
+                group = list(rows.values())[n]
+                problems[n] = {key: group[0][key] for key in ("source", "prompt", "answer")} | {
+                    "trajectories": [trajectory(row, cfg) for row in group]}
+                used += sum(len(t["tokens"]) for t in problems[n]["trajectories"])
         if problems:
-            shown[i] = {"step": int(files[i].stem.split("-")[1]), "problems": [*problems.values()]}
+            shown[i] = {"step": int(files[i].stem.split("-")[1]),
+                        "problems": [problems[n] for n in sorted(problems)]}
         budget -= used
         if budget <= share and len(shown) > 1:
             break
@@ -135,14 +149,14 @@ def trajectory(row: dict, cfg: dict) -> dict:
         return shown | of_trace(logp, cfg)
     old = torch.tensor(row["logp_old"])
     weights = token_weights(logp, old, row["advantage"], False, cfg, cfg["shaping"])
-    return shown | probabilities(logp) | {"ratio": numbers((logp - old).exp()),
-                                          "weights": numbers(weights)}
+    ratio = (logp - old).exp()
+    if cfg["shape_rollouts"]:
+        ratio = shape(logp.exp(), cfg["gamma"]) / shape(old.exp(), cfg["gamma"])
+    return shown | probabilities(logp) | {"ratio": numbers(ratio), "weights": numbers(weights)}
 
 
 def of_trace(logp: torch.Tensor, cfg: dict) -> dict:
     """π, f(π) and, for each shaping, the weight of trace tokens at advantage 1."""
-    from luffy import SHAPINGS, shape  # which imports eval.py, and so this
-
     return probabilities(logp) | {"f": numbers(shape(logp.exp(), cfg["gamma"])), "weights": {
         name: numbers(token_weights(logp, torch.zeros_like(logp), 1.0, True, cfg, name))
         for name in SHAPINGS}}
@@ -161,8 +175,6 @@ def token_weights(logp: torch.Tensor, logp_behavior: torch.Tensor, advantage: fl
     On a trace: A π without shaping, A γπ/(π+γ)² with it, A for "log". On a rollout: A x the ratio,
     0 where it is clipped.
     """
-    from luffy import mixed_policy_objective
-
     logp = logp.clone().requires_grad_()
     objective = mixed_policy_objective(
         logp, logp_behavior, torch.full_like(logp, advantage),
@@ -207,7 +219,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="[report.html in the first one]")
     args = parser.parse_args(arguments)
     out = args.out or args.runs[0] / "report.html"
-    if out.is_dir() or not out.absolute().parent.is_dir():
+    if args.out and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise InputError(f"--out {out}: name a file in a directory that exists")
     write_page(args.runs, out)
     print(f"report      {out}")

@@ -321,10 +321,10 @@ class Run:
                 f"tokens_per_second/{phase}": count / max(self.seconds[phase], 1e-9)
                 for phase, count in tokens.items()})
             if self.shown(step):
-                positions = sorted({t.position for t in trajectories})  # of all of the updates
-                apart = max(1, len(positions) // self.cfg.sample_groups)
-                positions = positions[::apart][:self.cfg.sample_groups]
-                rows = as_rows([t for t in trajectories if t.position in positions], tokenizer)
+                positions = sorted({t.position for t in trajectories})
+                n = min(self.cfg.sample_groups, len(positions))  # of the later updates, too
+                kept = [positions[i * len(positions) // n] for i in range(n)]
+                rows = as_rows([t for t in trajectories if t.position in kept], tokenizer)
                 write(self.out / "samples" / f"step-{step:06d}.jsonl",
                       "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             print(one_line(row, self.seconds), flush=True)
@@ -340,7 +340,7 @@ class Run:
         if rank() == 0 and traces:
             file = self.out / "watched.jsonl"
             rows = [{"position": t.position, "logp": rounded(t.logp_old)} for t in traces]
-            if not read_jsonl(file):
+            if not file.stat().st_size:
                 rows = [row | {"source": t.problem.source, "answer": t.problem.answer,
                                "prompt": tokenizer.decode(t.problem.prompt_ids),
                                "tokens": token_texts(t.response, tokenizer)}

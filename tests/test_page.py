@@ -47,10 +47,11 @@ def test_rollouts_are_shown_with_their_rows_weights(algo):
     shown = page.trajectory({"off_policy": False, "reward": 1.0, "advantage": 0.5,
                              "tokens": ["a", "b"], "logp": now.log().tolist(),
                              "logp_old": old.log().tolist()}, cfg)
-    assert shown["ratio"] == [2, 0.5]
-    if cfg["shape_rollouts"]:  # of f(π)/f(π_old) = 1.17 and 0.75
+    if cfg["shape_rollouts"]:  # of f(π)/f(π_old)
+        assert shown["ratio"] == [1.17, 0.75]
         expected = 0.5 * 0.1 * now / (now + 0.1) ** 2 / (old / (old + 0.1))
     else:
+        assert shown["ratio"] == [2, 0.5]
         expected = 0.5 * now / old * torch.tensor([cfg["clip"] is None, True])
     assert shown["weights"] == pytest.approx(expected.tolist(), rel=1e-2)
 
@@ -78,6 +79,8 @@ def write_run(run, steps=(1, 10), response=("a", "b"), problems=2, advantages=(-
                 "groups/mixed": 0.25, "groups/all": 0.25, "trace_prob": 0.5, "grad_norm": math.nan}
                for s in steps]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    (run / "evals.jsonl").write_text(json.dumps(
+        {"step": 0, "scores": {"hard": {"avg": 0.125}}}) + "\n")
     p = torch.tensor([0.02 + 0.9 * (i % 2) for i in range(len(response))])
     row = {"source": "hard", "prompt": prompt, "answer": "2", "response": "".join(response),
            "tokens": list(response), "logp": p.log().tolist(),
@@ -101,11 +104,13 @@ def test_the_page_is_bounded_and_keeps_the_first_and_the_last_step(tmp_path):
     found = page.describe(run, page.SHOWN_TOKENS)
     steps = [group["step"] for group in found["groups"]]
     assert steps[0] == 1 and steps[-1] == 12 and len(steps) > 2
-    assert len(found["groups"][0]["problems"]) == 5  # of 8 trajectories of 1,000 tokens
+    problems = found["groups"][0]["problems"]  # of 8 trajectories of 1,000 tokens
+    assert [p["prompt"][-4:] for p in problems] == ["0+1?", "1+1?", "2+1?", "4+1?"]
     shown = found["groups"][0]["problems"][0]["trajectories"][0]
     assert shown["length"] == 1500 and len(shown["tokens"]) == len(shown["p"]) == 1000
     assert shown["tokens"][799:801] == ["799 ", "1300 "] and shown["tokens"][-1] == "1499 "
-    assert found["curves"]["grad_norm"] == [None] * 12
+    assert found["steps"] == [*range(13)] and found["curves"]["grad_norm"] == [None] * 13
+    assert found["curves"]["eval/hard"] == [0.125] + [None] * 12
     few = page.describe(run, 100)["groups"]
     assert [(group["step"], len(group["problems"])) for group in few] == [(1, 1), (12, 1)]
     page.write_page([run] * 3, tmp_path / "report.html")
