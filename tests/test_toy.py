@@ -77,7 +77,8 @@ def test_luffy_learns_what_rl_alone_never_meets(base, tmp_path):
     """A short run of the README's demo: rewards of the last ten steps."""
     hard = {}
     for algo, steps in (("luffy", 80), ("on_policy", 40)):
-        run("luffy.py", "--algo", algo, "--steps", steps, "--eval_data", "", "--out", tmp_path / algo)
+        run("luffy.py", "--algo", algo, "--steps", steps, "--eval_data", "",
+            "--out", tmp_path / algo)
         rows = [json.loads(line)
                 for line in (tmp_path / algo / "metrics.jsonl").read_text().splitlines()]
         hard[algo] = [row["reward/hard"] for row in rows]
