@@ -300,8 +300,8 @@ def percent(value: float, error: float = math.nan) -> str:
 
 
 def report(run: Path) -> None:
-    """What a run directory came to: curves.png, the first and the last evaluation side by side."""
-    from page import write_page
+    """What a run directory came to: curves.png, report.html, the first evaluation and the last."""
+    from page import write_page  # which needs luffy.py, and that this file
     from plots import draw_curves  # matplotlib is slow to import
 
     draw_curves(run)

@@ -30,7 +30,8 @@ sometimes writes "check" and a step again, or a wrong value, "wait" and the righ
 
 
 def write_page(runs: list[Path], out: Path) -> None:
-    from plotly.offline import get_plotlyjs
+    """One page of one or several run directories. Raises InputError if one of them is none."""
+    from plotly.offline import get_plotlyjs  # slow to import
 
     data = [describe(run, SHOWN_TOKENS // len(runs)) for run in runs]
     names = [run["name"] for run in data]
@@ -172,8 +173,7 @@ def token_weights(logp: torch.Tensor, logp_behavior: torch.Tensor, advantage: fl
     """∂J/∂log π of each token, by the training code's own objective: (N,), (N,) -> (N,).
 
     Without 1/Z, which all tokens share in most arms, and without --tis_cap's factor.
-    On a trace: A π without shaping, A γπ/(π+γ)² with it, A for "log". On a rollout: A x the ratio,
-    0 where it is clipped.
+    On a trace: A π without shaping, A γπ/(π+γ)² with it, A for "log". On a rollout: see rules().
     """
     logp = logp.clone().requires_grad_()
     objective = mixed_policy_objective(

@@ -20,10 +20,6 @@ NASTY = ["<script>document.title='bad'</script>", "</pre></div></script>", "a\0b
          "<img src=x onerror=\"document.title='bad'\">", "x" * 100_000]
 
 
-def logs(*probabilities):
-    return torch.tensor(probabilities).log()
-
-
 def test_weights_are_the_training_codes():
     p, gamma, advantage = torch.tensor([0.001, 0.1, 0.9]), 0.1, 0.875
 
