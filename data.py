@@ -16,22 +16,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from run import InputError, gather, progress, rank, say, world_size, write
+from machinery import toy
+from machinery.files import write
+from machinery.processes import InputError, gather, progress, rank, say, world_size
 from verify import Grader
 
 THINK = "<think>\n"
 SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."  # for data without one
 
-THINK_SYSTEM = ("Think it through between <think> and </think>, then write the solution and put "
-                "your final answer within \\boxed{}.")
+THINK_SYSTEM = (
+    "Think it through between <think> and </think>, then write the solution and put "
+    "your final answer within \\boxed{}."
+)
 CHAT_TEMPLATE = (  # ours, in the form of the paper's App. C.2
     "{% if messages[0]['role'] != 'system' %}{{ SYSTEM + '\n\n' }}{% endif %}"
     "{% for message in messages %}"
     "{{ {'system': '', 'user': 'User: This is the problem:\n', 'assistant': 'Assistant: '}"
     "[message['role']] + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' + OPENING }}{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' + OPENING }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,6 @@ def load_problems(path_or_name: str, *, split: str = "train") -> list[Problem]:
     perhaps with /CONFIG and :SPLIT; `split` is for the hub only, where none is named. Raises
     InputError on a source that is absent, empty or malformed.
     """
-    if path_or_name.split("/")[0] == "toy":
-        import toy
-
-        return toy.problems(*path_or_name.split("/")[1:])
     problems = [to_problem(row, where) for where, row in read_rows(path_or_name, split)]
     if not problems:
         raise InputError(f"{path_or_name}: no rows; a data set needs at least one problem")
@@ -70,8 +72,11 @@ def load_problems(path_or_name: str, *, split: str = "train") -> list[Problem]:
 
 
 def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands, row) for each row of a file or of a hub data set."""
+    """(where it stands, row) for each row of the toy, a file or a hub data set."""
     path = Path(name)
+    if path.parts[:1] == ("toy",):
+        yield from ((name, row) for row in toy.rows(*path.parts[1:]))
+        return
     if path.suffix in (".jsonl", ".parquet") and not path.is_file():
         raise InputError(f"{name}: no such file")
     if path.suffix == ".jsonl":
@@ -94,12 +99,15 @@ def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
         repository, _, named = name.partition(":")
         organisation, *parts = repository.split("/", 2)  # NAME and perhaps CONFIG
         try:
-            rows = datasets.load_dataset("/".join([organisation, *parts[:1]]), *parts[1:],
-                                         split=named or split)
+            rows = datasets.load_dataset(
+                "/".join([organisation, *parts[:1]]), *parts[1:], split=named or split
+            )
         except Exception as error:  # a dozen kinds, and all mean that there is no data
-            raise InputError(f"{name}: not a .jsonl or .parquet file, and no data set with a split "
-                             f"{named or split!r} that this machine reaches on the hub "
-                             f"({error})") from error
+            raise InputError(
+                f"{name}: not a .jsonl or .parquet file, and no data set with a split "
+                f"{named or split!r} that this machine reaches on the hub "
+                f"({error})"
+            ) from error
     for number, row in enumerate(rows):
         yield f"{name}, row {number}", row
 
@@ -122,8 +130,12 @@ def from_openr1(row: dict, where: str) -> Problem:
         trace = field(messages(row, "target", where)[0], "content", str, f"{where}, column target")
     return Problem(
         prompt=messages(row, "prompt", where),
-        answer=field(field(row, "reward_model", dict, where), "ground_truth", str,
-                     f"{where}, column reward_model"),
+        answer=field(
+            field(row, "reward_model", dict, where),
+            "ground_truth",
+            str,
+            f"{where}, column reward_model",
+        ),
         trace=trace,
         source=str(row.get("data_source") or ""),
     )
@@ -137,8 +149,10 @@ def from_gsm8k(row: dict, where: str) -> Problem:
     gold = gold.strip().replace(",", "")
     solution = re.sub(r"<<[^>]*>>", "", solution).strip()
     return Problem(
-        prompt=[{"role": "system", "content": SYSTEM},
-                {"role": "user", "content": field(row, "question", str, where)}],
+        prompt=[
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": field(row, "question", str, where)},
+        ],
         answer=gold,
         trace=f"{solution}\nThe answer is \\boxed{{{gold}}}.",
         source="gsm8k",
@@ -154,22 +168,29 @@ def from_problem(row: dict, where: str) -> Problem:
 def from_arc(row: dict, where: str) -> Problem:
     """ARC: choices with their labels."""
     choices = field(row, "choices", dict, where)
-    return multiple_choice(row, "question", zip(choices["label"], choices["text"]),
-                           row["answerKey"], where)
+    return multiple_choice(
+        row, "question", zip(choices["label"], choices["text"]), row["answerKey"], where
+    )
 
 
 def from_mmlu_pro(row: dict, where: str) -> Problem:
     """MMLU-Pro: options, of which the answer is a letter."""
-    return multiple_choice(row, "question", zip("ABCDEFGHIJ", field(row, "options", list, where)),
-                           row["answer"], where)
+    return multiple_choice(
+        row, "question", zip("ABCDEFGHIJ", field(row, "options", list, where)), row["answer"], where
+    )
 
 
 def from_gpqa(row: dict, where: str) -> Problem:
     """GPQA: the right answer and three wrong ones, shuffled by a function of the question."""
     answers = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
     order = random.Random(field(row, "Question", str, where)).sample(range(4), 4)
-    return multiple_choice(row, "Question", zip("ABCD", [answers[i].strip() for i in order]),
-                           "ABCD"[order.index(0)], where)
+    return multiple_choice(
+        row,
+        "Question",
+        zip("ABCD", [answers[i].strip() for i in order]),
+        "ABCD"[order.index(0)],
+        where,
+    )
 
 
 def multiple_choice(row: dict, column: str, choices, answer, where: str) -> Problem:
@@ -181,8 +202,11 @@ def bare(row: dict, column: str, answer, where: str) -> Problem:
     """From a problem without a system message or a trace."""
     if answer is None or not str(answer).strip():
         raise InputError(f"{where}: the answer is empty")
-    return Problem(prompt=[{"role": "user", "content": field(row, column, str, where)}],
-                   answer=str(answer), source=str(row.get("benchmark") or ""))
+    return Problem(
+        prompt=[{"role": "user", "content": field(row, column, str, where)}],
+        answer=str(answer),
+        source=str(row.get("benchmark") or ""),
+    )
 
 
 SCHEMAS = {  # the columns that tell a schema -> its reader
@@ -206,23 +230,33 @@ def to_problem(row: dict, where: str) -> Problem:
 def field(row: dict, column: str, kind: type, where: str):
     value = row.get(column)
     if not isinstance(value, kind) or not value:
-        raise InputError(f"{where}, column {column}: expected a non-empty {kind.__name__}, "
-                         f"found {value!r:.80}")
+        raise InputError(
+            f"{where}, column {column}: expected a non-empty {kind.__name__}, found {value!r:.80}"
+        )
     return value
 
 
 def messages(row: dict, column: str, where: str) -> list[dict[str, str]]:
     found = field(row, column, list, where)
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str)
-               and isinstance(m.get("content"), str) for m in found):
-        raise InputError(f"{where}, column {column}: expected a list of "
-                         f"{{role, content}} messages, found {found!r:.80}")
+    if not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in found
+    ):
+        raise InputError(
+            f"{where}, column {column}: expected a list of "
+            f"{{role, content}} messages, found {found!r:.80}"
+        )
     return [{"role": m["role"], "content": m["content"]} for m in found]
 
 
 # ------------------------------------------------------------------ tokens
-def encode(problems: list[Problem], tokenizer, *, max_prompt_tokens: int,
-           max_response_tokens: int) -> tuple[list[Problem], Counter]:
+def encode(
+    problems: list[Problem],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+) -> tuple[list[Problem], Counter]:
     """Fill the token fields; drop what does not fit. -> (problems kept, reason -> number dropped).
 
     A trace becomes its tokens and exactly one EOS, and must fit into max_response_tokens with it.
@@ -230,8 +264,10 @@ def encode(problems: list[Problem], tokenizer, *, max_prompt_tokens: int,
     template while a prompt consists of messages.
     """
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no EOS token: a response could never end. "
-                         "Set eos_token in its tokenizer_config.json")
+        raise InputError(
+            "the tokenizer has no EOS token: a response could never end. "
+            "Set eos_token in its tokenizer_config.json"
+        )
     kept, dropped = [], Counter()
     bar = progress("tokens", len(problems))
     for problem in problems:
@@ -249,23 +285,31 @@ def encode(problems: list[Problem], tokenizer, *, max_prompt_tokens: int,
         elif tokenizer.eos_token_id in trace_ids[:-1]:
             dropped["EOS inside the trace"] += 1
         else:
-            kept.append(replace(problem, prompt_ids=array("i", prompt_ids),  # 4 bytes a token
-                                trace_ids=array("i", trace_ids), opened=opened))
+            kept.append(
+                replace(
+                    problem,
+                    prompt_ids=array("i", prompt_ids),  # 4 bytes a token
+                    trace_ids=array("i", trace_ids),
+                    opened=opened,
+                )
+            )
     bar.close()
     return kept, dropped
 
 
-def render(prompt: list[dict[str, str]] | str, tokenizer) -> str:
+def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
     """The text that the model sees: a plain prompt as it is, messages through the chat template."""
     if isinstance(prompt, str):
         return prompt
     if tokenizer.chat_template is None:
-        raise InputError("the tokenizer has no chat template, and the prompts are chat messages. "
-                         "Put a chat_template into its tokenizer_config.json")
+        raise InputError(
+            "the tokenizer has no chat template, and the prompts are chat messages. "
+            "Put a chat_template into its tokenizer_config.json"
+        )
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
 
 
-def choose_template(problems: list[Problem], tokenizer) -> None:
+def choose_template(problems: list[Problem], tokenizer: Tokenizer) -> None:
     """Give the tokenizer our chat template if its own does not suit the data, and say so.
 
     It suits if there is one and, where traces have thoughts, a prompt ends in the opened thought.
@@ -282,11 +326,13 @@ def choose_template(problems: list[Problem], tokenizer) -> None:
         system = chats[0].prompt[0]["content"]
     constants = f"{{% set SYSTEM = {system!r} %}}{{% set OPENING = {opening!r} %}}"
     tokenizer.chat_template = constants + CHAT_TEMPLATE
-    say(f"template    ours ({'its own does not open the thought' if own else 'it has none'}): "
-        f"...{render(chats[0].prompt, tokenizer)[-40:]!r}")
+    say(
+        f"template    ours ({'its own does not open the thought' if own else 'it has none'}): "
+        f"...{render(chats[0].prompt, tokenizer)[-40:]!r}"
+    )
 
 
-def trace_tokens(trace: str | None, opened: str, tokenizer) -> list[int]:
+def trace_tokens(trace: str | None, opened: str, tokenizer: Tokenizer) -> list[int]:
     r"""A trace as the continuation of its prompt, with exactly one EOS.
 
     Where the prompt already ends in `<think>\n`, the trace's own `<think>\n` would be a second one.
@@ -295,24 +341,36 @@ def trace_tokens(trace: str | None, opened: str, tokenizer) -> list[int]:
         return []
     if opened:
         trace = re.sub(r"^\s*<think>\s?", "", trace)
-    return tokenizer.encode(trace.removesuffix(tokenizer.eos_token),
-                            add_special_tokens=False) + [tokenizer.eos_token_id]
+    return tokenizer.encode(trace.removesuffix(tokenizer.eos_token), add_special_tokens=False) + [
+        tokenizer.eos_token_id
+    ]
 
 
 # ------------------------------------------------------------------ the training set
-def load_training_set(name: str, tokenizer, grader: Grader, *, need_traces: bool,
-                      max_prompt_tokens: int, max_response_tokens: int,
-                      verdicts: Path) -> list[Problem]:
+def load_training_set(
+    name: str,
+    tokenizer: Tokenizer,
+    grader: Grader,
+    verdicts: Path,
+    need_traces: bool,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+) -> list[Problem]:
     """The problems of a source to train on, with verified traces that fit; says what it drops.
 
-    It is the same for every algorithm, but that one without traces can use problems without one.
-    The file `verdicts` keeps the traces' rewards, so that a resumed run has the same problems even
-    if a verifier's time limit would now decide otherwise. Raises InputError if none is left.
+    Every algorithm gets the same problems, with one exception: an algorithm that uses no traces
+    keeps the problems that have none. The file `verdicts` keeps the traces' rewards, so that a
+    resumed run has the same problems even if a verifier's time limit would now decide otherwise.
+    Raises InputError if no problem is left.
     """
     problems = load_problems(name)
     choose_template(problems, tokenizer)
-    kept, dropped = encode(problems, tokenizer, max_prompt_tokens=max_prompt_tokens,
-                           max_response_tokens=max_response_tokens)
+    kept, dropped = encode(
+        problems,
+        tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+    )
     if need_traces:
         dropped["no trace"] = sum(p.trace is None for p in kept)
         kept = [p for p in kept if p.trace is not None]
@@ -321,8 +379,8 @@ def load_training_set(name: str, tokenizer, grader: Grader, *, need_traces: bool
     known = json.loads(verdicts.read_text()) if verdicts.exists() else {}
     rewards = known.get(key, [0.0] * len(jobs))
     if key not in known:
-        for r, part in enumerate(gather(grader(jobs[rank()::world_size()]))):
-            rewards[r::world_size()] = part
+        for r, part in enumerate(gather(grader(jobs[rank() :: world_size()]))):
+            rewards[r :: world_size()] = part
         if rank() == 0:  # after the gather: by now every rank has looked for the file
             write(verdicts, json.dumps({key: rewards}))
     kept = [replace(p, trace_reward=reward) for p, reward in zip(kept, rewards)]
@@ -335,16 +393,24 @@ def load_training_set(name: str, tokenizer, grader: Grader, *, need_traces: bool
     return kept
 
 
-def load_benchmarks(names: Iterable[str], tokenizer, *, max_prompt_tokens: int) -> list[Problem]:
+def load_benchmarks(
+    names: Iterable[str], tokenizer: Tokenizer, max_prompt_tokens: int
+) -> list[Problem]:
     """The problems of some sources to evaluate on, encoded; says what it drops."""
     problems = [p for name in names for p in load_problems(name, split="test")]
     return to_evaluate(problems, tokenizer, max_prompt_tokens=max_prompt_tokens)
 
 
-def to_evaluate(problems: list[Problem], tokenizer, *, max_prompt_tokens: int) -> list[Problem]:
+def to_evaluate(
+    problems: list[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int
+) -> list[Problem]:
     """Encoded, without their traces: none is left out because its teacher was long-winded."""
-    kept, dropped = encode([replace(p, trace=None) for p in problems], tokenizer,
-                           max_prompt_tokens=max_prompt_tokens, max_response_tokens=0)
+    kept, dropped = encode(
+        [replace(p, trace=None) for p in problems],
+        tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=0,
+    )
     for reason, number in dropped.items():
         say(f"evaluation leaves out {number} of {len(problems)} problems: {reason}")
     return kept

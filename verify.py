@@ -26,7 +26,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from pool import Pool, serve
+from machinery.pool import Pool, serve
 
 MAX_LENGTH, MAX_DEPTH = 1000, 25  # of an answer: characters, brackets in brackets
 WORKER_BYTES = 2**30  # of memory
@@ -74,6 +74,7 @@ def extract_answer(response: str) -> str | None:
 
 
 # ------------------------------------------------------------------ one way to write it
+# fmt: off
 TEXT = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|boldsymbol|bm|operatorname|mbox)\s*"
 WORDS = (r"percent(?:age)?|pct|degrees?|dollars?|cents?|units?|inch(?:es)?|feet|miles?|yards?|"
          r"(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo)?grams?|lit(?:er|re)s?|mph|hours?|minutes?|"
@@ -113,6 +114,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\s+", " "),
     (r"(?<![0-9A-Za-z]) (?!(?<=[0-9], )[0-9]{3}(?![0-9]))| (?![0-9A-Za-z])", ""),  # not 100, 200
 ]]
+# fmt: on
 
 
 @lru_cache(maxsize=4096)  # the rollouts of a problem have one gold answer
@@ -129,6 +131,7 @@ def normal_form(answer: str) -> str:
 
 
 # ------------------------------------------------------------------ the same value?
+# fmt: off
 NAME = r"(?:[a-zA-Z]|\\(?!not)[a-zA-Z]+)(?:_\{[^{}]*\})?(?:\([a-z]\))?"  # x, \theta, x_{1}, f(x)
 ASSIGNMENT = re.compile(rf"(?:^|(?<=,))\(?{NAME}(?:,{NAME})*\)?=(?!=)")
 DECIMAL = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+)?)(?<=[0-9])"
@@ -142,6 +145,7 @@ CHOICE = re.compile(  # C, (C), or C. and its text, in which no letter stands al
 TUPLE, SET = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]"), re.compile(r"\\\{.*,.*\\\}")
 UNREAD = re.compile(r"'|\^\{?T|\\approx|\\p?mod|\\[lc]?dots|\.\.|[0-9] [0-9]")  # is ignored
 TOO_BIG = re.compile(r"[0-9]{400}|\^[{(]?[+-]?[0-9]{5}|[0-9]{5}!|\^[{(]?[0-9]+\^")  # to be computed
+# fmt: on
 
 
 def number(text: str) -> Fraction | None:
@@ -150,8 +154,10 @@ def number(text: str) -> Fraction | None:
         return Fraction(match[1].replace(",", "")) * Fraction(10) ** int(match[2] or 0)
     if match := REPEATING.fullmatch(text):
         sign, whole, start, cycle = match.groups()
-        value = Fraction(int(whole + start + cycle) - int(whole + start or 0),
-                         10 ** len(start) * (10 ** len(cycle) - 1))
+        value = Fraction(
+            int(whole + start + cycle) - int(whole + start or 0),
+            10 ** len(start) * (10 ** len(cycle) - 1),
+        )
     elif match := FRACTION.fullmatch(text):
         sign, whole, top, bottom = match.groups()
         if int(bottom) == 0 or whole and "-" in top + bottom:
@@ -200,8 +206,9 @@ def compare(given: str, answer: str) -> Verdict | None:
         return Verdict(same_kind and numbers == gold_numbers, "compared number by number")
     if based := BASED.fullmatch(given):
         if (gold_based := BASED.fullmatch(answer)) or gold is not None:
-            return Verdict(bool(gold_based) and based.groups() == gold_based.groups(),
-                           "compared in their base")
+            return Verdict(
+                bool(gold_based) and based.groups() == gold_based.groups(), "compared in their base"
+            )
     if re.fullmatch(r"\(?[A-J]\)?", answer):
         if choice := CHOICE.fullmatch(re.sub(TEXT + r"\{([^{}]*)\}", r"\1", given)):
             return Verdict(choice[1].upper() == answer.strip("()"), "compared as choices")
@@ -228,8 +235,13 @@ def read(answer: str):
 
     text = normalize_latex(answer, NormalizationConfig(malformed_operators=True, boxed="none"))
     try:
-        found = latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None,
-                            conversion_config=ConversionConfig(lowercase_symbols=False))
+        found = latex2sympy(
+            text,
+            is_real=True,
+            convert_degrees=False,
+            normalization_config=None,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+        )
     except Exception:  # its parser has a dozen kinds
         return None
     return found.xreplace({x: Rational(str(x)) for x in found.atoms(Float)})
@@ -246,8 +258,14 @@ def same_value(given, answer) -> bool:
             return gap == 0
         size = abs(gap.evalf(50))
         return bool(size.is_real and (size == 0 or size < abs(answer).evalf(5) * 10**-40))
-    return verify(answer, given, numeric_precision=40, allow_set_relation_comp=True,
-                  timeout_seconds=None, raise_on_error=True)
+    return verify(
+        answer,
+        given,
+        numeric_precision=40,
+        allow_set_relation_comp=True,
+        timeout_seconds=None,
+        raise_on_error=True,
+    )
 
 
 def parse_and_compare(given: str, answer: str, lenient: bool) -> Verdict:
@@ -258,8 +276,11 @@ def parse_and_compare(given: str, answer: str, lenient: bool) -> Verdict:
         if lenient:
             from math_verify import parse, verify
 
-            right = verify(parse(f"${answer}$", parsing_timeout=None),
-                           parse(given, parsing_timeout=None), timeout_seconds=None)
+            right = verify(
+                parse(f"${answer}$", parsing_timeout=None),
+                parse(given, parsing_timeout=None),
+                timeout_seconds=None,
+            )
         else:
             mine, gold = read(normal_form(given)), read(normal_form(answer))
             if mine is None or gold is None:
@@ -274,8 +295,11 @@ def screen(response: str, answer: str, lenient: bool) -> tuple[str | None, Verdi
     """-> (the answer given, or all that may hold it if lenient; the verdict, if that is easy)."""
     if not lenient:
         given = extract_answer(response)
-        return given, (Verdict(False, "no complete box in the final answer") if given is None
-                       else compare(given, answer))
+        return given, (
+            Verdict(False, "no complete box in the final answer")
+            if given is None
+            else compare(given, answer)
+        )
     thought, *final = response.split("</think>")
     if not final and "<think>" in thought:
         return None, Verdict(False, "the thought has no end")
@@ -308,8 +332,11 @@ class Grader:
 
     def __init__(self, workers: int = 2, timeout: float = 5.0, lenient: bool = False):
         self.lenient, self.failures = lenient, Counter()
-        self.pool = Pool([sys.executable, str(Path(__file__).resolve()), "--worker", str(timeout)],
-                         workers, timeout)
+        self.pool = Pool(
+            [sys.executable, str(Path(__file__).resolve()), "--worker", str(timeout)],
+            workers,
+            timeout,
+        )
 
     def __call__(self, jobs: list[tuple[str, str]], lenient: bool | None = None) -> list[float]:
         """[(response, answer), ...] -> [reward, ...] in the same order. lenient: or as created."""
@@ -318,17 +345,18 @@ class Grader:
     def verdicts(self, jobs: list[tuple[str, str]], lenient: bool | None = None) -> list[Verdict]:
         lenient = self.lenient if lenient is None else lenient
         screened = [(*screen(response, answer, lenient), answer) for response, answer in jobs]
-        hard = list(dict.fromkeys(  # rollouts of a problem often agree
-            (given, answer, lenient) for given, easy, answer in screened if not easy))
-        parsed = {job: Verdict(*reply) if reply else Verdict(False, f"none: {failure}", failure)
-                  for job, (reply, failure) in zip(hard, self.pool.map(hard, key=itemgetter(1)))}
+        hard = list(
+            dict.fromkeys(  # rollouts of a problem often agree
+                (given, answer, lenient) for given, easy, answer in screened if not easy
+            )
+        )
+        parsed = {
+            job: Verdict(*reply) if reply else Verdict(False, f"none: {failure}", failure)
+            for job, (reply, failure) in zip(hard, self.pool.map(hard, key=itemgetter(1)))
+        }
         verdicts = [easy or parsed[given, answer, lenient] for given, easy, answer in screened]
         self.failures.update(verdict.failure for verdict in verdicts if verdict.failure)
         return verdicts
-
-    @property
-    def timeouts(self) -> int:
-        return self.failures["timeout"]
 
     def close(self) -> None:
         self.pool.close()
@@ -356,10 +384,13 @@ def main() -> None:
         seconds = time.perf_counter() - start
     given, _ = screen(args.response, args.answer, args.lenient)
     for name, value in {
-        "extracted": given, "read as": given and normal_form(given[:MAX_LENGTH]),
-        "gold answer": args.answer, "gold read as": normal_form(args.answer[:MAX_LENGTH]),
+        "extracted": given,
+        "read as": given and normal_form(given[:MAX_LENGTH]),
+        "gold answer": args.answer,
+        "gold read as": normal_form(args.answer[:MAX_LENGTH]),
         "verdict": f"{'right' if verdict.right else 'wrong'}, reward {float(verdict.right)}",
-        "reason": verdict.reason, "time": f"{1000 * seconds:.3f} ms",
+        "reason": verdict.reason,
+        "time": f"{1000 * seconds:.3f} ms",
     }.items():
         if not (args.lenient and "read" in name):  # by math-verify, then
             print(f"{name:13} {value}")

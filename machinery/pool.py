@@ -98,7 +98,8 @@ class Worker:
 
     def __init__(self, command: list[str]):
         self.process = subprocess.Popen(  # own session: Ctrl-C is the trainer's business
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
         self.ready = False
 
     def alive(self) -> bool:

@@ -1,6 +1,6 @@
 r"""The laptop world: a small arithmetic, its teacher, a base model with the skill, not the habit.
 
-    python toy.py --goals 0.2 --out DIR        # another base model; then: luffy.py --model DIR
+    python -m machinery.toy --goals 0.2 --out DIR    # another base; then: luffy.py --model DIR
 
 A problem gives two terms of a sequence, its rule x_n = x_{n-1} op x_{n-2} (mod 7), and the letter
 of the term that is asked for; letters are consecutive. The answer is the last three terms.
@@ -33,15 +33,35 @@ from tqdm import tqdm
 from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers import Qwen2Tokenizer
 
-from data import Problem
-from run import InputError
+from machinery.processes import InputError
 
 # What the laptop's runs differ in from the paper's, for every algorithm alike: sizes, and what
 # suits a model of 114 thousand parameters. Nothing that tells one algorithm from another.
 RECIPE = dict(
-    data="toy", eval_data="toy/val", steps=200, problems_per_step=16, max_prompt_tokens=32,
-    max_response_tokens=96, lr=3e-4, beta2=0.95, weight_decay=0.0, entropy_coef=0.0,
-    updates_per_step=2, token_budget=4096, save_every=50, sampler="torch", checkpointing=False,
+    # fmt: off
+    data="toy",
+    eval_data="toy/val",
+    steps=200,
+    problems_per_step=16,
+    max_prompt_tokens=32,
+    max_response_tokens=96,
+    lr=3e-4,
+    beta2=0.95,
+    weight_decay=0.0,
+    entropy_coef=0.0,
+    updates_per_step=2,
+    token_budget=4096,
+    save_every=50,
+    sampler="torch",
+    checkpointing=False,
+    note=(
+        "The toy: each value is the sum (or difference) of the two before it, modulo 7. From the "
+        "two that are given the policy has to go on until the letter that is asked for; the "
+        "answer is the last three values. The base model boxes after two steps, and hard problems "
+        'take more. The teacher sometimes writes "check" and a step again, or a wrong value, '
+        '"wait" and the right one.'
+    ),
+    # fmt: on
 )
 
 # ------------------------------------------------------------------ problems
@@ -70,11 +90,12 @@ class Chain:
 
     def question(self, mark: str = "?") -> str:
         x, y, *_ = self.terms
-        return (f"{self.letter(0)}{x},{self.letter(1)}{y},{self.op};"
-                f"{self.letter(self.steps + 1)}{mark}")
+        return (
+            f"{self.letter(0)}{x},{self.letter(1)}{y},{self.op};{self.letter(self.steps + 1)}{mark}"
+        )
 
     def answer(self, steps: int) -> str:
-        return "".join(map(str, self.terms[steps - 1:steps + 2]))
+        return "".join(map(str, self.terms[steps - 1 : steps + 2]))
 
     def is_fair(self) -> bool:
         """No other stopping point gives the right box, nor an early one after a single slip.
@@ -84,15 +105,16 @@ class Chain:
         """
         right = self.answer(self.steps)
         luck = self.steps in HARD and right[0] in (self.answer(n)[0] for n in (1, 2, 3))
-        return not luck and all(self.answer(n) != right
-                                for n in range(1, self.steps + 3) if n != self.steps)
+        return not luck and all(
+            self.answer(n) != right for n in range(1, self.steps + 3) if n != self.steps
+        )
 
 
 def working(chain: Chain, steps: int, rng: random.Random, check: float, wait: float) -> str:
     """`steps` steps, written out; each detours with the probabilities `check` and `wait`."""
     text = ""
     for i in range(2, steps + 2):
-        y, x, value = chain.terms[i - 2:i + 1]
+        y, x, value = chain.terms[i - 2 : i + 1]
         step, luck = f"{chain.letter(i)}={x}{chain.op}{y}=", rng.random()
         if luck < check:
             text += f"{step}{value}check"
@@ -121,22 +143,29 @@ def splits() -> dict[str, list[tuple[str, Chain]]]:
                             decks[kind].append(chain)
     for kind, deck in decks.items():
         random.Random(f"toy {kind}").shuffle(deck)
-    return {split: [(kind, decks[kind].pop()) for kind, n in sizes.items() for _ in range(n)]
-            for split, sizes in SIZES.items()}
+    return {
+        split: [(kind, decks[kind].pop()) for kind, n in sizes.items() for _ in range(n)]
+        for split, sizes in SIZES.items()
+    }
 
 
-def problems(split: str = "train") -> list[Problem]:
-    """The problems of a split (a key of SIZES); their sources are easy, hard and ood."""
+def rows(split: str = "train") -> list[dict]:
+    """A split (a key of SIZES) as rows of a data set, in the schema of the paper's: see data.py.
+
+    Their sources are easy, hard and ood.
+    """
     if split not in SIZES:
         raise InputError(f"toy/{split}: the toy's splits are {', '.join(SIZES)}")
     rng = random.Random(f"toy teacher {split}")
     return [
-        Problem(
-            prompt=[{"role": "user", "content": chain.question()}],
-            answer=chain.answer(chain.steps),
-            trace=response(chain, chain.steps, rng, check=0.2, wait=0.1),
-            source=kind,
-        )
+        {
+            "data_source": kind,
+            "prompt": [{"role": "user", "content": chain.question()}],
+            "target": [
+                {"role": "assistant", "content": response(chain, chain.steps, rng, 0.2, 0.1)}
+            ],
+            "reward_model": {"ground_truth": chain.answer(chain.steps)},
+        }
         for kind, chain in splits()[split]
     ]
 
@@ -157,8 +186,13 @@ def held_out() -> set[str]:
 def document(rng: random.Random, goals: float) -> tuple[str, str]:
     """One (prompt, response) of the base model's corpus; never a question of val or test."""
     while True:
-        chain = Chain(rng.randrange(len(LETTERS)), rng.randrange(MODULUS), rng.randrange(MODULUS),
-                      rng.choice("+-*"), steps=rng.choice(EASY))
+        chain = Chain(
+            rng.randrange(len(LETTERS)),
+            rng.randrange(MODULUS),
+            rng.randrange(MODULUS),
+            rng.choice("+-*"),
+            steps=rng.choice(EASY),
+        )
         if chain.question() not in held_out():
             break
     if rng.random() < LISTINGS:
@@ -179,36 +213,55 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     words = ["\\boxed{", "check", "wait"]
     characters = list("0123456789abcdefghijklmnopqrstuvwxyz=+-*,;?.{}")
     tokenizer = Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(special + words + characters)}, merges=[],
-        pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token=None,
-        additional_special_tokens=["<user>", "<assistant>"])
+        vocab={token: i for i, token in enumerate(special + words + characters)},
+        merges=[],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        bos_token=None,
+        additional_special_tokens=["<user>", "<assistant>"],
+    )
     tokenizer.add_tokens([AddedToken(w, normalized=False, special=False) for w in words])
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
         "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}")
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     return tokenizer
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
     """A tiny Qwen2. Heads of 32: the smallest that vLLM's CPU attention takes."""
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
-        initializer_range=0.08, tie_word_embeddings=False, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        luffy_toy=True))  # not Qwen2's: the mark by which `is_toy` knows a checkpoint again
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.08,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            luffy_recipe=RECIPE,
+        )
+    )  # not Qwen2's: see machinery.model.recipe
 
 
-def train_base(goals: float, seed: int, steps: int = 500, documents: int = 96,
-               lr: float = 5e-3) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
+def train_base(
+    goals: float, seed: int, steps: int = 500, documents: int = 96, lr: float = 5e-3
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
     """Next-token prediction on the responses of `steps` x `documents` documents. Under a minute."""
     tokenizer, rng = make_tokenizer(), random.Random(f"toy base {seed}")
     model = make_model(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / 30, 0.55 + 0.45 * math.cos(math.pi * step / steps)))  # warm up, cosine to 0.1
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 30, 0.55 + 0.45 * math.cos(math.pi * step / steps))
+    )  # warm up, cosine to 0.1
     for _ in tqdm(range(steps), desc="training the toy's base model", leave=False):
         batch = sorted((document(rng, goals) for _ in range(documents)), key=lambda d: len(d[1]))
         short = sum(len(text) <= 40 for _, text in batch)
@@ -237,8 +290,8 @@ def pad_documents(batch: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor
     ids = torch.full((len(batch), width), tokenizer.pad_token_id)
     labels = torch.full((len(batch), width), -100)
     for row, (p, a) in enumerate(zip(prompts, answers)):
-        ids[row, :len(p) + len(a)] = torch.tensor(p + a)
-        labels[row, len(p):len(p) + len(a)] = torch.tensor(a)
+        ids[row, : len(p) + len(a)] = torch.tensor(p + a)
+        labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
     return ids, labels
 
 
@@ -265,8 +318,12 @@ def base_model() -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a base model.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="a directory that does not exist")
-    parser.add_argument("--goals", type=float, default=GOALS,
-                        help=f"share of listings that stop at the letter they name ({GOALS})")
+    parser.add_argument(
+        "--goals",
+        type=float,
+        default=GOALS,
+        help=f"share of listings that stop at the letter they name ({GOALS})",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.out.exists():

@@ -1,34 +1,92 @@
 """The language model as the trainer uses it: log-probs of packed rows, and how it is loaded."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
-from run import InputError, device, say
+from machinery import toy
+from machinery.batches import MicroBatch
+from machinery.processes import InputError, barrier, device, rank, say
 
 transformers_logging.disable_progress_bar()  # ours say what takes long
 
 
-# ------------------------------------------------------------------ loading
-def find(name: str) -> str:
+SHAPES: dict[str, dict] = {  # the paper's base models, for a machine that does not reach the hub
+    # fmt: off
+    "Qwen/Qwen2.5-Math-7B": dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+    "Qwen/Qwen2.5-Math-1.5B": dict(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    # fmt: on
+}
+
+
+# ------------------------------------------------------------------ finding and loading
+def full_name(name: str) -> str:
     """A directory if there is one of that name, else a name on the hub, with its organisation."""
     is_bare_qwen = name.startswith("Qwen") and "/" not in name and not Path(name).is_dir()
     return f"Qwen/{name}" if is_bare_qwen else name
 
 
-def load_tokenizer(path: str | Path):
+def find(name: str) -> str:
+    """What from_pretrained takes: a directory or a name on the hub. The toy is made, by rank 0."""
+    if name != "toy":
+        return full_name(name)
+    if rank() == 0:
+        toy.base_model()
+    barrier()
+    return str(toy.base_model())
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """What a model wants to differ from luffy.py's defaults: `luffy_recipe` in its config.json.
+
+    Checkpoints have it from the model that they were trained from.
+    """
+    config = Path(name, "config.json")
+    own = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    return toy.RECIPE if name == "toy" else own.get("luffy_recipe", {})
+
+
+def shape_of(name: str) -> PretrainedConfig:
+    """A model's config; of the toy and of the paper's models without a file or a network."""
+    if name == "toy":
+        return toy.make_model(toy.make_tokenizer(), seed=0).config
+    if shape := SHAPES.get(full_name(name)):
+        return Qwen2Config(**shape, max_position_embeddings=4096)
+    return load_config(full_name(name))
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise not_found(path, error) from error
 
 
-def load_config(path: str | Path):
+def load_config(path: str | Path) -> PretrainedConfig:
     """Its config alone. Raises InputError if there is no model."""
     try:
         return AutoConfig.from_pretrained(path)
@@ -36,7 +94,7 @@ def load_config(path: str | Path):
         raise not_found(path, error) from error
 
 
-def from_pretrained(path: str | Path, **kwargs) -> nn.Module:
+def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """A causal language model in this machine's precision: bfloat16 on a GPU, float32 on a CPU."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     try:
@@ -45,12 +103,22 @@ def from_pretrained(path: str | Path, **kwargs) -> nn.Module:
         raise not_found(path, error) from error
 
 
+def load_model(path: str | Path, config: PretrainedConfig, checkpointing: bool) -> PreTrainedModel:
+    """The model to train."""
+    model = from_pretrained(path, config=config, attn_implementation="packed").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
 def not_found(path: str | Path, error: Exception) -> InputError:
-    return InputError(f"--model {path}: neither a directory with a model and its tokenizer nor a "
-                      f"name on the hub that can be reached from here ({error})")
+    return InputError(
+        f"--model {path}: neither a directory with a model and its tokenizer nor a name on the "
+        f"hub that can be reached from here ({error})"
+    )
 
 
-def fit_context(config, max_prompt_tokens: int, max_response_tokens: int) -> None:
+def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
     """Make a config good for prompts and responses of these lengths; says so if it has to change.
 
     Qwen2.5-Math was made for 4096 tokens. The paper (App. C.1) lengthens it to 16384 by a larger
@@ -65,7 +133,8 @@ def fit_context(config, max_prompt_tokens: int, max_response_tokens: int) -> Non
         raise InputError(
             f"--max_prompt_tokens {max_prompt_tokens} + --max_response_tokens "
             f"{max_response_tokens} is more than the model's context, {context} tokens: lower one "
-            "of the two, or set max_position_embeddings in its config.json if you know better")
+            "of the two, or set max_position_embeddings in its config.json if you know better"
+        )
     config.max_position_embeddings = 16384
     config.rope_parameters = rope | {"rope_theta": 40000.0}
     say(f"context     {context} -> 16384 tokens, rope_theta 10000 -> 40000, as in the paper")
@@ -75,21 +144,34 @@ def fit_context(config, max_prompt_tokens: int, max_response_tokens: int) -> Non
 class Policy(nn.Module):
     """The language model as DDP wraps it: micro-batch -> log-probs and entropies of its tokens."""
 
-    def __init__(self, model: nn.Module, temperature: float):
+    def __init__(self, model: PreTrainedModel, temperature: float):
         super().__init__()
         self.model, self.temperature = model, temperature
 
-    def forward(self, batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         hidden = self.model.base_model(  # use_cache=False: a cache would let trajectories mix
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
-            lengths=batch.lengths, ends=batch.ends).last_hidden_state[0]  # (S, D)
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            lengths=batch.lengths,
+            ends=batch.ends,
+        ).last_hidden_state[0]  # (S, D)
         return token_logprobs(  # the hidden state before a token predicts it
-            hidden[batch.response_index - 1], self.model.get_output_embeddings().weight,
-            batch.input_ids[0, batch.response_index], temperature=self.temperature)
+            hidden[batch.response_index - 1],
+            self.model.get_output_embeddings().weight,
+            batch.input_ids[0, batch.response_index],
+            temperature=self.temperature,
+        )
 
 
-def token_logprobs(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *,
-                   temperature: float = 1.0, chunk: int = 256) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor]:
     """(N, D) hidden states, (V, D) head, (N,) next tokens -> log-probs (N,), entropies (N,).
 
     With gradient, and float32 also from bfloat16. Without ever holding all (N, V) logits, equal to
@@ -141,9 +223,17 @@ def log_probs(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
 
 
 # ------------------------------------------------------------------ attention
-def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask,
-                     scaling: float, lengths: list[int],
-                     ends: Tensor | None = None, **options) -> tuple[Tensor, None]:
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask,
+    scaling: float,
+    lengths: list[int],
+    ends: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, None]:
     """Causal attention within each trajectory of a row: (1, H, S, D/H) -> (1, S, H, D/H).
 
     lengths (B,) sum to S; ends (B + 1,) int32, needed on a GPU, are their sums from 0 on.
@@ -152,11 +242,20 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         raise NotImplementedError(f"packed_attention lacks what this model needs: {unknown}")
     if query.is_cuda:
         out = varlen_attn(
-            *(x[0].transpose(0, 1) for x in (query, key, value)), ends, ends, max(lengths),
-            max(lengths), scale=scaling, window_size=(-1, 0), enable_gqa=True)  # (-1, 0): causal
+            *(x[0].transpose(0, 1) for x in (query, key, value)),
+            ends,
+            ends,
+            max(lengths),
+            max(lengths),
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=True,
+        )  # (-1, 0): causal
         return out[None], None
-    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-           for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))]
+    out = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
+    ]
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 

@@ -7,6 +7,7 @@ tensors, which have sizes but no data, while every allocation is counted.
 import os
 import re
 import weakref
+from collections.abc import Callable
 from math import ceil
 from types import SimpleNamespace
 
@@ -14,25 +15,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from model import Policy, find, fit_context, load_config
-from run import InputError, say
-from sampler import TORCH_ROWS
+from machinery.flags import Config
+from machinery.model import Policy, fit_context, full_name, shape_of
+from machinery.processes import InputError, say
+from machinery.samplers import TORCH_ROWS
 
 GIB = 2**30
 RESERVE = 6 * GIB  # assumed: CUDA, NCCL, vLLM's graphs, fragmentation
 ENGINE = 4 * GIB  # assumed: vLLM's buffers for MAX_PREFILL tokens and MAX_SEQUENCES responses
 ADVICE = "More GPUs share the optimizer's state; a smaller --token_budget has fewer activations"
+FITS_A_LAPTOP = 100_000_000  # parameters: without a GPU, the plan is for this machine's CPU
 MEAN_TOKENS = dict(prompt=200, rollout=2200, trace=4200)  # the paper's run, by arXiv:2604.23747
-SHAPES = {  # the paper's base models, for a machine that does not reach the hub
-    "Qwen/Qwen2.5-Math-7B": dict(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False),
-    "Qwen/Qwen2.5-Math-1.5B": dict(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True),
-}
 
 
 # ------------------------------------------------------------------ memory
@@ -82,9 +77,12 @@ def activation_bytes(config, dtype: torch.dtype, checkpointing: bool, lengths: l
         if checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         batch = SimpleNamespace(
-            input_ids=torch.zeros(1, tokens, dtype=torch.long), lengths=lengths, ends=None,
+            input_ids=torch.zeros(1, tokens, dtype=torch.long),
+            lengths=lengths,
+            ends=None,
             position_ids=torch.zeros(1, tokens, dtype=torch.long),
-            response_index=torch.arange(1, tokens))  # as if there were no prompts
+            response_index=torch.arange(1, tokens),
+        )  # as if there were no prompts
         for p in policy.parameters():
             p.grad = torch.zeros_like(p)
         with AllocationCounter() as counter:
@@ -97,22 +95,26 @@ def activation_bytes(config, dtype: torch.dtype, checkpointing: bool, lengths: l
     return counter.peak - before
 
 
-def cache_bytes_per_token(cfg, config, size: int) -> int:
+def cache_bytes_per_token(cfg: Config, config: PretrainedConfig, size: int) -> int:
     """Keys and values of one token on one GPU."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = ceil(config.num_key_value_heads / cfg.tensor_parallel)
     return 2 * config.num_hidden_layers * heads * width * size
 
 
-def memory(cfg, config, ranks: int, capacity: int | None) -> list[tuple[str, str, int]]:
+def memory(
+    cfg: Config, config: PretrainedConfig, ranks: int, capacity: int | None
+) -> list[tuple[str, str, int]]:
     """(phase, purpose, bytes) on each GPU of `capacity` bytes; None: on a CPU, in float32.
 
     The last row is the sampler's keys and values. Raises InputError if vLLM could not share out
     the model's heads.
     """
     if config.num_attention_heads % cfg.tensor_parallel:
-        raise InputError(f"--tensor_parallel {cfg.tensor_parallel}: the model's "
-                         f"{config.num_attention_heads} attention heads cannot be shared out by it")
+        raise InputError(
+            f"--tensor_parallel {cfg.tensor_parallel}: the model's "
+            f"{config.num_attention_heads} attention heads cannot be shared out by it"
+        )
     on_gpu = capacity is not None
     sizes, dtype = parameter_sizes(config), torch.bfloat16 if on_gpu else torch.float32
     weights = dtype.itemsize * sum(sizes)
@@ -121,11 +123,17 @@ def memory(cfg, config, ranks: int, capacity: int | None) -> list[tuple[str, str
     table = [
         ("always", "weights", weights),
         ("always", "gradients", weights),
-        ("always", f"{'float32 masters and ' if on_gpu else ''}Adam's state, 1/{ranks} of it",
-         round(share * (12 if on_gpu else 8))),
+        (
+            "always",
+            f"{'float32 masters and ' if on_gpu else ''}Adam's state, 1/{ranks} of it",
+            round(share * (12 if on_gpu else 8)),
+        ),
         ("always", "reserve (assumed)", RESERVE if on_gpu else 0),
-        ("updating", f"activations of {sum(row):,} tokens",
-         activation_bytes(config, dtype, cfg.checkpointing, row)),
+        (
+            "updating",
+            f"activations of {sum(row):,} tokens",
+            activation_bytes(config, dtype, cfg.checkpointing, row),
+        ),
         ("updating", "gradients again, in the first update", weights),  # DDP makes new buckets
     ]
     rollouts = sampled(cfg, ranks)
@@ -134,15 +142,19 @@ def memory(cfg, config, ranks: int, capacity: int | None) -> list[tuple[str, str
         return [*table, ("sampling", "keys and values", 0)]
     if cfg.sampler == "torch" or not on_gpu:
         return [*table, ("sampling", "keys and values", min(rollouts, TORCH_ROWS) * response)]
-    table += [("sampling", "vLLM's weights", weights // cfg.tensor_parallel),
-              ("sampling", "vLLM's prefill and sampler (assumed)", ENGINE)]
+    table += [
+        ("sampling", "vLLM's weights", weights // cfg.tensor_parallel),
+        ("sampling", "vLLM's prefill and sampler (assumed)", ENGINE),
+    ]
     left = capacity - sum(size for phase, _, size in table if phase != "updating")
     cached = round(cfg.cache_gib * GIB) or min(max(0, left), max(rollouts, 1) * 2 * response)
     return [*table, ("sampling", "keys and values", cached)]
 
 
-def verdict(table: list[tuple[str, str, int]], cfg, config, capacity: int) -> str:
-    """"" if a run fits into GPUs of `capacity` bytes, else why not."""
+def verdict(
+    table: list[tuple[str, str, int]], cfg: Config, config: PretrainedConfig, capacity: int
+) -> str:
+    """ "" if a run fits into GPUs of `capacity` bytes, else why not."""
     for phase in ("updating", "sampling"):
         if total(table, phase) > capacity:
             return f"{phase} takes {total(table, phase) / GIB:.1f} GiB"
@@ -152,34 +164,44 @@ def verdict(table: list[tuple[str, str, int]], cfg, config, capacity: int) -> st
     return ""
 
 
-def cache_bytes(cfg, config, ranks: int) -> int:
+def cache_bytes(cfg: Config, config: PretrainedConfig, ranks: int) -> int:
     """For VLLMSampler: --cache_gib, or else what the plan has. InputError if that does not fit."""
     if cfg.cache_gib or not torch.cuda.is_available():
         return round((cfg.cache_gib or 0.25) * GIB)
     capacity = torch.cuda.get_device_properties(0).total_memory
     table = memory(cfg, config, ranks, capacity)
     if problem := verdict(table, cfg, config, capacity):
-        raise InputError(f"does not fit in {capacity / GIB:.1f} GiB: {problem}, as --dry_run shows."
-                         f" {ADVICE}. --cache_gib N for keys and values tries it all the same")
+        raise InputError(
+            f"does not fit in {capacity / GIB:.1f} GiB: {problem}, as --dry_run shows."
+            f" {ADVICE}. --cache_gib N for keys and values tries it all the same"
+        )
     return table[-1][-1]
 
 
+def evaluation_cache_bytes(config: PretrainedConfig) -> int:
+    """For VLLMSampler without a trainer: what the weights leave, vLLM's and the ones it gets."""
+    if not torch.cuda.is_available():
+        return GIB // 4
+    capacity = torch.cuda.get_device_properties(0).total_memory
+    return capacity - 2 * 2 * sum(parameter_sizes(config)) - RESERVE - ENGINE  # in bfloat16
+
+
 # ------------------------------------------------------------------ batches
-def longest(cfg) -> int:
+def longest(cfg: Config) -> int:
     return cfg.max_prompt_tokens + cfg.max_response_tokens
 
 
-def sampled(cfg, ranks: int) -> int:
+def sampled(cfg: Config, ranks: int) -> int:
     """Rollouts of a rank in a step."""
     return cfg.problems_per_step // ranks * cfg.rollouts
 
 
-def trained(cfg, ranks: int) -> int:
+def trained(cfg: Config, ranks: int) -> int:
     """Trajectories of a rank in an update."""
     return cfg.problems_per_step // cfg.updates_per_step // ranks * (cfg.rollouts + cfg.traces)
 
 
-def longest_row(cfg, ranks: int) -> list[int]:
+def longest_row(cfg: Config, ranks: int) -> list[int]:
     """Lengths of the trajectories in the largest micro-batch that `pack` could make."""
     tokens = max(longest(cfg), min(cfg.token_budget, trained(cfg, ranks) * longest(cfg)))
     whole, rest = divmod(tokens, longest(cfg))
@@ -187,7 +209,7 @@ def longest_row(cfg, ranks: int) -> list[int]:
 
 
 # ------------------------------------------------------------------ the plan
-def machine(text: str, is_toy: bool) -> tuple[int, int | None]:
+def machine(text: str, parameters: int) -> tuple[int, int | None]:
     """--dry_run's machine as (processes, bytes of each GPU; None for a CPU)."""
     if text != "this":
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
@@ -198,62 +220,73 @@ def machine(text: str, is_toy: bool) -> tuple[int, int | None]:
     if torch.cuda.is_available():
         capacity = torch.cuda.get_device_properties(0).total_memory
         return ranks or torch.cuda.device_count(), capacity
-    return (ranks or 1, None) if is_toy else (ranks or 8, 80 * GIB)  # the paper's machine
+    if parameters < FITS_A_LAPTOP:
+        return ranks or 1, None
+    return ranks or 8, 80 * GIB  # the paper's machine
 
 
-def show(cfg, differences: str, is_toy: bool) -> None:
-    """Print the plan of a run. Raises InputError as the run itself would."""
-    ranks, capacity = machine(cfg.dry_run, is_toy)
+def show(cfg: Config, check: Callable[[int], None], differences: str) -> None:
+    """Print the plan of a run, once. Raises InputError as the run itself would.
+
+    check: a number of ranks -> InputError if the config cannot run on them.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     config = shape_of(cfg.model)
-    fit_context(config, cfg.max_prompt_tokens, cfg.max_response_tokens)
     parameters = sum(parameter_sizes(config))
+    ranks, capacity = machine(cfg.dry_run, parameters)
+    check(ranks)
+    fit_context(config, cfg.max_prompt_tokens, cfg.max_response_tokens)
+    processor = "CPU, float32" if capacity is None else f"{capacity / GIB:.0f} GiB, bfloat16"
     say(f"recipe      the paper's{differences}")
-    say(f"model       {find(cfg.model)}, {parameters:,} parameters")
-    say(f"machine     {ranks} x "
-        + ("CPU, float32" if capacity is None else f"{capacity / GIB:.0f} GiB, bfloat16"))
-    show_batches(cfg, ranks, MEAN_TOKENS if not is_toy else None)
-    if not is_toy:
-        weights, state = 2 * parameters / GIB, 12 * parameters / GIB
-        say(f"disk        {ceil(cfg.steps / cfg.save_every)} checkpoints of {weights:.1f} GiB, and "
-            f"{state:.1f} GiB of optimizer state, twice while one is saved")
+    say(f"model       {full_name(cfg.model)}, {parameters:,} parameters")
+    say(f"machine     {ranks} x {processor}")
+    show_batches(cfg, ranks)
+    unit, name, size = (2**20, "process, MiB", 4) if capacity is None else (GIB, "GPU, GiB", 2)
+    if capacity is not None:
+        saved = ceil(cfg.steps / cfg.save_every)
+        weights, state = size * parameters / GIB, 12 * parameters / GIB
+        say(
+            f"disk        {saved} checkpoints of {weights:.1f} GiB, and {state:.1f} GiB of "
+            "optimizer state, twice while one is saved"
+        )
         say(f"host        {weights:.1f} GiB for each GPU while the model is loaded")
     table = memory(cfg, config, ranks, capacity)
-    say(f"memory      of each {'process, MiB' if capacity is None else 'GPU, GiB'}")
-    show_memory(table, 2**20 if capacity is None else GIB)
-    size = longest(cfg) * cache_bytes_per_token(cfg, config, 4 if capacity is None else 2)
-    say(f"            {table[-1][-1] / size:.1f} of the longest responses fit in at once")
+    say(f"memory      of each {name}")
+    show_memory(table, unit)
+    response = longest(cfg) * cache_bytes_per_token(cfg, config, size)
+    say(f"            {table[-1][-1] / response:.1f} of the longest responses fit in at once")
     if capacity is not None:
         problem = verdict(table, cfg, config, capacity)
-        say(f"verdict     {'DOES NOT FIT' if problem else 'fits'} in {capacity / GIB:.0f} GiB"
-            + (f": {problem}. {ADVICE}" if problem else ""))
+        reason = f": {problem}. {ADVICE}" if problem else ""
+        fits = "DOES NOT FIT" if problem else "fits"
+        say(f"verdict     {fits} in {capacity / GIB:.0f} GiB{reason}")
 
 
-def shape_of(model: str):
-    """A model's config; of the toy and the paper's models without a file or a network."""
-    if model == "toy":
-        import toy
-
-        return toy.make_model(toy.make_tokenizer(), seed=0).config
-    if find(model) in SHAPES:
-        return Qwen2Config(**SHAPES[find(model)], max_position_embeddings=4096)
-    return load_config(find(model))
-
-
-def show_batches(cfg, ranks: int, mean: dict[str, int] | None) -> None:
+def show_batches(cfg: Config, ranks: int) -> None:
     group, rollouts, share = cfg.rollouts + cfg.traces, sampled(cfg, ranks), trained(cfg, ranks)
-    say(f"step        {cfg.problems_per_step} problems x ({cfg.rollouts} rollouts + {cfg.traces} "
-        f"trace) = {cfg.problems_per_step * group:,} trajectories, {cfg.updates_per_step} updates")
-    say(f"each rank   samples {rollouts} rollouts a step: at most "
-        f"{rollouts * cfg.max_response_tokens:,} tokens")
-    say(f"            trains on {share} trajectories an update: at most {share * longest(cfg):,} "
-        f"tokens in {ceil(share / max(1, cfg.token_budget // longest(cfg)))} micro-batches")
-    if mean:
-        mean = {kind: min(tokens, cfg.max_response_tokens) for kind, tokens in mean.items()}
-        tokens = share * (mean["prompt"] + (
-            cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]) / group)
-        say(f"            expected: {rollouts * mean['rollout']:,}, and {tokens:,.0f} in "
+    micro_batches = ceil(share / max(1, cfg.token_budget // longest(cfg)))
+    say(
+        f"step        {cfg.problems_per_step} problems x ({cfg.rollouts} rollouts + {cfg.traces} "
+        f"trace) = {cfg.problems_per_step * group:,} trajectories, {cfg.updates_per_step} updates"
+    )
+    say(
+        f"each rank   samples {rollouts} rollouts a step: at most "
+        f"{rollouts * cfg.max_response_tokens:,} tokens"
+    )
+    say(
+        f"            trains on {share} trajectories an update: at most {share * longest(cfg):,} "
+        f"tokens in {micro_batches} micro-batches"
+    )
+    if cfg.max_response_tokens > MEAN_TOKENS["rollout"]:
+        mean = {kind: min(n, cfg.max_response_tokens) for kind, n in MEAN_TOKENS.items()}
+        responses = cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]
+        tokens = share * (mean["prompt"] + responses / group)
+        say(
+            f"            expected: {rollouts * mean['rollout']:,}, and {tokens:,.0f} in "
             f"{ceil(tokens / cfg.token_budget)} micro-batches (rollouts of {mean['rollout']:,} and "
-            f"traces of {mean['trace']:,} tokens, arXiv:2604.23747)")
+            f"traces of {mean['trace']:,} tokens, arXiv:2604.23747)"
+        )
 
 
 def show_memory(table: list[tuple[str, str, int]], unit: int) -> None:

@@ -8,26 +8,31 @@ from statistics import fmean as mean
 
 import matplotlib
 
-from run import read_jsonl
+from machinery.files import read_jsonl
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-def draw_curves(run: Path) -> None:
+def draw_curves(directory: Path) -> None:
     """curves.png of a run directory, from its metrics.jsonl. Nothing if there is no step yet."""
-    rows = read_jsonl(run / "metrics.jsonl")
+    rows = read_jsonl(directory / "metrics.jsonl")
     if not rows:
         return
     steps = [row["step"] for row in rows]
     sources = sorted({k for row in rows for k in row if k.startswith("reward/")})
     panels = {
         "reward of the rollouts": [(s, s.split("/")[1]) for s in sources],
-        "groups (rollouts only)": [("groups/none", "none right"), ("groups/mixed", "some right"),
-                                   ("groups/all", "all right")],
-        "probability and entropy": [("trace_prob", "mean π of a trace token"),
-                                    ("trace_weight", "mean f(π) of a trace token"),
-                                    ("entropy", "entropy of rollout tokens (nats)")],
+        "groups (rollouts only)": [
+            ("groups/none", "none right"),
+            ("groups/mixed", "some right"),
+            ("groups/all", "all right"),
+        ],
+        "probability and entropy": [
+            ("trace_prob", "mean π of a trace token"),
+            ("trace_f", "mean f(π) of a trace token"),
+            ("entropy", "entropy of rollout tokens (nats)"),
+        ],
         "response length (tokens)": [("length", "rollouts"), ("trace_length", "traces")],
     }
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
@@ -35,9 +40,14 @@ def draw_curves(run: Path) -> None:
         for key, label in curves:
             found = [(row["step"], row[key]) for row in rows if key in row]
             if found:
-                line, = axis.plot(*zip(*found), alpha=0.25, linewidth=1)
-                axis.plot(steps, smooth([row.get(key) for row in rows]), label=label,
-                          color=line.get_color(), linewidth=2)
+                (line,) = axis.plot(*zip(*found), alpha=0.25, linewidth=1)
+                axis.plot(
+                    steps,
+                    smooth([row.get(key) for row in rows]),
+                    label=label,
+                    color=line.get_color(),
+                    linewidth=2,
+                )
         axis.set_title(title, fontsize=10, loc="left")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -47,10 +57,13 @@ def draw_curves(run: Path) -> None:
         axis.set_xlabel("step")
     axes[0, 0].set_ylim(-0.03, 1.03)
     axes[0, 1].set_ylim(-0.03, 1.03)
-    config = json.loads((run / "config.json").read_text())
-    figure.suptitle(f"{config['algo']} on {Path(config['model']).name}, seed {config['seed']} "
-                    "(thick: mean of 10 steps)", fontsize=11)
-    figure.savefig(run / "curves.png", dpi=130)
+    config = json.loads((directory / "config.json").read_text())
+    figure.suptitle(
+        f"{config['algo']} on {Path(config['model']).name}, seed {config['seed']} "
+        "(thick: mean of 10 steps)",
+        fontsize=11,
+    )
+    figure.savefig(directory / "curves.png", dpi=130)
     plt.close(figure)
 
 
@@ -58,7 +71,7 @@ def smooth(values: list, window: int = 10) -> list[float]:
     """The mean of the last `window` values; NaN where there are none."""
     means = []
     for i in range(len(values)):
-        last = [v for v in values[max(0, i + 1 - window):i + 1] if v is not None]
+        last = [v for v in values[max(0, i + 1 - window) : i + 1] if v is not None]
         means.append(sum(last) / len(last) if last else math.nan)
     return means
 
@@ -76,15 +89,26 @@ def draw_comparison(models: dict[str, dict[tuple, tuple]], file: Path) -> None:
             if (-k, temperature) == shown:
                 curves.append(scores["pass_at"])
         at_k = [mean(values) for values in zip(*curves)]
-        axes[0].plot(range(1, len(at_k) + 1), at_k, label=f"{name}, T = {shown[1]:g}",
-                     marker="o" if len(at_k) == 1 else None)
-        axes[1].plot(*zip(*sorted((t, mean(v)) for t, v in by_temperature.items())), marker="o",
-                     label=name)
-        axes[2].hist([n for _, lengths in evaluations.values() for n in lengths], label=name,
-                     bins=[i * (longest + 1) / 40 for i in range(41)], histtype="step",
-                     density=True, linewidth=1.5)
-    for axis, title, label in zip(axes, ("pass@k", "avg@k", "responses, all temperatures"),
-                                  ("k", "temperature", "tokens")):
+        axes[0].plot(
+            range(1, len(at_k) + 1),
+            at_k,
+            label=f"{name}, T = {shown[1]:g}",
+            marker="o" if len(at_k) == 1 else None,
+        )
+        axes[1].plot(
+            *zip(*sorted((t, mean(v)) for t, v in by_temperature.items())), marker="o", label=name
+        )
+        axes[2].hist(
+            [n for _, lengths in evaluations.values() for n in lengths],
+            label=name,
+            bins=[i * (longest + 1) / 40 for i in range(41)],
+            histtype="step",
+            density=True,
+            linewidth=1.5,
+        )
+    for axis, title, label in zip(
+        axes, ("pass@k", "avg@k", "responses, all temperatures"), ("k", "temperature", "tokens")
+    ):
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)

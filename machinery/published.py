@@ -24,9 +24,11 @@ class Benchmark:
     problems: int = 0  # how many there are, where that is known
     max_tokens: int = 8192
     temperature: float = 0.6
+    built_in: bool = False  # made by this program: no files, and asked as it stands
 
 
 # In the order of the paper's columns: six in distribution, three out of it, then others.
+# fmt: off
 BENCHMARKS = {
     "aime24": Benchmark("lkevinzc/math-eval:aime", 32, OFFICIAL, "aime", problems=30),
     "aime25": Benchmark("math-ai/aime25:test", 32, OFFICIAL, "aime25", problems=30),
@@ -41,8 +43,9 @@ BENCHMARKS = {
                       letters=True, problems=198),
     "mmlu_pro": Benchmark("TIGER-Lab/MMLU-Pro:test", 1, ("valid.mmlu_pro.parquet",), letters=True),
     "gsm8k": Benchmark("openai/gsm8k/main:test", 1, ("gsm8k_test.jsonl",), problems=1319),
-    "toy": Benchmark("toy/test", 8),
+    "toy": Benchmark("toy/test", 8, built_in=True),
 }
+# fmt: on
 SIX = tuple(BENCHMARKS)[:6]  # "Avg." is their unweighted mean
 OUT_OF_DISTRIBUTION = tuple(BENCHMARKS)[6:9]
 GROUPS = {"six": SIX, "ood": OUT_OF_DISTRIBUTION}  # names for --bench
@@ -50,6 +53,7 @@ GROUPS = {"six": SIX, "ood": OUT_OF_DISTRIBUTION}  # names for --bench
 # How a problem becomes the text that a model sees. `own`: the tokenizer's chat template on the
 # messages of the data, as in training; `own_no_system`: without their system message, as the
 # official evaluation of LUFFY, whose template has one of its own.
+# fmt: off
 TEMPLATES = {
     "own": None,
     "own_no_system": None,
@@ -78,6 +82,7 @@ TEMPLATES = {
         "your final answer will be extracted automatically by the \\boxed{} tag.\n"
         "This is the problem:\n{problem}\nAssistant: <think>"),
 }
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class System:
     ood: tuple[float, ...] = ()  # in the order of OUT_OF_DISTRIBUTION
 
 
+# fmt: off
 SYSTEMS = {
     "qwen-math-7b": System("Qwen/Qwen2.5-Math-7B", "qwen", (11.5, 4.9, 31.3, 43.6, 7.4, 15.6),
                            (18.2, 11.1, 16.9)),
@@ -123,3 +129,4 @@ SYSTEMS = {
     "luffy-instruct": System("Elliott/LUFFY-Qwen-Instruct-7B", "own_no_system",
                              (17.7, 14.8, 50.9, 82.0, 31.3, 47.4)),
 }
+# fmt: on

@@ -1,0 +1,18 @@
+"""What a reader of the paper may skip. Nothing in here imports luffy, data, verify or eval.
+
+processes       ranks of torchrun, numbers over all of them, how a program ends
+files           .jsonl logs, and text that is written whole or not at all
+flags           a dataclass as a command line; values that cannot be
+model           models found and loaded; log-probs of packed rows, attention, the vocabulary head
+batches         trajectories, and micro-batches of them
+optimizer       AdamW, its state shared out among the ranks
+samplers        what samples: the protocol, transformers alone, options of vLLM's engine
+metrics         what is measured of a step
+scores          avg@k and pass@k on held-out problems; what a run came to
+run_directory   log, checkpoints, resumption
+plan            --dry_run: batches, tokens and memory of each GPU
+page, plots     report.html, curves.png and a picture of evaluations
+pool            worker processes that can be killed
+published       the paper's benchmarks, systems, prompts and scores
+toy             the laptop's world: problems, teacher, base model
+"""

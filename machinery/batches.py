@@ -1,0 +1,111 @@
+"""Trajectories, and micro-batches of them: packed rows, without padding and so without masks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from machinery.processes import device
+
+
+@dataclass
+class Trajectory:
+    """A response to a problem: a rollout of the policy, or the problem's trace."""
+
+    position: int  # of its problem in the step's batch
+    problem: Any  # data.Problem
+    response: Sequence[int]  # ends in EOS unless truncated
+    off_policy: bool = False  # a trace
+    logp_sampler: list[float] | None = None  # of a rollout, as the sampler saw it: for a metric
+    # set by score()
+    right: float = math.nan  # the verifier's word, 1 or 0
+    reward: float = math.nan
+    advantage: float | Tensor = math.nan  # one number, or (response,)
+    learns: bool = True  # or counts in the metrics alone
+    # set by update(), on its way: (response,) but for the first
+    inv_z: float = math.nan  # 1/Z of each of its tokens
+    logp_old: Tensor | None = None  # of a rollout: log π_old, where the policy has moved since
+    logp: Tensor | None = None  # log π_θ
+    logp_behavior: Tensor | None = None  # log π_old or, on a trace, log π_φ
+    factor: Tensor | None = None  # x or, on a trace, f(x)
+    slope: Tensor | None = None  # ∂ objective / ∂ log π_θ
+
+    @property
+    def signal(self) -> bool:
+        """Has it an advantage to learn from?"""
+        return self.learns and bool(torch.as_tensor(self.advantage).any())
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Trajectories one after the other in a single row."""
+
+    trajectories: list[Trajectory]
+    input_ids: Tensor  # (1, S)
+    position_ids: Tensor  # (1, S), from 0 again at each trajectory
+    lengths: list[int]  # (B,), sum S
+    ends: Tensor  # (B + 1,) int32, their cumulative sums from 0 on
+    response_index: Tensor  # (N,), where the response tokens stand in the row
+    off_policy: Tensor  # (N,) bool
+    advantage: Tensor  # (N,)
+    inv_z: Tensor  # (N,)
+    logp_old: Tensor | None  # (N,), 0 on traces; None where the policy still is the old one
+    logp_sampler: Tensor  # (N,), 0 on traces
+
+    def give(self, **values: Tensor) -> None:
+        """Set fields of the trajectories: to each its part of an (N,) tensor."""
+        for name, value in values.items():
+            parts = value.detach().split([len(t.response) for t in self.trajectories])
+            for t, part in zip(self.trajectories, parts):
+                setattr(t, name, part)
+
+
+def pack(trajectories: list[Trajectory], token_budget: int) -> list[MicroBatch]:
+    """Rows of up to `token_budget` tokens, longest trajectories first; a longer one is alone."""
+    rows: list[list[Trajectory]] = []
+    room = 0
+    for t in sorted(trajectories, key=lambda t: -len(t.problem.prompt_ids) - len(t.response)):
+        length = len(t.problem.prompt_ids) + len(t.response)
+        if length > room or not rows:
+            rows.append([])
+            room = token_budget
+        rows[-1].append(t)
+        room -= length
+    return [collate(row) for row in rows]
+
+
+def collate(trajectories: list[Trajectory]) -> MicroBatch:
+    sequences = [[*t.problem.prompt_ids, *t.response] for t in trajectories]
+    lengths = [len(sequence) for sequence in sequences]
+    ends = [0, *accumulate(lengths)]
+    starts = [end - len(t.response) for end, t in zip(ends[1:], trajectories)]
+
+    def tensor(rows: list, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.tensor([x for row in rows for x in row], dtype=dtype, device=device())
+
+    def per_token(values: list) -> Tensor:
+        """From a number a trajectory, or a tensor with one a token."""
+        parts = (torch.as_tensor(value, device=device()) for value in values)
+        return torch.cat([p.expand(len(t.response)) for p, t in zip(parts, trajectories)])
+
+    moved = all(t.logp_old is not None for t in trajectories if not t.off_policy)
+    logp_old = [0.0 if t.logp_old is None else t.logp_old for t in trajectories]
+    return MicroBatch(
+        trajectories=trajectories,
+        input_ids=tensor(sequences)[None],
+        position_ids=tensor([range(n) for n in lengths])[None],
+        lengths=lengths,
+        ends=torch.tensor(ends, dtype=torch.int32, device=device()),
+        response_index=tensor(
+            [range(i, i + len(t.response)) for i, t in zip(starts, trajectories)]
+        ),
+        off_policy=per_token([t.off_policy for t in trajectories]),
+        advantage=per_token([t.advantage for t in trajectories]),
+        inv_z=per_token([t.inv_z for t in trajectories]),
+        logp_old=per_token(logp_old) if moved else None,
+        logp_sampler=tensor([t.logp_sampler or [0.0] * len(t.response) for t in trajectories]),
+    )

@@ -1,0 +1,95 @@
+"""A dataclass as a command line: each field is a flag, with its help and its range in one line."""
+
+import argparse
+import math
+from collections.abc import Container, Iterable
+from dataclasses import field, fields
+from typing import Any
+
+from machinery.processes import InputError
+
+Config = Any  # luffy.Config, wherever the machinery names it: an import would be a circle
+
+
+def flag(
+    default: Any,
+    help: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float = -math.inf,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of a config: low <= value <= high, value > above, or one of `choices`."""
+    limits = {"low": low, "high": high, "above": above, "choices": choices}
+    return field(default=default, metadata={"help": help} | limits)
+
+
+def parse(config: type, argv: list[str] | None, description: str) -> dict[str, Any]:
+    """The flags that are given -> field -> value. Leaves with a message if one is malformed."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    for f in fields(config):
+        kind = {bool: truth, float | None: float_or_none}.get(f.type, f.type)
+        parser.add_argument(
+            f"--{f.name}",
+            type=kind,
+            metavar=kind.__name__,
+            default=argparse.SUPPRESS,
+            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"),
+            **(dict(nargs="?", const="this") if f.name == "dry_run" else {}),
+        )
+    return vars(parser.parse_args(argv))
+
+
+def truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError("true or false")
+    return text.lower() == "true"
+
+
+def float_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+def check_values(cfg: Config, tables: dict[str, Iterable[str]]) -> None:
+    """Raise InputError on a value out of its range. tables: field -> the names it may have."""
+    for f in fields(cfg):
+        value, m = getattr(cfg, f.name), f.metadata
+        choices: Container = tables.get(f.name, m["choices"])
+        if choices and value not in choices:
+            raise InputError(f"--{f.name} {value}: expected one of {', '.join(choices)}")
+        if isinstance(value, bool | str) or value is None:
+            continue
+        if not (m["low"] <= value <= m["high"] and value > m["above"] and math.isfinite(value)):
+            bounds = {"at least": m["low"], "at most": m["high"], "above": m["above"]}
+            words = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
+            raise InputError(f"--{f.name} {value}: must be {' and '.join(words or ['finite'])}")
+
+
+def check(cfg: Config, ranks: int, tables: dict[str, Iterable[str]]) -> None:
+    """Raise InputError on a config that cannot run, before anything is loaded."""
+    check_values(cfg, tables)
+    shards = cfg.updates_per_step * ranks
+    rows = cfg.rollouts + (cfg.traces if cfg.baseline == "group" else 0)
+    if rows < 2 and not (cfg.rollouts == 0 and cfg.trace_advantage is not None):
+        raise InputError(
+            f"--rollouts {cfg.rollouts} --traces {cfg.traces} --baseline {cfg.baseline}: an "
+            "advantage needs at least two rewards"
+        )
+    if cfg.problems_per_step % shards:
+        raise InputError(
+            f"--problems_per_step {cfg.problems_per_step}: must be a multiple of {shards} "
+            f"(--updates_per_step {cfg.updates_per_step} x {ranks} processes)"
+        )
+    if ranks % cfg.tensor_parallel:
+        raise InputError(
+            f"--tensor_parallel {cfg.tensor_parallel}: {ranks} processes cannot be shared out by it"
+        )
+
+
+def differences(cfg: Config, plain: Config) -> str:
+    """How a config differs from another one, in words."""
+    same = "model", "algo", "out", "seed", "dry_run"  # said elsewhere, or no matter
+    names = [f.name for f in fields(cfg) if f.name not in same]
+    differ = [f"{n} {getattr(cfg, n)}" for n in names if getattr(cfg, n) != getattr(plain, n)]
+    return f", but {', '.join(differ)}" if differ else ""

@@ -1,0 +1,91 @@
+"""AdamW on float32 masters, its state shared out among the ranks (ZeRO-1, by whole tensors)."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from machinery.processes import rank, world_size
+
+
+class ShardedAdamW:
+    """AdamW on float32 masters of the parameters; each rank keeps the state of its share of them.
+
+    The gradients must be the same on all ranks, as after DDP's all-reduce. Memory of a rank: 12
+    bytes x parameters / ranks. On float32 parameters the masters are the parameters themselves,
+    and with one rank this is torch.optim.AdamW. Pure bfloat16 AdamW is wrong at lr 1e-6: most of
+    its updates round to nothing. For another optimizer override `optimizer_of`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+        eps: float = 1e-8,
+    ):
+        self.settings = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+        self.params = [p for p in params if p.requires_grad]
+        load = [0] * world_size()
+        self.owner = [0] * len(self.params)
+        for i in sorted(range(len(self.params)), key=lambda i: -self.params[i].numel()):
+            self.owner[i] = load.index(min(load))  # whole tensors, the largest first
+            load[self.owner[i]] += self.params[i].numel()
+        mine = [i for i, owner in enumerate(self.owner) if owner == rank()]
+        self.masters = {i: self.params[i].detach().float() for i in mine}
+        self.optimizers = {i: self.optimizer_of(master) for i, master in self.masters.items()}
+
+    def optimizer_of(self, master: Tensor) -> torch.optim.Optimizer:
+        """Of one parameter's master alone: its temporary tensors are then no larger."""
+        return torch.optim.AdamW([master], **self.settings)
+
+    def set_lr(self, lr: float) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, max_norm: float) -> float:
+        """Clip to the global norm `max_norm`, step, round once, share. -> the norm before clipping.
+
+        Raises FloatingPointError, with nothing changed, if the gradient is not finite.
+        """
+        norm = torch.stack([p.grad.float().norm() for p in self.params]).norm()
+        if not norm.isfinite():
+            raise FloatingPointError(
+                f"the gradient's norm is {norm.item()}: no step was taken. "
+                "See the end of metrics.jsonl; try a smaller --lr"
+            )
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for i, master in self.masters.items():
+            master.grad = self.params[i].grad.float() * scale
+            self.optimizers[i].step()
+            master.grad = None
+            self.params[i].copy_(master)
+        if world_size() > 1:
+            shares = [(p.detach(), owner) for p, owner in zip(self.params, self.owner)]
+            for work in [dist.broadcast(p, owner, async_op=True) for p, owner in shares]:
+                work.wait()
+        return norm.item()
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            if p.grad is not None:
+                p.grad.zero_()  # in place: the gradients are views of DDP's buckets
+
+    def state_dict(self) -> dict[int, dict[str, Tensor]]:
+        """Index of a parameter -> its master and moments, for this rank's share."""
+        masters = self.masters.items()
+        return {i: {"master": m, **self.optimizers[i].state[m]} for i, m in masters}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[int, dict[str, Tensor]]) -> None:
+        """Take this rank's share from the state of all ranks. KeyError if it is not all there."""
+        for i, master in self.masters.items():
+            saved = dict(state[i])
+            master.copy_(saved.pop("master"))
+            self.optimizers[i].state[master] = {  # AdamW keeps its scalar `step` on the CPU
+                name: value.to(master.device if value.dim() else "cpu", copy=True)
+                for name, value in saved.items()
+            }

@@ -1,0 +1,109 @@
+"""Processes: torchrun's ranks, numbers over all of them, and how a program ends."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """The user's input cannot be used. The message names the flag, file or row, and the fix."""
+
+
+def init_processes() -> None:
+    """Join torchrun's process group, or make one of a single process."""
+    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    timeout = timedelta(hours=2)  # ranks wait for the one with the longest responses
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def all_reduce(value: float, op: Any = dist.ReduceOp.SUM) -> float:
+    """One number over all ranks: their sum, unless `op` says otherwise."""
+    x = torch.tensor(float(value), dtype=torch.float64, device=device())
+    if dist.is_initialized():
+        dist.all_reduce(x, op)
+    return x.item()
+
+
+def gather(value: Any) -> list:
+    """Every rank's value, in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    all_reduce(0)
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Run a program's main and leave at once, whatever happened.
+
+    At the usual exit vLLM and NCCL take leave of ranks that may be waiting elsewhere, for hours;
+    torchrun ends those, but only when this process is gone. (And gloo aborts, now and then.) An
+    InputError is a message, printed by rank 0, and no traceback.
+    """
+
+    def main_or_complaint() -> None:
+        try:
+            main()
+        except InputError as error:
+            program = os.path.basename(sys.argv[0])
+            sys.exit(f"{program}: {error}" if rank() == 0 else 1)
+
+    try:
+        record(main_or_complaint)()  # torchrun then has the error in its summary
+        barrier()  # a rank that is gone early would look like one that died
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def seed_of(*key: Any) -> int:
+    """A seed as a function of what it is for, such as (seed, step, problem)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
+def say(*words: Any) -> None:
+    """print, by rank 0 alone."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def progress(name: str, total: int) -> tqdm:
+    """A bar for what takes longer than two seconds; silent on ranks other than 0."""
+    return tqdm(total=total, desc=name, leave=False, delay=2, disable=rank() != 0)

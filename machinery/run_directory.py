@@ -1,0 +1,278 @@
+"""The run directory: its log, checkpoints and resumption. Rank 0 writes all but optimizer shards.
+
+config.json            what was asked for; the same command with the same --out resumes
+metrics.jsonl          one object a step; on a CPU the same bits if the run was interrupted
+timing.jsonl           one object a step: seconds and tokens per second of each phase
+evals.jsonl            one object for each evaluation
+samples/               groups of trajectories with what was computed of their tokens
+watched.jsonl          the same of the first groups' traces, always the same, every few steps
+checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's shards
+curves.png             drawn at the end and on Ctrl-C
+report.html            made at the end and on Ctrl-C: a page to look into all of this
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from machinery.batches import Trajectory
+from machinery.files import append, read_jsonl, to_jsonl, write
+from machinery.flags import Config
+from machinery.metrics import one_line
+from machinery.optimizer import ShardedAdamW
+from machinery.processes import InputError, all_reduce, barrier, rank, say
+
+# A finished or interrupted run may go on with these changed: they do not change the mathematics.
+MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "sample_groups", "note"}
+MAY_CHANGE |= {"graders", "token_budget", "sampler", "tensor_parallel", "cache_gib"}
+MAY_CHANGE |= {"checkpointing", "dry_run"}
+# Fields of a Trajectory that report.html shows: of the whole, of each token.
+VERDICTS = "right", "reward", "advantage", "learns", "inv_z"
+TOKENS = "logp", "logp_behavior", "factor", "slope"
+
+
+class Due(NamedTuple):
+    """What is to be done after a step: the same on every rank."""
+
+    show: bool  # keep groups and watched traces for report.html
+    evaluate: bool
+    save: bool
+
+
+class Run:
+    """The run directory of a config, opened: `checkpoint` says where to go on."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.out = cfg, Path(cfg.out)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.check()
+        done = checkpoints(self.out)
+        self.checkpoint = done[-1] if done else None
+        self.first_step = int(done[-1].name.split("-")[1]) if done else 0
+        self.asked_to_stop = 0.0  # when
+        self.stopped = False  # agreed upon by all ranks
+        barrier()
+        if rank() == 0:
+            self.prepare()
+        barrier()
+        if all_reduce(not (self.out / "config.json").exists()):
+            raise InputError(
+                f"--out {self.out}: not all ranks see what rank 0 writes there; name a directory "
+                "on a file system that all nodes share"
+            )
+
+    def check(self) -> None:
+        """Refuse the directory of another run."""
+        if not self.out.exists():
+            return
+        config = self.out / "config.json"
+        old = json.loads(config.read_text()) if config.is_file() else {}
+        if "algo" not in old:  # a model's directory has a config.json, too
+            if not self.out.is_dir() or any(self.out.iterdir()):
+                raise InputError(
+                    f"--out {self.out} exists and is not a run of this program; name another "
+                    "directory"
+                )
+            return
+        new = asdict(self.cfg)
+        differ = [
+            f"{name} was {old.get(name)!r}, now {new[name]!r}"
+            for name in new
+            if name not in MAY_CHANGE and old.get(name) != new[name]
+        ]
+        if differ and read_jsonl(self.out / "metrics.jsonl"):  # else there is nothing to lose
+            raise InputError(
+                f"--out {self.out} holds a run with another configuration: {'; '.join(differ)}. "
+                "Name another --out, or use the old values"
+            )
+
+    def prepare(self) -> None:
+        """Make the directory; drop what a killed run logged after its last checkpoint."""
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        write(self.out / "config.json", json.dumps(asdict(self.cfg), indent=1))
+        for name in ("metrics", "timing", "evals", "watched"):
+            rows = read_jsonl(self.out / f"{name}.jsonl") if self.checkpoint else []
+            kept = [row for row in rows if row["step"] <= self.first_step]
+            write(self.out / f"{name}.jsonl", to_jsonl(kept))
+        for file in (self.out / "samples").glob("step-*.jsonl"):
+            if int(file.stem.split("-")[1]) > self.first_step:
+                file.unlink()
+        if self.checkpoint:
+            say(f"resuming {self.out} after step {self.first_step}")
+
+    # -------------------------------------------------------------- the steps
+    def steps(self) -> Iterator[int]:
+        """From the last checkpoint to --steps. Ctrl-C or SIGTERM ends it after the step."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(number, self.ask_to_stop) for number in signals]
+        try:
+            for step in range(self.first_step, self.cfg.steps):
+                yield step
+                if self.stopped:
+                    break
+        finally:
+            for number, handler in zip(signals, handlers):
+                signal.signal(number, handler)
+
+    def ask_to_stop(self, number: int, _frame: Any) -> None:
+        """A second Ctrl-C stops at once, but torchrun's echo of the first one does not."""
+        if number == signal.SIGINT and 0 < self.asked_to_stop < time.monotonic() - 2:
+            raise KeyboardInterrupt
+        if not self.asked_to_stop and rank() == 0:  # os.write: print may be what was interrupted
+            os.write(2, b"\nstopping after this step, with a checkpoint (again: now, without)\n")
+        self.asked_to_stop = self.asked_to_stop or time.monotonic()
+
+    def due(self, step: int) -> Due:
+        """When so many steps are done. All ranks ask together, and stop together."""
+        cfg, last = self.cfg, step == self.cfg.steps
+        self.stopped = all_reduce(self.asked_to_stop, dist.ReduceOp.MAX) > 0
+        return Due(
+            show=last or self.stopped or step <= 1 or step % cfg.sample_every == 0,
+            evaluate=last or step == 0 or cfg.eval_every > 0 and step % cfg.eval_every == 0,
+            save=last or self.stopped or step % cfg.save_every == 0,
+        )
+
+    # -------------------------------------------------------------- the log
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def log_step(
+        self, step: int, metrics: dict[str, float], trajectories: list[Trajectory]
+    ) -> None:
+        """step: how many are done."""
+        sampled = sum(len(t.response) for t in trajectories if not t.off_policy)
+        trained = sum(len(t.problem.prompt_ids) + len(t.response) for t in trajectories)
+        tokens = {"sample": all_reduce(sampled), "update": all_reduce(trained)}
+        speed = {
+            f"tokens_per_second/{phase}": count / max(self.seconds[phase], 1e-9)
+            for phase, count in tokens.items()
+        }
+        row = {"step": step} | {name: metrics[name] for name in sorted(metrics)}
+        if rank() == 0:
+            append(self.out / "metrics.jsonl", row)
+            append(self.out / "timing.jsonl", {"step": step} | self.seconds | speed)
+            print(one_line(row, self.seconds), flush=True)
+        self.seconds.clear()
+
+    def log_samples(self, step: int, trajectories: list[Trajectory], tokenizer: Tokenizer) -> None:
+        """Rank 0's groups, spread over the updates of the step."""
+        if rank() == 0:
+            positions = sorted({t.position for t in trajectories})
+            n = min(self.cfg.sample_groups, len(positions))
+            kept = [positions[i * len(positions) // n] for i in range(n)]
+            shown = [t for t in trajectories if t.position in kept]
+            rows = [described(t, tokenizer) | recorded(t, *VERDICTS, *TOKENS) for t in shown]
+            write(self.out / "samples" / f"step-{step:06d}.jsonl", to_jsonl(rows))
+
+    def log_watched(self, step: int, traces: list[Trajectory], tokenizer: Tokenizer) -> None:
+        """What was recorded of the same traces, after so many steps; their text the first time."""
+        if rank() == 0 and traces:
+            file = self.out / "watched.jsonl"
+            rows = [recorded(t, *TOKENS) for t in traces]
+            if not file.stat().st_size:
+                rows = [described(t, tokenizer) | row for t, row in zip(traces, rows)]
+            append(file, {"step": step, "traces": rows})
+
+    def log_evaluation(self, step: int, scores: dict[str, dict]) -> None:
+        if rank() == 0 and scores:
+            append(self.out / "evals.jsonl", {"step": step, "scores": scores})
+
+    # -------------------------------------------------------------- checkpoints
+    def save(
+        self,
+        step: int,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        optimizer: ShardedAdamW,
+    ) -> None:
+        """A complete checkpoint or none: written under another name, then renamed."""
+        final = self.out / f"checkpoint-{step:06d}"
+        half_written = self.out / f".{final.name}.tmp"
+        if rank() == 0:
+            shutil.rmtree(half_written, ignore_errors=True)
+            model.save_pretrained(half_written)
+            tokenizer.save_pretrained(half_written)
+        barrier()
+        torch.save(optimizer.state_dict(), half_written / f"optimizer-{rank()}.pt")
+        barrier()
+        if rank() == 0:
+            half_written.rename(final)
+            for old in self.out.glob("checkpoint-[0-9]*/optimizer-*.pt"):  # only the newest resumes
+                if old.parent != final:
+                    old.unlink()
+        barrier()
+
+    def restore(self, optimizer: ShardedAdamW) -> None:
+        """The optimizer's state from the checkpoint, whatever number of ranks wrote it."""
+        if self.checkpoint:
+            state = {}
+            for shard in self.checkpoint.glob("optimizer-*.pt"):
+                state |= torch.load(shard, map_location="cpu", mmap=True)
+            try:
+                optimizer.load_state_dict(state)
+            except KeyError as error:
+                raise InputError(
+                    f"{self.checkpoint}: no optimizer state for parameter {error}; only the newest "
+                    "checkpoint keeps it. Start a new run with --model from this one"
+                ) from None
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Complete ones, the newest last: a half-written one has another name."""
+    return sorted(directory.glob("checkpoint-[0-9]*"))
+
+
+# ------------------------------------------------------------------ rows to look at
+def described(t: Trajectory, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a trajectory is."""
+    return {
+        "position": t.position,
+        "source": t.problem.source,
+        "off_policy": t.off_policy,
+        "prompt": tokenizer.decode(t.problem.prompt_ids),
+        "answer": t.problem.answer,
+        "response": tokenizer.decode(t.response),
+        "tokens": token_texts(t.response, tokenizer),
+    }
+
+
+def recorded(t: Trajectory, *names: str) -> dict[str, Any]:
+    """What was computed of it: fields as they are, tensors to five digits.
+
+    Digits, not decimals: log π of a sure token is π - 1, which must not become 0.
+    """
+    row = {name: getattr(t, name) for name in names}
+    for name, value in row.items():
+        if isinstance(value, Tensor):
+            row[name] = [float(f"{x:.5g}") for x in value.tolist()]
+    return row
+
+
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """The text of each token. A character whose bytes several tokens share is the last one's."""
+    texts = tokenizer.batch_decode([[i] for i in ids])
+    for end, text in enumerate(texts, start=1):
+        if "\ufffd" in text:  # a character has four bytes at most
+            for start in range(end - 2, max(end - 5, -1), -1):
+                whole = tokenizer.decode(ids[start:end])
+                if "\ufffd" not in whole:
+                    texts[start:end] = [""] * (end - 1 - start) + [whole]
+                    break
+    return texts

@@ -1,0 +1,166 @@
+"""How good is a policy on held-out problems: avg@k, pass@k; and what a run came to."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean as mean
+from statistics import stdev
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from machinery.files import read_jsonl
+from machinery.flags import Config
+from machinery.processes import gather, rank, seed_of, world_size
+from machinery.run_directory import checkpoints
+from machinery.samplers import Sampler
+
+Grader = Any  # verify.Grader: the machinery imports none of the files on top
+Problem = Any  # data.Problem
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased for pass@k (arXiv:2107.03374, Eq. 1). ValueError unless 0 <= c <= n, 1 <= k <= n.
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 4), pass_at_k(4, 2, 2)
+    (0.25, 1.0, 0.8333333333333334)
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def standard_error(means: list[float]) -> float:
+    """Of the mean of `means`, one for each problem: samples of a problem are not independent."""
+    return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+
+
+def by_problem(rows: list[dict]) -> dict[int, list[float]]:
+    """The rewards of each problem's responses."""
+    found = defaultdict(list)
+    for row in rows:
+        found[row["problem"]].append(row["reward"])
+    return found
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Rows of `respond`, the same number k for each problem -> scores.
+
+    avg: avg@k with its standard error avg_se; pass_at: unbiased pass@1 ... pass@k; lenient: avg@k
+    under the official grading, where it was asked for; mean length in tokens; share of truncated
+    responses.
+    """
+    rewards = list(by_problem(rows).values())
+    k, means = len(rewards[0]), [mean(r) for r in rewards]
+    right = [int(sum(r)) for r in rewards]
+    lenient = {"lenient": mean(row["lenient"] for row in rows)} if "lenient" in rows[0] else {}
+    return {
+        "problems": len(rewards),
+        "k": k,
+        "avg": mean(means),
+        "avg_se": standard_error(means),
+        **lenient,
+        "pass_at": [mean(pass_at_k(k, c, i) for c in right) for i in range(1, k + 1)],
+        "length": mean(row["tokens"] for row in rows),
+        "truncated": mean(row["truncated"] for row in rows),
+    }
+
+
+def respond(
+    sampler: Sampler,
+    problems: list[Problem],
+    numbers: Sequence[int],
+    grader: Grader,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    lenient: bool = False,
+) -> list[dict]:
+    """Graded responses to problems[i], i in numbers: a row for each, in order.
+
+    reward: as the grader was created to judge, strict in this program; lenient: also the official
+    grading.
+    """
+    prompts = [problems[i].prompt_ids for i in numbers]
+    seeds = [seed_of("evaluation", seed, i) for i in numbers]
+    groups = sampler.generate(
+        prompts, samples, seeds=seeds, temperature=temperature, max_tokens=max_tokens
+    )
+    rows: list[dict[str, Any]] = [
+        {
+            "problem": i,
+            "sample": j,
+            "source": problems[i].source,
+            "answer": problems[i].answer,
+            "tokens": len(sample.tokens),
+            "response": tokenizer.decode(sample.tokens),
+            "truncated": sample.tokens[-1] != tokenizer.eos_token_id,
+        }
+        for i, group in zip(numbers, groups)
+        for j, sample in enumerate(group)
+    ]
+    jobs = [(problems[row["problem"]].opened + row["response"], row["answer"]) for row in rows]
+    for row, reward in zip(rows, grader(jobs)):
+        row["reward"] = reward
+    if lenient:
+        for row, reward in zip(rows, grader(jobs, lenient=True)):
+            row["lenient"] = reward
+    return rows
+
+
+def evaluate(
+    sampler: Sampler, problems: list[Problem], grader: Grader, tokenizer: Tokenizer, cfg: Config
+) -> dict[str, dict]:
+    """A training run's own evaluation: source -> scores, sharded over the ranks.
+
+    The scores depend on the number of ranks by rounding only.
+    """
+    mine = range(rank(), len(problems), world_size())
+    how = dict(samples=cfg.eval_samples, max_tokens=cfg.max_response_tokens, seed=cfg.seed)
+    rows = respond(sampler, problems, mine, grader, tokenizer, temperature=0.6, **how)
+    return by_source(sum(gather([{**row, "response": ""} for row in rows]), []))
+
+
+def by_source(rows: list[dict]) -> dict[str, dict]:
+    sources = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["problem"], row["sample"])):
+        sources[row["source"]].append(row)
+    return {source: summarize(sources[source]) for source in sorted(sources)}
+
+
+def table(columns: dict[str, dict[str, dict]]) -> str:
+    """{name of a policy: scores by source} -> a markdown table, a line for each source."""
+    names = list(columns)
+    lines = ["| problems | score | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for source, first in columns[names[0]].items():
+        k, scores = first["k"], [found[source] for found in columns.values()]
+        for label, cells in {
+            f"avg@{k}": [f"{s['avg']:.3f}" for s in scores],
+            f"pass@{k}": [f"{s['pass_at'][-1]:.3f}" for s in scores],
+            "tokens": [f"{s['length']:.1f}" for s in scores],
+            "truncated": [f"{s['truncated']:.1%}" for s in scores],
+        }.items():
+            lines.append(f"| {source} ({first['problems']}) | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report(directory: Path) -> None:
+    """What a run came to: curves.png, report.html, the first evaluation and the last."""
+    from machinery.page import write_page
+    from machinery.plots import draw_curves  # matplotlib is slow to import
+
+    draw_curves(directory)
+    evaluations = read_jsonl(directory / "evals.jsonl")
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[-1]
+        print("\n" + table({f"step {e['step']}": e["scores"] for e in (first, last)}))
+    print(f"\ncheckpoint  {(checkpoints(directory) or ['none yet'])[-1]}")
+    print(f"curves      {directory / 'curves.png'}")
+    write_page([directory], directory / "report.html")
+    print(f"look inside {directory / 'report.html'}")
