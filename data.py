@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -193,12 +194,14 @@ def from_gpqa(row: dict, where: str) -> Problem:
     )
 
 
-def multiple_choice(row: dict, column: str, choices, answer, where: str) -> Problem:
+def multiple_choice(
+    row: dict, column: str, choices: Iterable[tuple[str, str]], answer: str, where: str
+) -> Problem:
     options = "\n".join(f"{label}) {text}" for label, text in choices)
     return bare({column: f"{field(row, column, str, where)}\n\n{options}\n"}, column, answer, where)
 
 
-def bare(row: dict, column: str, answer, where: str) -> Problem:
+def bare(row: dict, column: str, answer: Any, where: str) -> Problem:
     """From a problem without a system message or a trace."""
     if answer is None or not str(answer).strip():
         raise InputError(f"{where}: the answer is empty")
@@ -227,7 +230,7 @@ def to_problem(row: dict, where: str) -> Problem:
     raise InputError(f"{where}: expected the columns {known}, found {sorted(row)}")
 
 
-def field(row: dict, column: str, kind: type, where: str):
+def field(row: dict, column: str, kind: type, where: str) -> Any:
     value = row.get(column)
     if not isinstance(value, kind) or not value:
         raise InputError(
@@ -268,7 +271,8 @@ def encode(
             "the tokenizer has no EOS token: a response could never end. "
             "Set eos_token in its tokenizer_config.json"
         )
-    kept, dropped = [], Counter()
+    kept: list[Problem] = []
+    dropped: Counter[str] = Counter()
     bar = progress("tokens", len(problems))
     for problem in problems:
         bar.update()
@@ -306,7 +310,12 @@ def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
             "the tokenizer has no chat template, and the prompts are chat messages. "
             "Put a chat_template into its tokenizer_config.json"
         )
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+
+
+def text_of(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Special tokens, too: what the verifier sees."""
+    return str(tokenizer.decode(list(ids)))
 
 
 def choose_template(problems: list[Problem], tokenizer: Tokenizer) -> None:
@@ -316,19 +325,22 @@ def choose_template(problems: list[Problem], tokenizer: Tokenizer) -> None:
     This looks at the data, not at the algorithm: all arms see the same prompts. The template is
     saved with the checkpoints, as the tokenizer's own.
     """
-    chats = [p for p in problems if not isinstance(p.prompt, str)]
-    thoughts = any((p.trace or "").lstrip().startswith("<think>") for p in chats)
+    chats, thoughts = [], False
+    for p in problems:
+        if not isinstance(p.prompt, str):
+            chats.append(p.prompt)
+            thoughts = thoughts or (p.trace or "").lstrip().startswith("<think>")
     own = tokenizer.chat_template
-    if not chats or own and (not thoughts or render(chats[0].prompt, tokenizer).endswith(THINK)):
+    if not chats or own and (not thoughts or render(chats[0], tokenizer).endswith(THINK)):
         return
     system, opening = (THINK_SYSTEM, f" {THINK}") if thoughts else (SYSTEM, "\n")
-    if chats[0].prompt[0]["role"] == "system":  # then so for problems without one, in evaluation
-        system = chats[0].prompt[0]["content"]
+    if chats[0][0]["role"] == "system":  # then so for problems without one, in evaluation
+        system = chats[0][0]["content"]
     constants = f"{{% set SYSTEM = {system!r} %}}{{% set OPENING = {opening!r} %}}"
     tokenizer.chat_template = constants + CHAT_TEMPLATE
     say(
         f"template    ours ({'its own does not open the thought' if own else 'it has none'}): "
-        f"...{render(chats[0].prompt, tokenizer)[-40:]!r}"
+        f"...{render(chats[0], tokenizer)[-40:]!r}"
     )
 
 
@@ -374,7 +386,7 @@ def load_training_set(
     if need_traces:
         dropped["no trace"] = sum(p.trace is None for p in kept)
         kept = [p for p in kept if p.trace is not None]
-    jobs = [(p.opened + tokenizer.decode(p.trace_ids), p.answer) for p in kept]
+    jobs = [(p.opened + text_of(p.trace_ids, tokenizer), p.answer) for p in kept]
     key = hashlib.sha256(json.dumps(jobs).encode()).hexdigest()
     known = json.loads(verdicts.read_text()) if verdicts.exists() else {}
     rewards = known.get(key, [0.0] * len(jobs))

@@ -105,7 +105,7 @@ def to_prompt(problem: Problem, template: str, tokenizer: Tokenizer) -> Problem:
     messages = [m for m in problem.prompt if m["role"] != "system"]
     if template == "own_no_system":
         return replace(problem, prompt=messages)
-    text = TEMPLATES[template].replace("{problem}", messages[-1]["content"])
+    text = (TEMPLATES[template] or "{problem}").replace("{problem}", messages[-1]["content"])
     return replace(problem, prompt=text)
 
 
@@ -188,7 +188,8 @@ def score_table(scores: Scores) -> str:
         )
     for t in dict.fromkeys(t for _, t in scores):
         here = {name: s for (name, other), s in scores.items() if other == t}
-        groups = [names for names in GROUPS.values() if here.keys() >= set(names)] or [here]
+        whole = [names for names in GROUPS.values() if here.keys() >= set(names)]
+        groups = whole or [tuple(here)]
         for these in ([here[name] for name in names] for names in groups if len(names) > 1):
             error = math.sqrt(sum(s["avg_se"] ** 2 for s in these)) / len(these)
             lines.append(
@@ -211,17 +212,8 @@ def published_table(scores: Scores, system: str) -> str:
         for (name, t), s in scores.items()
         if name in paper
     ]
-    return (
-        "\n".join(
-            [
-                f"| {system} | T | here | lenient | published | difference |",
-                "|---|---|---|---|---|---|",
-                *lines,
-            ]
-        )
-        if lines
-        else ""
-    )
+    head = [f"| {system} | T | here | lenient | published | difference |", "|---" * 6 + "|"]
+    return "\n".join(head + lines) if lines else ""
 
 
 def percent(value: float, error: float = math.nan) -> str:
@@ -231,11 +223,13 @@ def percent(value: float, error: float = math.nan) -> str:
 # ------------------------------------------------------------------ evaluations side by side
 def load_rows(out: Path) -> Rows:
     """An evaluation's directory -> (benchmark, temperature, k) -> its rows."""
-    found = defaultdict(lambda: defaultdict(list))
+    found: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for file in sorted(out.glob("*-rank*.jsonl")):
-        name, t, k = re.fullmatch(r"(.+)-t([0-9.]+)-k([0-9]+)-rank[0-9]+", file.stem).groups()
-        for row in whole_blocks(file):
-            found[name, float(t), int(k)][row["source"]].append(row)
+        match = re.fullmatch(r"(.+)-t([0-9.]+)-k([0-9]+)-rank[0-9]+", file.stem)
+        if match is not None:
+            key = match[1], float(match[2]), int(match[3])
+            for row in whole_blocks(file):
+                found[key][row["source"]].append(row)
     if not found:
         raise InputError(f"{out}: not the directory of an evaluation (no *-rank*.jsonl in it)")
     return {
@@ -419,9 +413,7 @@ def load_sampler(
 ) -> tuple[Sampler, int]:
     """-> a sampler with the model's weights, responses to ask for at once."""
     if kind == "torch":
-        own = TorchSampler(path, config, eos)
-        own.push(())  # it has loaded them itself
-        return own, TORCH_ROWS
+        return TorchSampler(path, config, eos), TORCH_ROWS
     sampler = VLLMSampler(path, config, eos, longest, plan.evaluation_cache_bytes(config))
     sampler.push(from_pretrained(path, config=config).named_parameters())
     return sampler, VLLM_ROWS

@@ -32,27 +32,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from data import Problem, batch_at, load_benchmarks, load_training_set
+from data import Problem, batch_at, load_benchmarks, load_training_set, text_of
 from machinery import flags, plan
 from machinery.batches import MicroBatch, Trajectory, pack
 from machinery.flags import flag
 from machinery.metrics import Means, add_token_metrics, failure_metrics, trajectory_metrics
 from machinery.model import Policy, find, fit_context, load_config, load_model, load_tokenizer
-from machinery.model import recipe
-from machinery.model import token_logprobs as token_logprobs  # log π_θ and its entropy
+from machinery.model import recipe, token_logprobs as token_logprobs  # log π_θ and its entropy
 from machinery.optimizer import ShardedAdamW
 from machinery.processes import all_reduce, init_processes, launch, progress, rank, say, seed_of
 from machinery.processes import world_size
 from machinery.run_directory import Due, Run
 from machinery.samplers import NoSampler, Sample, Sampler, TorchSampler, check_awake, sampler_kind
-from machinery.samplers import to_sample, vllm_environment, vllm_options
+from machinery.samplers import engine_group, jobs_of_engine, to_sample, vllm_environment
+from machinery.samplers import vllm_options
 from machinery.scores import evaluate, report
 from verify import Grader
 
@@ -116,6 +115,10 @@ class Config:
     sample_groups: int = flag(8, "groups in such a file", 1)
     note: str = flag("", "shown on report.html")
     dry_run: str = flag("", "print the plan for this machine, or for GPUSxGIB (8x80), and stop")
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.beta1, self.beta2
 
     @property
     def samples(self) -> bool:
@@ -194,7 +197,6 @@ def token_factors(
     logp: Tensor,
     logp_behavior: Tensor,
     off_policy: Tensor,
-    *,
     shaping: str,
     gamma: float,
     shape_rollouts: bool,
@@ -225,11 +227,10 @@ def mixed_policy_objective(
 
     logp_behavior is log π_old on rollouts and log π_φ on traces; off_policy (bool) marks the trace
     tokens. Clipping acts on rollout tokens alone, as in Eq. 6. With π_φ = 1 a trace's ratio is π_θ
-    itself: a clip would hold it wherever π_θ < 1 - ε, so that just the tokens that the trace is
-    there to teach would have no gradient.
+    itself. Clamped to [1 - ε, 1 + ε] it would have no gradient wherever π_θ < 1 - ε, and these are
+    the tokens that the trace is there to teach.
     """
-    how = dict(shaping=shaping, gamma=gamma, shape_rollouts=shape_rollouts)
-    x = token_factors(logp, logp_behavior, off_policy, **how)
+    x = token_factors(logp, logp_behavior, off_policy, shaping, gamma, shape_rollouts)
     objective = x * advantage
     if clip is not None:
         clipped = torch.min(objective, x.clamp(1 - clip, 1 + clip) * advantage)
@@ -255,18 +256,14 @@ def train(cfg: Config, base: str) -> None:
     """The whole method in one loop. What it calls follows, in its order."""
     run = Run(cfg)
     with Grader(cfg.graders, cfg.grade_timeout, cfg.lenient) as grader:
-        tokenizer, problems, held_out, sampler, model = load(cfg, run, base, grader)
+        tokenizer, problems, watched, held_out, sampler, model = load(cfg, run, base, grader)
         policy = DDP(Policy(model, cfg.temperature), gradient_as_bucket_view=True)
-        betas = cfg.beta1, cfg.beta2
-        optimizer = ShardedAdamW(policy.parameters(), cfg.lr, betas, cfg.weight_decay)
+        optimizer = ShardedAdamW(policy.parameters(), cfg.lr, cfg.betas, cfg.weight_decay)
         run.restore(optimizer)
-        watched = first_traces(problems, cfg)
 
         def look(step: int, due: Due) -> None:
-            """At what the policy makes of some traces, and of problems that it is not taught."""
             if due.show:
-                watch(policy, watched, at_step(cfg, step))
-                run.log_watched(step, watched, tokenizer)
+                run.log_watched(step, watch(policy, watched, at_step(cfg, step)), tokenizer)
             if due.evaluate and held_out:
                 sampler.push(model.named_parameters())
                 run.log_evaluation(step, evaluate(sampler, held_out, grader, tokenizer, cfg))
@@ -276,6 +273,7 @@ def train(cfg: Config, base: str) -> None:
             look(0, run.due(0))
         for step in run.steps():  # from the last checkpoint on
             now = at_step(cfg, step)
+            optimizer.set_lr(now.lr)
             batch = batch_at(problems, step, cfg.problems_per_step, cfg.seed)
             with run.clock("sync"):
                 if cfg.rollouts:  # SFT has none
@@ -289,14 +287,11 @@ def train(cfg: Config, base: str) -> None:
             with run.clock("update"):
                 metrics |= update(policy, optimizer, trajectories, now)
             due = run.due(step + 1)
-            run.log_step(step + 1, metrics, trajectories)
-            if due.show:
-                run.log_samples(step + 1, trajectories, tokenizer)
+            run.log_step(step + 1, metrics, trajectories, tokenizer, due.show)
             look(step + 1, due)
             if due.save:
                 run.save(step + 1, model, tokenizer, optimizer)
-    if rank() == 0:
-        report(run.out)
+    report(run.out)
 
 
 class VLLMSampler:
@@ -314,7 +309,7 @@ class VLLMSampler:
         longest: tokens of a prompt and its response; cache: bytes of keys and values, on each GPU;
         tp: consecutive ranks that share an engine, and sample for each other.
         """
-        self.eos, self.frees_memory, self.group = eos, torch.cuda.is_available(), None
+        self.eos, self.frees_memory = eos, torch.cuda.is_available()
         with vllm_environment():
             from vllm import LLM  # slow to import, and only here
 
@@ -323,20 +318,13 @@ class VLLMSampler:
                 load_format="dummy",  # the weights come by `push`
                 generation_config="vllm",
                 max_model_len=longest,
-                hf_overrides={
-                    "max_position_embeddings": config.max_position_embeddings,
-                    "rope_parameters": config.rope_parameters,
-                },
                 kv_cache_memory_bytes=cache,
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                 tensor_parallel_size=tp,
                 distributed_executor_backend="external_launcher",
-                **vllm_options(longest),
+                **vllm_options(config, longest),
             )
-        if tp > 1:
-            from vllm.distributed.parallel_state import get_tp_group
-
-            self.group = get_tp_group().cpu_group  # the ranks that share this engine
+        self.group = engine_group() if tp > 1 else None  # the ranks that share this engine
         self.sleep()
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -358,12 +346,7 @@ class VLLMSampler:
         """n samples for each prompt (token ids): see Sampler.generate."""
         from vllm import SamplingParams
 
-        everyones, here = [list(zip(prompts, seeds))], 0
-        if self.group:  # the ranks of an engine must ask it for the same
-            everyones = [[] for _ in range(dist.get_world_size(self.group))]
-            dist.all_gather_object(everyones, list(zip(prompts, seeds)), self.group)
-            here = dist.get_rank(self.group)
-        jobs = [job for jobs in everyones for job in jobs]
+        jobs, first = jobs_of_engine(list(zip(prompts, seeds)), self.group)
         if n == 0 or not jobs:
             return [[] for _ in prompts]
         check_awake(self.awake)
@@ -374,7 +357,6 @@ class VLLMSampler:
             [SamplingParams(seed=seed, **options) for _, seed in jobs],
             use_tqdm=partial(tqdm, leave=False, delay=2) if rank() == 0 else False,
         )
-        first = sum(map(len, everyones[:here]))
         mine = [list(map(to_sample, o.outputs)) for o in outputs[first : first + len(prompts)]]
         return [(group * n)[:n] for group in mine]  # vLLM gives a greedy response once
 
@@ -411,7 +393,8 @@ def score(
     """Eq. 1: set each trajectory's verdict and reward, and what follows from them; -> metrics."""
     failed_before = grader.failures.copy()
     rollouts = [t for t in trajectories if not t.off_policy]
-    jobs = [(t.problem.opened + tokenizer.decode(t.response), t.problem.answer) for t in rollouts]
+    texts = [t.problem.opened + text_of(t.response, tokenizer) for t in rollouts]
+    jobs = [(text, t.problem.answer) for text, t in zip(texts, rollouts)]
     for t, right in zip(rollouts, grader(jobs)):
         t.right = right  # 0 where the grader failed
     for t in trajectories:
@@ -441,14 +424,12 @@ def update(
     policy: DDP, optimizer: ShardedAdamW, trajectories: list[Trajectory], cfg: Config
 ) -> dict[str, float]:
     """`updates_per_step` steps of AdamW on J, each on its share of the problems; -> metrics."""
-    share = cfg.problems_per_step // cfg.updates_per_step
-    mini_batches: list[list[Trajectory]] = [[] for _ in range(cfg.updates_per_step)]
-    for t in trajectories:
-        mini_batches[t.position // share].append(t)
+    n = cfg.updates_per_step
+    share = cfg.problems_per_step // n  # problems of an update
+    mini_batches = [[t for t in trajectories if t.position // share == i] for i in range(n)]
     later = [t for mini_batch in mini_batches[1:] for t in mini_batch]
     record_old_logprobs(policy, [t for t in later if not t.off_policy], cfg)
     means, norms = Means(), []
-    optimizer.set_lr(cfg.lr)
     with progress("update", sum(len(t.response) for t in trajectories)) as bar:
         for mini_batch in mini_batches:
             set_normaliser(mini_batch, cfg)
@@ -458,9 +439,8 @@ def update(
             if all_reduce(any(t.signal for t in mini_batch)):
                 norms.append(optimizer.step(cfg.max_grad_norm))
             optimizer.zero_grad()
-    skipped = cfg.updates_per_step - len(norms)
     mean_norm = sum(norms) / max(1, len(norms))
-    return means.reduce() | {"grad_norm": mean_norm, "skipped_updates": skipped}
+    return means.reduce() | {"grad_norm": mean_norm, "skipped_updates": n - len(norms)}
 
 
 def record_old_logprobs(policy: DDP, rollouts: list[Trajectory], cfg: Config) -> None:
@@ -482,9 +462,10 @@ def set_normaliser(mini_batch: list[Trajectory], cfg: Config) -> None:
     """
     sft = [t.off_policy and SHAPINGS[cfg.shaping].is_sft for t in mini_batch]
     rl = [len(t.response) for t, is_sft in zip(mini_batch, sft) if not is_sft]
-    sft_tokens = sum(len(t.response) for t, is_sft in zip(mini_batch, sft) if is_sft and t.learns)
-    counts = map(all_reduce, (len(rl), sum(rl), sft_tokens))
-    inv_z, sft_inv_z = inverse_z(*counts, cfg.max_response_tokens, cfg.token_mean)
+    sft_length = sum(len(t.response) for t, is_sft in zip(mini_batch, sft) if is_sft and t.learns)
+    count, tokens, sft_tokens = map(all_reduce, (len(rl), sum(rl), sft_length))
+    longest = cfg.max_response_tokens
+    inv_z, sft_inv_z = inverse_z(count, tokens, sft_tokens, longest, cfg.token_mean)
     for t, is_sft in zip(mini_batch, sft):
         t.inv_z = t.learns * (cfg.sft_coef * sft_inv_z if is_sft else cfg.rl_coef * inv_z)
 
@@ -522,7 +503,8 @@ def token_loss(
     logp_old = logp.detach() if micro_batch.logp_old is None else micro_batch.logp_old
     logp_behavior = logp_old.masked_fill(off_policy, LOG_PI_PHI)
     tokens = logp.requires_grad_(), logp_behavior, micro_batch.advantage, off_policy
-    how = dict(shaping=cfg.shaping, gamma=cfg.gamma, shape_rollouts=cfg.shape_rollouts)
+    how: dict[str, Any] = dict(shaping=cfg.shaping, gamma=cfg.gamma)
+    how |= dict(shape_rollouts=cfg.shape_rollouts)
     objective = mixed_policy_objective(*tokens, clip=cfg.clip, **how)
     if cfg.tis_cap is not None:  # π_old is not quite what the sampler sampled from
         trust = (logp_old - micro_batch.logp_sampler).exp().clamp(max=cfg.tis_cap)
@@ -536,26 +518,26 @@ def token_loss(
     return loss
 
 
-def watch(policy: DDP, traces: list[Trajectory], cfg: Config) -> None:
-    """Record what the policy makes of some traces, as `update` would."""
+def watch(policy: DDP, traces: list[Trajectory], cfg: Config) -> list[Trajectory]:
+    """Record what the policy makes of some traces, as `update` would; -> the traces."""
     for micro_batch in pack(traces, cfg.token_budget):
         with torch.no_grad():
             logp, entropy = policy.module(micro_batch)
         token_loss(logp, entropy, micro_batch, cfg, Means())
+    return traces
 
 
 # ============================================================================ that was the method
 def load(
     cfg: Config, run: Run, base: str, grader: Grader
-) -> tuple[Tokenizer, list[Problem], list[Problem], Sampler, PreTrainedModel]:
-    """-> tokenizer, problems to train on, problems to evaluate on, sampler, model to train."""
+) -> tuple[Tokenizer, list[Problem], list[Trajectory], list[Problem], Sampler, PreTrainedModel]:
+    """-> tokenizer, problems, traces to watch, problems to evaluate on, sampler, model."""
     path = str(run.checkpoint or base)
     tokenizer, config = load_tokenizer(path), load_config(path)
     prompt, response = cfg.max_prompt_tokens, cfg.max_response_tokens
     fit_context(config, prompt, response)
-    verdicts = run.out / "trace_rewards.json"
-    traces = cfg.traces > 0
-    problems = load_training_set(cfg.data, tokenizer, grader, verdicts, traces, prompt, response)
+    kept = run.out / "trace_rewards.json", cfg.traces > 0, prompt, response
+    problems = load_training_set(cfg.data, tokenizer, grader, *kept)
     held_out = load_benchmarks(filter(None, cfg.eval_data.split(",")), tokenizer, prompt)
     sampler: Sampler = NoSampler()
     if cfg.samples:
@@ -568,7 +550,7 @@ def load(
             sampler = TorchSampler(path, config, eos)
     # The trainer's model comes last, for vLLM looks at what the GPU has free.
     model = load_model(path, config, cfg.checkpointing)
-    return tokenizer, problems, held_out, sampler, model
+    return tokenizer, problems, first_traces(problems, cfg), held_out, sampler, model
 
 
 def first_traces(problems: list[Problem], cfg: Config) -> list[Trajectory]:

@@ -24,7 +24,7 @@ from functools import lru_cache
 from itertools import accumulate, permutations
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from machinery.pool import Pool, serve
 
@@ -61,7 +61,8 @@ def extract_answer(response: str) -> str | None:
     if not closed and "<think>" in response:
         return None
     first_box = re.search(BOX, text)
-    last, opened = None, []  # (start, end) of the box that begins last; where each `{` began
+    last: tuple[int, int] | None = None  # (start, end) of the box that begins last
+    opened: list[tuple[int, bool]] = []  # where each `{` began, and is it of a box?
     for token in BOX_OR_BRACE.finditer(text, first_box.start()) if first_box else ():
         # one pass: a search for each box's end would be quadratic, in the trainer's process
         if token[0] == "}" and opened:
@@ -171,8 +172,9 @@ def number(text: str) -> Fraction | None:
 def sequence(text: str) -> tuple[str, list[Fraction]] | None:
     """The brackets, if any, around two or more numbers with commas between; and the numbers."""
     if match := SEQUENCE.fullmatch(text):
-        values = [number(part.strip()) for part in match[2].split(",")]
-        if len(values) > 1 and None not in values and bool(match[1]) == bool(match[3]):
+        parts = [number(part.strip()) for part in match[2].split(",")]
+        values = [value for value in parts if value is not None]
+        if len(values) == len(parts) > 1 and bool(match[1]) == bool(match[3]):
             return match[1] + match[3], values
     return None
 
@@ -206,9 +208,8 @@ def compare(given: str, answer: str) -> Verdict | None:
         return Verdict(same_kind and numbers == gold_numbers, "compared number by number")
     if based := BASED.fullmatch(given):
         if (gold_based := BASED.fullmatch(answer)) or gold is not None:
-            return Verdict(
-                bool(gold_based) and based.groups() == gold_based.groups(), "compared in their base"
-            )
+            same = gold_based is not None and based.groups() == gold_based.groups()
+            return Verdict(same, "compared in their base")
     if re.fullmatch(r"\(?[A-J]\)?", answer):
         if choice := CHOICE.fullmatch(re.sub(TEXT + r"\{([^{}]*)\}", r"\1", given)):
             return Verdict(choice[1].upper() == answer.strip("()"), "compared as choices")
@@ -223,7 +224,7 @@ def compare(given: str, answer: str) -> Verdict | None:
 
 
 @lru_cache(maxsize=4096)
-def read(answer: str):
+def read(answer: str) -> Any:
     """A normal form as a sympy expression, its decimals as exact fractions; None if it is none.
 
     Not by math_verify.parse, which looks for anything in the text that can be read, takes letters
@@ -247,7 +248,7 @@ def read(answer: str):
     return found.xreplace({x: Rational(str(x)) for x in found.atoms(Float)})
 
 
-def same_value(given, answer) -> bool:
+def same_value(given: Any, answer: Any) -> bool:
     """Of two expressions: exactly, or to 40 digits where both are irrational constants."""
     from math_verify import verify
     from sympy import Expr
@@ -317,7 +318,7 @@ def grade(response: str, answer: str, lenient: bool = False) -> float:
     (0.0, 1.0)
     """
     given, verdict = screen(response, answer, lenient)
-    return float((verdict or parse_and_compare(given, answer, lenient)).right)
+    return float((verdict or parse_and_compare(given or "", answer, lenient)).right)
 
 
 # ------------------------------------------------------------------ many answers, safely
@@ -331,12 +332,10 @@ class Grader:
     """
 
     def __init__(self, workers: int = 2, timeout: float = 5.0, lenient: bool = False):
-        self.lenient, self.failures = lenient, Counter()
-        self.pool = Pool(
-            [sys.executable, str(Path(__file__).resolve()), "--worker", str(timeout)],
-            workers,
-            timeout,
-        )
+        self.lenient = lenient
+        self.failures: Counter[str] = Counter()
+        program = [sys.executable, str(Path(__file__).resolve())]
+        self.pool = Pool([*program, "--worker", str(timeout)], workers, timeout)
 
     def __call__(self, jobs: list[tuple[str, str]], lenient: bool | None = None) -> list[float]:
         """[(response, answer), ...] -> [reward, ...] in the same order. lenient: or as created."""
@@ -364,7 +363,7 @@ class Grader:
     def __enter__(self) -> "Grader":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -36,8 +36,19 @@ def make_environment() -> Path:
     if not (ENVIRONMENT / "complete").exists():
         print(f"making {ENVIRONMENT}", file=sys.stderr)
         venv.create(ENVIRONMENT, clear=True, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r",
-                        HERE.parent / "requirements-cpu.txt", TRL], check=True)
+        subprocess.run(
+            [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "-r",
+                HERE.parent / "requirements-cpu.txt",
+                TRL,
+            ],
+            check=True,
+        )
         (ENVIRONMENT / "complete").touch()
     return python
 
@@ -86,14 +97,30 @@ def trl(model: str, steps: int, batch: int) -> list[dict]:
         trainer = Timed(
             model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
-            reward_funcs=rewards, callbacks=[Clock()],
+            reward_funcs=rewards,
+            callbacks=[Clock()],
             train_dataset=datasets.Dataset.from_dict({"prompt": tiny.prompts() * steps}),
             args=GRPOConfig(
-                output_dir=directory, max_steps=steps, num_generations=8, shuffle_dataset=False,
-                per_device_train_batch_size=batch, gradient_accumulation_steps=128 // batch,
-                max_completion_length=tiny.MAX_TOKENS, loss_type="dr_grpo", scale_rewards="none",
-                beta=0.0, learning_rate=1e-6, gradient_checkpointing=False, use_cpu=True,
-                bf16=False, fp16=False, save_strategy="no", report_to=[], disable_tqdm=True))
+                output_dir=directory,
+                max_steps=steps,
+                num_generations=8,
+                shuffle_dataset=False,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=128 // batch,
+                max_completion_length=tiny.MAX_TOKENS,
+                loss_type="dr_grpo",
+                scale_rewards="none",
+                beta=0.0,
+                learning_rate=1e-6,
+                gradient_checkpointing=False,
+                use_cpu=True,
+                bf16=False,
+                fp16=False,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+        )
         trainer.train()
     return rows
 
@@ -106,8 +133,10 @@ def measure(name: str, model: str, steps: int) -> None:
         importlib.import_module("trl.trainer.grpo_trainer")  # imported, not memory of the step
     with tiny.PeakMemory() as peak:
         rows = ours(model, steps + 1) if name == "ours" else trl(model, steps + 1, PROGRAMS[name])
-    phases = {phase: statistics.median(row[phase] / row["tokens"] for row in rows[1:])
-              for phase in ("sample", "step")}  # seconds a token
+    phases = {
+        phase: statistics.median(row[phase] / row["tokens"] for row in rows[1:])
+        for phase in ("sample", "step")
+    }  # seconds a token
     tokens = statistics.mean(row["tokens"] for row in rows[1:]) / 128
     print("\n" + json.dumps(phases | {"bytes": peak.bytes, "mean_tokens": tokens}), flush=True)
     os._exit(0)
@@ -132,25 +161,49 @@ def main() -> None:
         tiny.save(model)
         rounds = []
         for _ in tqdm(range(args.rounds)):
-            rounds.append({name: tiny.in_process(__file__, "--one", name, model, "--steps",
-                                                 args.steps) for name in PROGRAMS})
-    print(f"{tiny.machine()}, {TRL}; {args.rounds} rounds of {args.steps} steps, median (lowest "
-          "to highest); tokens are sampled ones\n")
-    print("| | tokens/s | while sampling | seconds a step | peak memory, MiB "
-          "| tokens/s, ours / it | memory, ours / it |\n|---|---|---|---|---|---|---|")
+            rounds.append(
+                {
+                    name: tiny.in_process(__file__, "--one", name, model, "--steps", args.steps)
+                    for name in PROGRAMS
+                }
+            )
+    print(
+        f"{tiny.machine()}, {TRL}; {args.rounds} rounds of {args.steps} steps, median (lowest "
+        "to highest); tokens are sampled ones\n"
+    )
+    print(
+        "| | tokens/s | while sampling | seconds a step | peak memory, MiB "
+        "| tokens/s, ours / it | memory, ours / it |\n|---|---|---|---|---|---|---|"
+    )
     for name in PROGRAMS:
         mine = [r[name] for r in rounds]
-        speed = [f"{tiny.spread([1 / row[phase] for row in mine], ',.0f')}"
-                 for phase in ("step", "sample")]
+        speed = [
+            f"{tiny.spread([1 / row[phase] for row in mine], ',.0f')}"
+            for phase in ("step", "sample")
+        ]
         seconds = statistics.median(row["step"] * row["mean_tokens"] * 128 for row in mine)
-        ratios = [tiny.spread([r[name]["step"] / r["ours"]["step"] for r in rounds]),
-                  tiny.spread([r["ours"]["bytes"] / r[name]["bytes"] for r in rounds])]
-        print("|", " | ".join([name, *speed, f"{seconds:.1f}",
-                               tiny.spread([row["bytes"] / 2**20 for row in mine], ".0f"),
-                               *(ratios if name != "ours" else ["", ""])]), "|")
+        ratios = [
+            tiny.spread([r[name]["step"] / r["ours"]["step"] for r in rounds]),
+            tiny.spread([r["ours"]["bytes"] / r[name]["bytes"] for r in rounds]),
+        ]
+        print(
+            "|",
+            " | ".join(
+                [
+                    name,
+                    *speed,
+                    f"{seconds:.1f}",
+                    tiny.spread([row["bytes"] / 2**20 for row in mine], ".0f"),
+                    *(ratios if name != "ours" else ["", ""]),
+                ]
+            ),
+            "|",
+        )
     lengths = {name: statistics.mean(r[name]["mean_tokens"] for r in rounds) for name in PROGRAMS}
-    print("\nmean tokens of a sample: "
-          + ", ".join(f"{name} {length:.0f}" for name, length in lengths.items()))
+    print(
+        "\nmean tokens of a sample: "
+        + ", ".join(f"{name} {length:.0f}" for name, length in lengths.items())
+    )
 
 
 if __name__ == "__main__":

@@ -39,8 +39,13 @@ class Alone:
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen([sys.executable, __file__, "--alone"], text=True, bufsize=1,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--alone"],
+            text=True,
+            bufsize=1,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self.process.stdout.readline()  # imported
 
     def verdict(self, text: str, gold: str) -> Verdict:
@@ -78,14 +83,21 @@ def answers(rng: random.Random) -> tuple[str, str, str]:
     """(gold answer, another way to write it, a wrong one)"""
     a, b, c = rng.randint(2, 40), rng.randint(2, 40), rng.choice([2, 3, 5, 7])
     kinds = [(str(a * b), f"{a * b}", f"{a * b + 1}")] * 10
-    kinds += [(rf"\frac{{{a}}}{{{a + c}}}", rf"\dfrac{{{2 * a}}}{{{2 * a + 2 * c}}}",
-               rf"\frac{{{a + 1}}}{{{a + c}}}")] * 4
-    kinds += [(rf"{a}\sqrt{{{c}}}", rf"\sqrt{{{a * a * c}}}", rf"{a}\sqrt{{{c + 1}}}"),
-              (rf"\frac{{{a}\pi}}{{{c}}}", rf"\frac{{{a}}}{{{c}}}\pi", rf"\frac{{{b}\pi}}{{41}}"),
-              (f"x^2+{a}x+{b}", f"{b} + {a}x + x^2", f"x^2+{a}x-{b}"),
-              (f"({a},{b})", f"({a}, {b})", f"({b + 41},{a})"),
-              (f"[{-a},{b})", rf"\left[-{a}, {b}\right)", f"[{-a},{b}]"),
-              (f"{a}, {b + 41}", f"{b + 41},{a}", f"{a}, {b + 42}")]
+    kinds += [
+        (
+            rf"\frac{{{a}}}{{{a + c}}}",
+            rf"\dfrac{{{2 * a}}}{{{2 * a + 2 * c}}}",
+            rf"\frac{{{a + 1}}}{{{a + c}}}",
+        )
+    ] * 4
+    kinds += [
+        (rf"{a}\sqrt{{{c}}}", rf"\sqrt{{{a * a * c}}}", rf"{a}\sqrt{{{c + 1}}}"),
+        (rf"\frac{{{a}\pi}}{{{c}}}", rf"\frac{{{a}}}{{{c}}}\pi", rf"\frac{{{b}\pi}}{{41}}"),
+        (f"x^2+{a}x+{b}", f"{b} + {a}x + x^2", f"x^2+{a}x-{b}"),
+        (f"({a},{b})", f"({a}, {b})", f"({b + 41},{a})"),
+        (f"[{-a},{b})", rf"\left[-{a}, {b}\right)", f"[{-a},{b}]"),
+        (f"{a}, {b + 41}", f"{b + 41},{a}", f"{a}, {b + 42}"),
+    ]
     return rng.choice(kinds)
 
 
@@ -94,7 +106,7 @@ def reasoning(rng: random.Random, tokens: int) -> str:
     lines, length = [], 0
     while length < 4 * tokens:
         a, b, c = (rng.randint(2, 99) for _ in range(3))
-        lines.append(rng.choice([
+        sentences = [
             rf"Let $x = {a}$ and $y = \frac{{{b}}}{{{c}}}$, so $xy = \frac{{{a * b}}}{{{c}}}$.",
             f"First, we note that {a} + {b} = {a + b}, which is more than {c}.",
             rf"\[\sum_{{k=1}}^{{{a}}} (k^2 + {b}k) = {c} + \sqrt{{{a}}} \cdot {b}.\]",
@@ -103,7 +115,8 @@ def reasoning(rng: random.Random, tokens: int) -> str:
             rf"$x = \frac{{{b} \pm \sqrt{{{b * b}-{4 * a * c}}}}}{{{2 * a}}}$.",
             f"So the answer might be {a}, but the condition says it is at most {b}.",
             rf"Therefore \(f({a}) = {b}\), and the ratio is ${a}:{b}$, or about {a / b:.3f}.",
-        ]))
+        ]
+        lines.append(rng.choice(sentences))
         length += len(lines[-1]) + 1
     return "\n".join(lines)
 
@@ -115,8 +128,12 @@ def responses(with_thought: bool, problems: int = 128, seed: int = 0) -> list[tu
         for i in range(8):
             text = reasoning(rng, rng.randint(500, 3500) - 300 * with_thought)
             close = reasoning(rng, 300) if with_thought else ""
-            end = ["", f"So the answer is ${same}$.", f"The answer is $\\boxed{{{wrong}}}$.",
-                   f"The answer is $\\boxed{{{same}}}$."][i % 4]
+            end = [
+                "",
+                f"So the answer is ${same}$.",
+                f"The answer is $\\boxed{{{wrong}}}$.",
+                f"The answer is $\\boxed{{{same}}}$.",
+            ][i % 4]
             if with_thought:
                 text = f"<think>\n{text}" + (f"\n</think>\n\n{close}" if i % 4 else "")
             jobs.append((f"{text}\n\n{end}", gold))
@@ -124,16 +141,20 @@ def responses(with_thought: bool, problems: int = 128, seed: int = 0) -> list[tu
 
 
 def measure_time(pairs: int) -> None:
-    print("| 1,024 responses | math-verify, s | verify.py with 2 workers, s | ratio | range | "
-          "right: math-verify, verify.py |\n|---|---|---|---|---|---|")
+    print(
+        "| 1,024 responses | math-verify, s | verify.py with 2 workers, s | ratio | range | "
+        "right: math-verify, verify.py |\n|---|---|---|---|---|---|"
+    )
     for with_thought in (False, True):
         peer, times = Alone(), []
         with Grader(workers=2, timeout=TIMEOUT) as grader:
             for pair in range(pairs + 1):  # the first, to warm both up, is not timed
                 jobs = responses(with_thought, seed=pair)
                 start = time.perf_counter()
-                theirs = [peer.verdict(after_thought(text), gold).right
-                          for text, gold in tqdm(jobs, leave=False)]
+                theirs = [
+                    peer.verdict(after_thought(text), gold).right
+                    for text, gold in tqdm(jobs, leave=False)
+                ]
                 middle = time.perf_counter()
                 ours = grader(jobs)
                 times.append((middle - start, time.perf_counter() - middle))
@@ -141,9 +162,12 @@ def measure_time(pairs: int) -> None:
         peer.process.kill()
         ratios = sorted(b / a for a, b in times)
         slow, fast = (statistics.median(column) for column in zip(*times))
-        print(f"| {'with a thought' if with_thought else 'plain'} | {slow:.1f} | {fast:.2f} | "
-              f"{statistics.median(ratios):.3f} | {ratios[0]:.3f} to {ratios[-1]:.3f} | "
-              f"{sum(theirs)}, {sum(ours):.0f} |", flush=True)
+        print(
+            f"| {'with a thought' if with_thought else 'plain'} | {slow:.1f} | {fast:.2f} | "
+            f"{statistics.median(ratios):.3f} | {ratios[0]:.3f} to {ratios[-1]:.3f} | "
+            f"{sum(theirs)}, {sum(ours):.0f} |",
+            flush=True,
+        )
     integers = [(rf"so it is $\boxed{{{i}}}$", str(i % 7)) for i in range(2000)]
     with Grader(workers=2) as grader:
         seconds = []
@@ -184,30 +208,44 @@ def measure_accuracy(paths: list[Path]) -> None:
         with Grader(workers=1, timeout=TIMEOUT, lenient=lenient) as grader:
             grader([(rf"\boxed{{x+{i}}}", "1+x") for i in range(8)])  # all workers have started
             graded["verify.py" + " --lenient" * lenient] = grade_all(
-                cases, lambda *job: grader.verdicts([job])[0])  # noqa: B023
-    print("| cases | grader | n | accuracy | false pos. / neg. | mean / p99 / max ms | > 5 s | "
-          "failures |\n|---|---|---|---|---|---|---|---|")
+                cases, lambda *job: grader.verdicts([job])[0]
+            )  # noqa: B023
+    print(
+        "| cases | grader | n | accuracy | false pos. / neg. | mean / p99 / max ms | > 5 s | "
+        "failures |\n|---|---|---|---|---|---|---|---|"
+    )
     for tier in dict.fromkeys(case["tier"] for case in cases):
         for name, (verdicts, times) in graded.items():
             here = [i for i, case in enumerate(cases) if case["tier"] == tier]
-            wrong = Counter(verdicts[i].right for i in here
-                            if cases[i]["expected"] not in (None, verdicts[i].right))
+            wrong = Counter(
+                verdicts[i].right
+                for i in here
+                if cases[i]["expected"] not in (None, verdicts[i].right)
+            )
             n = sum(cases[i]["expected"] is not None for i in here)
             ms = sorted(times[i] for i in here)
             failures = Counter(verdicts[i].failure for i in here if verdicts[i].failure)
-            print(f"| {tier} | {name} | {n} | {f'{1 - wrong.total() / n:.3f}' if n else '-'} "
-                  f"| {wrong[True]} / {wrong[False]} "
-                  f"| {statistics.mean(ms):.1f} / {ms[int(0.99 * len(ms))]:.0f} / {ms[-1]:.0f} "
-                  f"| {sum(t > 5000 for t in ms)} "
-                  f"| {', '.join(f'{count} {kind}' for kind, count in failures.items())} |")
-    print("\nDisagreements on cases with a verdict:\n\n| cases | id | gold | prediction | expected "
-          "| math-verify | verify.py | its reason |\n|---|---|---|---|---|---|---|---|")
+            print(
+                f"| {tier} | {name} | {n} | {f'{1 - wrong.total() / n:.3f}' if n else '-'} "
+                f"| {wrong[True]} / {wrong[False]} "
+                f"| {statistics.mean(ms):.1f} / {ms[int(0.99 * len(ms))]:.0f} / {ms[-1]:.0f} "
+                f"| {sum(t > 5000 for t in ms)} "
+                f"| {', '.join(f'{count} {kind}' for kind, count in failures.items())} |"
+            )
+    print(
+        "\nDisagreements on cases with a verdict:\n\n| cases | id | gold | prediction | expected "
+        "| math-verify | verify.py | its reason |\n|---|---|---|---|---|---|---|---|"
+    )
     for case, theirs, ours in zip(cases, graded["math-verify"][0], graded["verify.py"][0]):
         if case["expected"] is not None and theirs.right != ours.right:
-            gold, prediction = (f"`{' '.join(text.split())}`".replace("|", r"\|")
-                                for text in (case["gold"][:60], case["prediction"][-80:]))
-            print(f"| {case['tier']} | {case['id']} | {gold} | {prediction} | {case['expected']} | "
-                  f"{theirs.right} | {ours.right} | {ours.reason} |")
+            gold, prediction = (
+                f"`{' '.join(text.split())}`".replace("|", r"\|")
+                for text in (case["gold"][:60], case["prediction"][-80:])
+            )
+            print(
+                f"| {case['tier']} | {case['id']} | {gold} | {prediction} | {case['expected']} | "
+                f"{theirs.right} | {ours.right} | {ours.reason} |"
+            )
 
 
 if __name__ == "__main__":

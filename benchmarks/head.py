@@ -13,7 +13,7 @@ import statistics
 import time
 
 from tiny import PeakMemory, in_process, machine, torch
-from model import token_logprobs  # tiny knows where it is
+from machinery.model import token_logprobs  # tiny knows where it is
 
 VOCABULARY, WIDTH = 151_936, 896  # Qwen2.5's
 
@@ -44,8 +44,10 @@ def measure(variant: str, tokens: int) -> dict:
 def gradient_error() -> float:
     """Largest relative difference of the gradients in float64."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(*size, dtype=torch.float64, generator=generator)
-                      for size in ((1000, 16), (50, 16)))  # two chunks
+    hidden, weight = (
+        torch.randn(*size, dtype=torch.float64, generator=generator)
+        for size in ((1000, 16), (50, 16))
+    )  # two chunks
     targets = torch.randint(50, (1000,), generator=generator)
     a, b = torch.randn(2, 1000, dtype=torch.float64, generator=generator)
     grads = []
@@ -70,18 +72,23 @@ def main() -> None:
 
     pairs = [(run("plain", 1024), run("chunked", 1024)) for _ in range(args.pairs)]
     long = [run("chunked", 4096) for _ in range(args.pairs)]
-    median = {key: [statistics.median(row[key] for row in rows)
-                    for rows in (*zip(*pairs), long)] for key in ("seconds", "bytes")}
+    median = {
+        key: [statistics.median(row[key] for row in rows) for rows in (*zip(*pairs), long)]
+        for key in ("seconds", "bytes")
+    }
     print(f"{machine()}; V = {VOCABULARY:,}, D = {WIDTH}; medians of {args.pairs}\n")
     print("| | tokens | peak, MiB | CPU seconds |\n|---|---|---|---|")
-    for name, tokens, size, seconds in zip(("plain", "chunked", "chunked"), (1024, 1024, 4096),
-                                           median["bytes"], median["seconds"]):
+    for name, tokens, size, seconds in zip(
+        ("plain", "chunked", "chunked"), (1024, 1024, 4096), median["bytes"], median["seconds"]
+    ):
         print(f"| {name} | {tokens} | {size / 2**20:,.0f} | {seconds:.1f} |")
     ratios = [b["seconds"] / a["seconds"] for a, b in pairs]
     memory = median["bytes"][1] / median["bytes"][0]
-    print(f"\nchunked / plain at 1024 tokens: memory {memory:.2f}, "
-          f"time {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
-          f"gradients in float64 differ by {gradient_error():.0e}")
+    print(
+        f"\nchunked / plain at 1024 tokens: memory {memory:.2f}, "
+        f"time {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
+        f"gradients in float64 differ by {gradient_error():.0e}"
+    )
 
 
 if __name__ == "__main__":

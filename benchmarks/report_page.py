@@ -35,8 +35,12 @@ def main() -> None:
     seconds = {"written": [], "opened": [], "an answer": []}
     for _ in range(args.rounds):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "eval.py", "report", page.parent], cwd=ROOT, check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "eval.py", "report", page.parent],
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         seconds["written"].append(time.perf_counter() - start)
         browser = open_browser()
         start = time.perf_counter()
@@ -44,21 +48,25 @@ def main() -> None:
         assert browser.execute_script("return document.querySelectorAll('.js-plotly-plot').length")
         seconds["opened"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        browser.execute_script("document.querySelector('#problem-on').click();"
-                               "return document.body.offsetHeight")
+        browser.execute_script(
+            "document.querySelector('#problem-on').click();return document.body.offsetHeight"
+        )
         seconds["an answer"].append(time.perf_counter() - start)
         browser.quit()
     print(f"{page.stat().st_size / 1e6:.1f} MB")
     for name, values in seconds.items():
-        print(f"{name}: {statistics.median(values):.2f} s "
-              f"({min(values):.2f} to {max(values):.2f})")
+        print(f"{name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})")
 
 
 def open_browser(width: int = 1280, height: int = 900):
     options = webdriver.ChromeOptions()
     options.binary_location = which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", f"--window-size={width},{height}",
-                     "--hide-scrollbars"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        f"--window-size={width},{height}",
+        "--hide-scrollbars",
+    ):
         options.add_argument(argument)
     return webdriver.Chrome(options, webdriver.ChromeService(which("chromedriver")))
 
@@ -71,8 +79,9 @@ def picture(url: str, file: Path) -> None:
         const [from, to] = ["#counts", "#groups"].map(s =>
             document.querySelector(s).getBoundingClientRect());
         return {x: 0, y: from.y, width: innerWidth, height: to.bottom - from.y + 10, scale: 1};""")
-    shot = browser.execute_cdp_cmd("Page.captureScreenshot",
-                                   {"clip": clip, "captureBeyondViewport": True})
+    shot = browser.execute_cdp_cmd(
+        "Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True}
+    )
     file.write_bytes(base64.b64decode(shot["data"]))
     browser.quit()
 

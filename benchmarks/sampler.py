@@ -19,28 +19,38 @@ from tiny import EOS, MAX_TOKENS, luffy, machine, prompts, save, spread, torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from sampler import TorchSampler, VLLMSampler
+from machinery.model import from_pretrained, load_config, load_tokenizer
+from machinery.samplers import TorchSampler
 
 
 class Generate:
     """transformers' own loop behind the interface of our samplers, as far as the benchmark goes."""
 
     def __init__(self, path: str):
-        self.model = luffy.from_pretrained(path, attn_implementation="sdpa").eval()
+        self.model = from_pretrained(path, attn_implementation="sdpa").eval()
 
     @torch.inference_mode()
-    def generate(self, prompts: list, n: int, *, seeds: list[int], temperature: float,
-                 max_tokens: int) -> int:
+    def generate(
+        self, prompts: list, n: int, *, seeds: list[int], temperature: float, max_tokens: int
+    ) -> int:
         """-> the number of tokens."""
         torch.manual_seed(seeds[0])
         width = max(map(len, prompts))
         ids = torch.tensor([[EOS] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         out = self.model.generate(
-            input_ids=ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0),
+            input_ids=ids.repeat_interleave(n, 0),
+            attention_mask=mask.repeat_interleave(n, 0),
             generation_config=GenerationConfig(
-                max_new_tokens=max_tokens, do_sample=True, temperature=temperature, top_k=0,
-                top_p=1.0, eos_token_id=EOS, pad_token_id=0))[:, width:]
+                max_new_tokens=max_tokens,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                eos_token_id=EOS,
+                pad_token_id=0,
+            ),
+        )[:, width:]
         return int(((out == EOS).cumsum(1).cumsum(1) <= 1).sum())  # up to the first EOS
 
 
@@ -51,24 +61,29 @@ def main() -> None:
     luffy.init_processes()
     with tempfile.TemporaryDirectory() as directory:
         path = save(directory)
-        config = luffy.load_config(path)
-        samplers = {"transformers' generate": Generate(path),
-                    "TorchSampler": TorchSampler(path, config, EOS)}
+        config = load_config(path)
+        samplers = {
+            "transformers' generate": Generate(path),
+            "TorchSampler": TorchSampler(path, config, EOS),
+        }
         if find_spec("vllm"):
-            samplers["VLLMSampler"] = VLLMSampler(path, config, EOS, max_tokens=64 + MAX_TOKENS,
-                                                  cache_bytes=2**30)
-        tokenizer = luffy.load_tokenizer(path)
-        model = luffy.from_pretrained(path)
+            samplers["VLLMSampler"] = luffy.VLLMSampler(path, config, EOS, 64 + MAX_TOKENS, 2**30)
+        tokenizer = load_tokenizer(path)
+        model = from_pretrained(path)
     for sampler in list(samplers.values())[1:]:
-        sampler.load_weights(model.named_parameters())
+        sampler.push(model.named_parameters())
     rates = {(rows, name): [] for rows in (32, 128, 512) for name in samplers}
     for number in tqdm(range(args.rounds + 1)):
         for rows, name in rates:
             questions = [tokenizer(p)["input_ids"] for p in prompts(rows // 8)]
             start = time.perf_counter()
             out = samplers[name].generate(
-                questions, 8, seeds=[1000 * number + i for i in range(len(questions))],
-                temperature=1.0, max_tokens=MAX_TOKENS)
+                questions,
+                8,
+                seeds=[1000 * number + i for i in range(len(questions))],
+                temperature=1.0,
+                max_tokens=MAX_TOKENS,
+            )
             seconds = time.perf_counter() - start
             tokens = out if isinstance(out, int) else sum(len(s.tokens) for g in out for s in g)
             if number:

@@ -29,8 +29,10 @@ def measure(changes: dict, steps: int) -> dict:
     luffy.init_processes()
     program = Ours(**changes)
     rows = [program.step(number) for number in range(steps + 1)][1:]
-    return {key: statistics.median(row[key] for row in rows)
-            for key in ("sample", "score", "update", "step", "tokens")}
+    return {
+        key: statistics.median(row[key] for row in rows)
+        for key in ("sample", "score", "update", "step", "tokens")
+    }
 
 
 def overhead(steps: int) -> dict:
@@ -45,15 +47,25 @@ def overhead(steps: int) -> dict:
 
     luffy.Run = Clocked
     with tempfile.TemporaryDirectory() as directory:
-        cfg = luffy.parse_args(["--steps", str(steps), "--save_every", "100000", "--eval_data", "",
-                                "--out", f"{directory}/run"])
+        cfg = luffy.parse_args(
+            [
+                "--steps",
+                str(steps),
+                "--save_every",
+                "100000",
+                "--eval_data",
+                "",
+                "--out",
+                f"{directory}/run",
+            ]
+        )
         luffy.init_processes()
-        import toy
-
-        luffy.train(cfg, str(toy.base_model()))
+        luffy.train(cfg, luffy.find(cfg.model))
     walls = [b - a for a, b in zip(ends, ends[1:])]
-    return {"step": statistics.median(walls),
-            "overhead": statistics.median(1 - p / w for p, w in zip(phases[1:], walls))}
+    return {
+        "step": statistics.median(walls),
+        "overhead": statistics.median(1 - p / w for p, w in zip(phases[1:], walls)),
+    }
 
 
 def main() -> None:
@@ -72,31 +84,44 @@ def main() -> None:
     def run(ranks: int = 1, vocabulary: int = VOCABULARY, **changes) -> dict:
         with tempfile.TemporaryDirectory() as directory:
             changes["model"] = save(directory, vocabulary=vocabulary)
-            return in_process(__file__, "--one", json.dumps(changes), "--steps", args.steps,
-                              ranks=ranks)
+            return in_process(
+                __file__, "--one", json.dumps(changes), "--steps", args.steps, ranks=ranks
+            )
 
     print(f"{machine()}; {args.rounds} pairs of {args.steps} steps, median (lowest to highest)\n")
     print("| prompts | | 1 process, s | 2 processes, s | speed-up |\n|---|---|---|---|---|")
     for prompts in (16, 32):
-        pairs = [(run(problems_per_step=prompts), run(problems_per_step=prompts, ranks=2))
-                 for _ in tqdm(range(args.rounds), "processes")]
+        pairs = [
+            (run(problems_per_step=prompts), run(problems_per_step=prompts, ranks=2))
+            for _ in tqdm(range(args.rounds), "processes")
+        ]
         for phase in ("sample", "update", "step"):
             one, two = ([row[phase] for row in rows] for rows in zip(*pairs))
-            print(f"| {prompts} | {phase} | {spread(one)} | {spread(two)} "
-                  f"| {spread([a / b for a, b in zip(one, two)])} |", flush=True)
+            print(
+                f"| {prompts} | {phase} | {spread(one)} | {spread(two)} "
+                f"| {spread([a / b for a, b in zip(one, two)])} |",
+                flush=True,
+            )
 
-    print(f"\nMedians of {args.steps} steps of one process\n\n| | | mean tokens | sample, s | "
-          "update, s | step, s | sampled tokens/s |\n|---|---|---|---|---|---|---|")
+    print(
+        f"\nMedians of {args.steps} steps of one process\n\n| | | mean tokens | sample, s | "
+        "update, s | step, s | sampled tokens/s |\n|---|---|---|---|---|---|---|"
+    )
     for what, (field, values) in GROWTH.items():
         for value in tqdm(values, what):
             row = run(**{field: value})
             mean = row["tokens"] / 16 / (value if field == "rollouts" else 8)
-            print(f"| {what} | {value:,} | {mean:.0f} | {row['sample']:.2f} | {row['update']:.2f} "
-                  f"| {row['step']:.2f} | {row['tokens'] / row['step']:,.0f} |", flush=True)
+            print(
+                f"| {what} | {value:,} | {mean:.0f} | {row['sample']:.2f} | {row['update']:.2f} "
+                f"| {row['step']:.2f} | {row['tokens'] / row['step']:,.0f} |",
+                flush=True,
+            )
 
     rows = [in_process(__file__, "--one", "{}") for _ in tqdm(range(args.rounds), "overhead")]
-    print(f"\nOverhead of the toy's run, of a step of {spread([r['step'] for r in rows])} s: "
-          f"{spread([100 * r['overhead'] for r in rows])} %")
+    print(
+        f"\nOverhead of the toy's run, of a step of {spread([r['step'] for r in rows])} s: "
+        f"{spread([100 * r['overhead'] for r in rows])} %"
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import luffy
 from data import Problem
-from sampler import TorchSampler
+from machinery.model import load_config, load_model, load_tokenizer
+from machinery.processes import barrier
+from machinery.samplers import TorchSampler
 
 EOS, VOCABULARY, MAX_TOKENS = 1, 512, 128
 STOP = 0.0117  # the chance that a token is EOS: a mean of 67 tokens, of at most 128
@@ -36,19 +38,36 @@ def save(directory: str | Path, *, vocabulary: int = VOCABULARY) -> str:
     likely EOS is. All other tokens are about equally likely.
     """
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-        tie_word_embeddings=False, pad_token_id=0, bos_token_id=None, eos_token_id=EOS))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocabulary,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=EOS,
+        )
+    )
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 0.02 * 256 ** 0.5
+        model.model.embed_tokens.weight[:, 0] = 0.02 * 256**0.5
         model.lm_head.weight[:, 0] = 0.0
         first = model.model(torch.randint(2, vocabulary, (8, 128))).last_hidden_state[..., 0].mean()
         odds = torch.tensor(STOP / (1 - STOP) * vocabulary)
         model.lm_head.weight[EOS, 0] = odds.log() / first
     model.save_pretrained(directory)
-    tokenizer = Qwen2Tokenizer(vocab={"<pad>": 0, "<eos>": EOS}, merges=[], pad_token="<pad>",
-                               eos_token="<eos>", unk_token="<pad>", bos_token=None)
+    tokenizer = Qwen2Tokenizer(
+        vocab={"<pad>": 0, "<eos>": EOS},
+        merges=[],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<pad>",
+        bos_token=None,
+    )
     tokenizer.add_tokens([AddedToken(f"<{i}>", normalized=False) for i in range(2, VOCABULARY)])
     tokenizer.save_pretrained(directory)
     return str(directory)
@@ -57,8 +76,10 @@ def save(directory: str | Path, *, vocabulary: int = VOCABULARY) -> str:
 def prompts(n: int = 16, seed: int = 0) -> list[str]:
     """n prompts of 16 to 48 tokens."""
     rng = random.Random(seed)
-    return ["".join(f"<{rng.randrange(2, VOCABULARY)}>" for _ in range(rng.randint(16, 48)))
-            for _ in range(n)]
+    return [
+        "".join(f"<{rng.randrange(2, VOCABULARY)}>" for _ in range(rng.randint(16, 48)))
+        for _ in range(n)
+    ]
 
 
 def reward(text: str) -> float:
@@ -80,34 +101,49 @@ class Ours:
     """luffy.train, a step at a time: Dr. GRPO without clipping, 16 x 8 samples, one update."""
 
     def __init__(self, model: str, **changes):
-        recipe = dict(model=model, problems_per_step=16, updates_per_step=1, max_prompt_tokens=64,
-                      max_response_tokens=MAX_TOKENS, entropy_coef=0.0, token_budget=512,
-                      checkpointing=False, sampler="torch")
+        recipe = dict(
+            model=model,
+            problems_per_step=16,
+            updates_per_step=1,
+            max_prompt_tokens=64,
+            max_response_tokens=MAX_TOKENS,
+            entropy_coef=0.0,
+            token_budget=512,
+            checkpointing=False,
+            sampler="torch",
+        )
         self.cfg = luffy.Config(**luffy.ALGORITHMS["on_policy_noclip"] | recipe | changes)
-        self.tokenizer = luffy.load_tokenizer(model)
-        config = luffy.load_config(model)
-        self.problems = [Problem(p, "", prompt_ids=self.tokenizer(p)["input_ids"])
-                         for p in prompts(self.cfg.problems_per_step)]
+        self.tokenizer = load_tokenizer(model)
+        config = load_config(model)
+        self.problems = [
+            Problem(p, "", prompt_ids=self.tokenizer(p)["input_ids"])
+            for p in prompts(self.cfg.problems_per_step)
+        ]
         self.sampler = TorchSampler(model, config, EOS)
-        self.model = luffy.load_model(model, config, self.cfg)
+        self.model = load_model(model, config, self.cfg.checkpointing)
         self.policy = luffy.DDP(luffy.Policy(self.model, 1.0), gradient_as_bucket_view=True)
         self.optimizer = luffy.ShardedAdamW(self.policy.parameters(), lr=1e-6)
-        self.sampler.load_weights(self.model.named_parameters())
 
     def step(self, number: int) -> dict[str, float]:
         """-> seconds of each phase, sampled tokens of all ranks, and `trajectories`."""
         start = time.perf_counter()
+        self.sampler.push(self.model.named_parameters())
         trajectories = luffy.rollout(self.sampler, self.problems, number, self.cfg)
-        luffy.barrier()  # sampling takes as long as on the slowest rank
+        barrier()  # sampling takes as long as on the slowest rank
         sampled = time.perf_counter()
         luffy.score(trajectories, Lengths(), self.tokenizer, self.cfg)
         scored = time.perf_counter()
         luffy.update(self.policy, self.optimizer, trajectories, self.cfg)
-        self.sampler.load_weights(self.model.named_parameters())
         tokens = luffy.all_reduce(sum(len(t.response) for t in trajectories))
         done = time.perf_counter()
-        return {"sample": sampled - start, "score": scored - sampled, "update": done - scored,
-                "step": done - start, "tokens": tokens, "trajectories": trajectories}
+        return {
+            "sample": sampled - start,
+            "score": scored - sampled,
+            "update": done - scored,
+            "step": done - start,
+            "tokens": tokens,
+            "trajectories": trajectories,
+        }
 
 
 # ------------------------------------------------------------------ instruments
@@ -133,7 +169,7 @@ def matrix_rate(seconds: float = 0.5) -> float:
     while time.perf_counter() < end:
         start = time.perf_counter()
         torch.mm(a, b)
-        rates.append(2 * 1024 ** 3 / (time.perf_counter() - start))
+        rates.append(2 * 1024**3 / (time.perf_counter() - start))
     return statistics.median(rates)
 
 
@@ -157,6 +193,8 @@ def spread(values: list[float], form: str = ".2f") -> str:
 def machine() -> str:
     """One line for a table's caption."""
     name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return (f"{date.today()}, {os.cpu_count()} cores ({name}), torch {torch.__version__}, "
-            f"transformers {transformers.__version__}, float32, "
-            f"{torch.get_num_threads()} thread a process")
+    return (
+        f"{date.today()}, {os.cpu_count()} cores ({name}), torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, float32, "
+        f"{torch.get_num_threads()} thread a process"
+    )

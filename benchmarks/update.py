@@ -22,10 +22,15 @@ from tqdm import tqdm
 
 from tiny import Ours, Lengths, luffy, machine, matrix_rate, save, spread, torch
 
+from machinery.model import from_pretrained
+
 VARIANTS = {  # (padded?, trajectories or tokens of a micro-batch); TRL's default are 8 trajectories
-    "ours, 512 tokens": (False, 512), "ours, 2,048 tokens": (False, 2048),
-    "ours, 8,192 tokens": (False, 8192), "padded, 8 trajectories": (True, 8),
-    "padded, 128 trajectories": (True, 128)}
+    "ours, 512 tokens": (False, 512),
+    "ours, 2,048 tokens": (False, 2048),
+    "ours, 8,192 tokens": (False, 8192),
+    "padded, 8 trajectories": (True, 8),
+    "padded, 128 trajectories": (True, 128),
+}
 
 
 def padded(model, trajectories: list, batch: int) -> None:
@@ -34,15 +39,15 @@ def padded(model, trajectories: list, batch: int) -> None:
     longest = max(len(t.response) for t in trajectories)
     z = len(trajectories) * 128
     for i in range(0, len(trajectories), batch):
-        some = trajectories[i:i + batch]
+        some = trajectories[i : i + batch]
         ids, mask = torch.zeros(2, len(some), widest + longest, dtype=torch.long)
         for row, t in enumerate(some):
             tokens = torch.tensor([*t.problem.prompt_ids, *t.response])
             start = widest - len(t.problem.prompt_ids)
-            ids[row, start:start + len(tokens)] = tokens
-            mask[row, start:start + len(tokens)] = 1
+            ids[row, start : start + len(tokens)] = tokens
+            mask[row, start : start + len(tokens)] = 1
         hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-        logits = model.lm_head(hidden.last_hidden_state[:, widest - 1:-1])
+        logits = model.lm_head(hidden.last_hidden_state[:, widest - 1 : -1])
         log_p = logits.log_softmax(-1)
         logp = log_p.gather(2, ids[:, widest:, None])[..., 0]
         with torch.no_grad():
@@ -56,8 +61,14 @@ def padded(model, trajectories: list, batch: int) -> None:
 def useful_flops(model, trajectories: list) -> float:
     config = model.config
     head = model.lm_head.weight.numel()
-    layers = sum(p.numel() for name, p in model.named_parameters()
-                 if p.dim() == 2 and "embed" not in name) - head
+    layers = (
+        sum(
+            p.numel()
+            for name, p in model.named_parameters()
+            if p.dim() == 2 and "embed" not in name
+        )
+        - head
+    )
     tokens = [len(t.problem.prompt_ids) + len(t.response) for t in trajectories]
     responses = sum(len(t.response) for t in trajectories)
     # forward Q K and P V: 2 products of 2 FLOP x n x n / 2 x width; backward twice that
@@ -73,7 +84,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = save(directory)
         ours = Ours(path)
-        model = luffy.from_pretrained(path, attn_implementation="sdpa").train()
+        model = from_pretrained(path, attn_implementation="sdpa").train()
+    ours.sampler.push(ours.model.named_parameters())
     trajectories = luffy.rollout(ours.sampler, ours.problems, 0, ours.cfg)
     luffy.score(trajectories, Lengths(), ours.tokenizer, ours.cfg)
     assert all(t.advantage for t in trajectories)  # else ours would save their backward pass
@@ -91,17 +103,26 @@ def main() -> None:
                 keep += [p.grad.clone() for p in model.parameters()]
             adamw.zero_grad()
         else:
-            optimizer = ours.optimizer if keep is None else SimpleNamespace(
-                step=lambda _: keep.extend(p.grad.clone() for p in ours.model.parameters()) or 0.0,
-                zero_grad=ours.optimizer.zero_grad)
+            optimizer = (
+                ours.optimizer
+                if keep is None
+                else SimpleNamespace(
+                    step=lambda _: (
+                        keep.extend(p.grad.clone() for p in ours.model.parameters()) or 0.0
+                    ),
+                    zero_grad=ours.optimizer.zero_grad,
+                )
+            )
             luffy.update(ours.policy, optimizer, trajectories, replace(ours.cfg, token_budget=size))
 
     gradients = {name: [] for name in VARIANTS}
     for name, gradient in gradients.items():
         run(name, keep=gradient)
     exact = torch.cat([g.flatten() for g in gradients["padded, 8 trajectories"]])
-    errors = {name: ((torch.cat([g.flatten() for g in gradient]) - exact).norm()
-                     / exact.norm()).item() for name, gradient in gradients.items()}
+    errors = {
+        name: ((torch.cat([g.flatten() for g in gradient]) - exact).norm() / exact.norm()).item()
+        for name, gradient in gradients.items()
+    }
     seconds, rates = {name: [] for name in VARIANTS}, []
     for _ in tqdm(range(args.rounds)):
         rates.append(matrix_rate())
@@ -111,17 +132,22 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
     flops = useful_flops(model, trajectories)
     tokens = sum(len(t.problem.prompt_ids) + len(t.response) for t in trajectories)
-    print(f"{machine()}; {tokens:,} tokens, {flops / 1e9:.0f} useful GFLOP; {args.rounds} rounds, "
-          f"median (lowest to highest); matrix rate {spread([r / 1e9 for r in rates], '.0f')} "
-          "GFLOP/s\n")
-    print("| | seconds | time, padded (8) / it | useful FLOP/s, share of the matrix rate "
-          "| gradient differs by |\n|---|---|---|---|---|")
+    print(
+        f"{machine()}; {tokens:,} tokens, {flops / 1e9:.0f} useful GFLOP; {args.rounds} rounds, "
+        f"median (lowest to highest); matrix rate {spread([r / 1e9 for r in rates], '.0f')} "
+        "GFLOP/s\n"
+    )
+    print(
+        "| | seconds | time, padded (8) / it | useful FLOP/s, share of the matrix rate "
+        "| gradient differs by |\n|---|---|---|---|---|"
+    )
     base = seconds["padded, 8 trajectories"]
     for name, mine in seconds.items():
         ratios = spread([b / a for a, b in zip(mine, base)])
         shares = spread([flops / s / r for s, r in zip(mine, rates)])
-        print(f"| {name} | {statistics.median(mine):.2f} | {ratios} | {shares} "
-              f"| {errors[name]:.0e} |")
+        print(
+            f"| {name} | {statistics.median(mine):.2f} | {ratios} | {shares} | {errors[name]:.0e} |"
+        )
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def check(cfg: Config, ranks: int, tables: dict[str, Iterable[str]]) -> None:
 
 def differences(cfg: Config, plain: Config) -> str:
     """How a config differs from another one, in words."""
-    same = "model", "algo", "out", "seed", "dry_run"  # said elsewhere, or no matter
+    same = "model", "algo", "out", "seed", "dry_run", "note"  # said elsewhere, or no matter
     names = [f.name for f in fields(cfg) if f.name not in same]
     differ = [f"{n} {getattr(cfg, n)}" for n in names if getattr(cfg, n) != getattr(plain, n)]
     return f", but {', '.join(differ)}" if differ else ""

@@ -34,8 +34,8 @@ class ShardedAdamW:
             self.owner[i] = load.index(min(load))  # whole tensors, the largest first
             load[self.owner[i]] += self.params[i].numel()
         mine = [i for i, owner in enumerate(self.owner) if owner == rank()]
-        self.masters = {i: self.params[i].detach().float() for i in mine}
-        self.optimizers = {i: self.optimizer_of(master) for i, master in self.masters.items()}
+        self.mine = {i: self.params[i].detach().float() for i in mine}
+        self.optimizers = {i: self.optimizer_of(master) for i, master in self.mine.items()}
 
     def optimizer_of(self, master: Tensor) -> torch.optim.Optimizer:
         """Of one parameter's master alone: its temporary tensors are then no larger."""
@@ -58,7 +58,7 @@ class ShardedAdamW:
                 "See the end of metrics.jsonl; try a smaller --lr"
             )
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for i, master in self.masters.items():
+        for i, master in self.mine.items():
             master.grad = self.params[i].grad.float() * scale
             self.optimizers[i].step()
             master.grad = None
@@ -76,13 +76,13 @@ class ShardedAdamW:
 
     def state_dict(self) -> dict[int, dict[str, Tensor]]:
         """Index of a parameter -> its master and moments, for this rank's share."""
-        masters = self.masters.items()
+        masters = self.mine.items()
         return {i: {"master": m, **self.optimizers[i].state[m]} for i, m in masters}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[int, dict[str, Tensor]]) -> None:
         """Take this rank's share from the state of all ranks. KeyError if it is not all there."""
-        for i, master in self.masters.items():
+        for i, master in self.mine.items():
             saved = dict(state[i])
             master.copy_(saved.pop("master"))
             self.optimizers[i].state[master] = {  # AdamW keeps its scalar `step` on the CPU

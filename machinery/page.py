@@ -108,9 +108,11 @@ def by_halves(n: int) -> list[int]:
 
 def trajectory(row: dict) -> dict:
     """A row of samples/."""
-    shown = {name: row[name] for name in ("off_policy", "right", "reward", "learns")}
+    shown = {"off_policy": row["off_policy"], "learns": row["learns"]}
+    shown |= {"right": short(row["right"]), "reward": short(row["reward"])}
     advantage = row["advantage"]
-    if isinstance(advantage, list):  # one a token
+    if isinstance(advantage, list):  # one a token: their mean, and each of them
+        shown["advantages"] = numbers(advantage)
         advantage = sum(advantage) / len(advantage)
     shown |= {"advantage": short(advantage), "inv_z": short(row["inv_z"])}
     return shown | {"tokens": cut(row["tokens"]), "length": len(row["tokens"])} | of_tokens(row)

@@ -284,8 +284,8 @@ def show_batches(cfg: Config, ranks: int) -> None:
         tokens = share * (mean["prompt"] + responses / group)
         say(
             f"            expected: {rollouts * mean['rollout']:,}, and {tokens:,.0f} in "
-            f"{ceil(tokens / cfg.token_budget)} micro-batches (rollouts of {mean['rollout']:,} and "
-            f"traces of {mean['trace']:,} tokens, arXiv:2604.23747)"
+            f"{ceil(tokens / cfg.token_budget)} micro-batches\n            (rollouts of "
+            f"{mean['rollout']:,} and traces of {mean['trace']:,} tokens, arXiv:2604.23747)"
         )
 
 

@@ -154,9 +154,14 @@ class Run:
         self.seconds[phase] += time.perf_counter() - start
 
     def log_step(
-        self, step: int, metrics: dict[str, float], trajectories: list[Trajectory]
+        self,
+        step: int,
+        metrics: dict[str, float],
+        trajectories: list[Trajectory],
+        tokenizer: Tokenizer,
+        show: bool,
     ) -> None:
-        """step: how many are done."""
+        """When `step` steps are done. show: keep groups for report.html, too."""
         sampled = sum(len(t.response) for t in trajectories if not t.off_policy)
         trained = sum(len(t.problem.prompt_ids) + len(t.response) for t in trajectories)
         tokens = {"sample": all_reduce(sampled), "update": all_reduce(trained)}
@@ -169,17 +174,18 @@ class Run:
             append(self.out / "metrics.jsonl", row)
             append(self.out / "timing.jsonl", {"step": step} | self.seconds | speed)
             print(one_line(row, self.seconds), flush=True)
+            if show:
+                self.log_samples(step, trajectories, tokenizer)
         self.seconds.clear()
 
     def log_samples(self, step: int, trajectories: list[Trajectory], tokenizer: Tokenizer) -> None:
-        """Rank 0's groups, spread over the updates of the step."""
-        if rank() == 0:
-            positions = sorted({t.position for t in trajectories})
-            n = min(self.cfg.sample_groups, len(positions))
-            kept = [positions[i * len(positions) // n] for i in range(n)]
-            shown = [t for t in trajectories if t.position in kept]
-            rows = [described(t, tokenizer) | recorded(t, *VERDICTS, *TOKENS) for t in shown]
-            write(self.out / "samples" / f"step-{step:06d}.jsonl", to_jsonl(rows))
+        """This rank's groups, spread over the updates of the step."""
+        positions = sorted({t.position for t in trajectories})
+        n = min(self.cfg.sample_groups, len(positions))
+        kept = [positions[i * len(positions) // n] for i in range(n)]
+        shown = [t for t in trajectories if t.position in kept]
+        rows = [described(t, tokenizer) | recorded(t, *VERDICTS, *TOKENS) for t in shown]
+        write(self.out / "samples" / f"step-{step:06d}.jsonl", to_jsonl(rows))
 
     def log_watched(self, step: int, traces: list[Trajectory], tokenizer: Tokenizer) -> None:
         """What was recorded of the same traces, after so many steps; their text the first time."""
@@ -196,11 +202,7 @@ class Run:
 
     # -------------------------------------------------------------- checkpoints
     def save(
-        self,
-        step: int,
-        model: PreTrainedModel,
-        tokenizer: Tokenizer,
-        optimizer: ShardedAdamW,
+        self, step: int, model: PreTrainedModel, tokenizer: Tokenizer, optimizer: ShardedAdamW
     ) -> None:
         """A complete checkpoint or none: written under another name, then renamed."""
         final = self.out / f"checkpoint-{step:06d}"

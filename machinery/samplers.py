@@ -6,7 +6,7 @@ only.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig
@@ -37,19 +38,13 @@ class Sample:
 
 
 class Sampler(Protocol):
-    """Samples between `push` and `sleep`; `generate` raises RuntimeError otherwise."""
+    """Samples from what was pushed last; after `sleep`, `generate` raises RuntimeError."""
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Wake up, and sample from these parameters from now on."""
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        *,
-        seeds: Sequence[int],
-        temperature: float,
-        max_tokens: int,
+        self, prompts: list, n: int, *, seeds: list[int], temperature: float, max_tokens: int
     ) -> list[list[Sample]]:
         """n samples for each prompt (token ids). A prompt's samples depend on its seed alone.
 
@@ -65,7 +60,7 @@ class NoSampler:
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None: ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, **_: Any) -> list[list[Sample]]:
+    def generate(self, prompts: list, n: int, **_: Any) -> list[list[Sample]]:
         return [[] for _ in prompts]
 
     def sleep(self) -> None: ...
@@ -86,7 +81,8 @@ class TorchSampler:
         self, path: str | Path, config: PretrainedConfig, eos: int, max_rows: int = TORCH_ROWS
     ):
         self.model = from_pretrained(path, config=config, attn_implementation="grouped").eval()
-        self.eos, self.max_rows, self.awake = eos, max_rows, False
+        self.eos, self.max_rows = eos, max_rows
+        self.awake = True  # with the weights that it has loaded itself
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """As Sampler.push. The parameters are shared, not copied: there is no memory to leave."""
@@ -99,13 +95,7 @@ class TorchSampler:
         self.awake = False
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        *,
-        seeds: Sequence[int],
-        temperature: float,
-        max_tokens: int,
+        self, prompts: list, n: int, *, seeds: list[int], temperature: float, max_tokens: int
     ) -> list[list[Sample]]:
         groups: list[list[Sample]] = [[] for _ in prompts]
         if prompts and n:
@@ -236,10 +226,28 @@ def vllm_environment() -> Iterator[None]:
     torch.set_num_threads = set_num_threads  # the CPU build takes it away
 
 
-def vllm_options(max_tokens: int) -> dict[str, Any]:
-    """For LLM(), on this machine: a GPU, or vLLM's CPU build, which is for tests."""
+def engine_group() -> Any:
+    """The ranks that share this one's engine, as a process group of gloo."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return get_tp_group().cpu_group
+
+
+def jobs_of_engine(mine: list, group: Any) -> tuple[list, int]:
+    """The ranks of an engine must ask it for the same: -> all their jobs, where mine begin."""
+    if group is None:
+        return mine, 0
+    everyones: list[list] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyones, mine, group)
+    return sum(everyones, []), sum(map(len, everyones[: dist.get_rank(group)]))
+
+
+def vllm_options(config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
+    """For LLM(): the context as `fit_context` left it; the machine, a GPU or (in tests) a CPU."""
+    context = "max_position_embeddings", "rope_parameters"
+    common = {"hf_overrides": {name: getattr(config, name) for name in context}}
     if torch.cuda.is_available():
-        return dict(
+        return common | dict(
             dtype="bfloat16",
             enable_sleep_mode=True,
             max_num_seqs=MAX_SEQUENCES,
@@ -254,7 +262,7 @@ def vllm_options(max_tokens: int) -> dict[str, Any]:
         for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
             left.unlink()
     barrier()
-    return dict(
+    return common | dict(
         dtype="float32",
         enforce_eager=True,
         enable_chunked_prefill=False,  # prompts cut into chunks crash if their samples are seeded

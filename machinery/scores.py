@@ -151,7 +151,9 @@ def table(columns: dict[str, dict[str, dict]]) -> str:
 
 
 def report(directory: Path) -> None:
-    """What a run came to: curves.png, report.html, the first evaluation and the last."""
+    """What a run came to: curves.png, report.html, the first evaluation and the last. By rank 0."""
+    if rank() != 0:
+        return
     from machinery.page import write_page
     from machinery.plots import draw_curves  # matplotlib is slow to import
 

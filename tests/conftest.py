@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random model of the toy's shape and its tokenizer: the program takes it for a toy."""
-    import toy
+    from machinery import toy
 
     directory = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = toy.make_tokenizer()
@@ -34,8 +34,9 @@ def command(*args, ranks: int = 1) -> list[str]:
 
 def run(*args, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """python (or torchrun) ARGS in the project's directory."""
-    result = subprocess.run(command(*args, ranks=ranks), cwd=ROOT, text=True, capture_output=True,
-                            timeout=280)
+    result = subprocess.run(
+        command(*args, ranks=ranks), cwd=ROOT, text=True, capture_output=True, timeout=280
+    )
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result

@@ -7,7 +7,8 @@ import pytest
 import torch.distributed as dist
 
 import luffy
-from run import init_processes
+from machinery.processes import init_processes
+from machinery.samplers import TorchSampler
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,22 +40,47 @@ class LuckyGrader:
 def test_every_algorithm_runs(tiny_model, tmp_path, monkeypatch, algo):
     monkeypatch.setattr(luffy, "Grader", LuckyGrader)
     out = tmp_path / "run"
-    cfg = luffy.parse_args(["--algo", algo, "--model", str(tiny_model), "--out", str(out),
-                            "--steps", "2", "--problems_per_step", "4", "--sample_every", "1",
-                            "--max_response_tokens", "64", "--eval_data", "", "--graders", "1"])
+    cfg = luffy.parse_args(
+        [
+            "--algo",
+            algo,
+            "--model",
+            str(tiny_model),
+            "--out",
+            str(out),
+            "--steps",
+            "2",
+            "--problems_per_step",
+            "4",
+            "--sample_every",
+            "1",
+            "--max_response_tokens",
+            "64",
+            "--eval_data",
+            "",
+            "--graders",
+            "1",
+        ]
+    )
     luffy.check(cfg, ranks=1)
     luffy.train(cfg, cfg.model)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert ("reward" in rows[0]) == (cfg.rollouts > 0)
     assert ("trace_reward" in rows[0]) == (cfg.traces > 0)
-    samples = [json.loads(line) for line in
-               (out / "samples" / "step-000001.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line)
+        for line in (out / "samples" / "step-000001.jsonl").read_text().splitlines()
+    ]
     assert len(samples) == 4 * (cfg.rollouts + cfg.traces)
     assert sum(s["off_policy"] for s in samples) == 4 * cfg.traces
     for s in samples:  # what report.html is made from
-        assert len(s["tokens"]) == len(s["logp"]) and "".join(s["tokens"]) == s["response"]
-        assert max(s["logp"]) <= 0 and (s["logp_old"] is None) == s["off_policy"]
+        assert "".join(s["tokens"]) == s["response"] and max(s["logp"]) <= 0
+        assert {len(s[name]) for name in ("logp", "logp_behavior", "factor", "slope")} == {
+            len(s["tokens"])
+        }
+        assert s["right"] in (0, 1) and s["inv_z"] > 0 and s["learns"]
+        assert not s["off_policy"] or set(s["logp_behavior"]) == {luffy.LOG_PI_PHI}
     watched = [json.loads(line) for line in (out / "watched.jsonl").read_text().splitlines()]
     assert [row["step"] for row in watched] == [0, 1, 2]
     first, _, last = (sum(sum(t["logp"]) for t in row["traces"]) for row in watched)
@@ -64,3 +90,69 @@ def test_every_algorithm_runs(tiny_model, tmp_path, monkeypatch, algo):
         assert {s["advantage"] for s in samples if s["off_policy"]} == {cfg.trace_advantage}
     assert (out / "checkpoint-000002" / "model.safetensors").exists()
     assert all(row["grad_norm"] > 0 and row["skipped_updates"] == 0 for row in rows)
+
+
+def test_the_loop_pushes_samples_sleeps_and_only_then_updates(tiny_model, tmp_path, monkeypatch):
+    """Each rollout is of the policy as the last update left it, and the update has the memory."""
+    calls, pushed = [], []
+
+    class Watched(TorchSampler):
+        def push(self, named_parameters):
+            weights = list(named_parameters)
+            calls.append("push")
+            pushed.append(sum(p.double().sum().item() for _, p in weights))
+            super().push(weights)
+
+        def generate(self, prompts, n, **options):
+            calls.append("generate")
+            now = sum(p.double().sum().item() for p in self.model.parameters())
+            assert now == pushed[-1]
+            return super().generate(prompts, n, **options)
+
+        def sleep(self):
+            calls.append("sleep")
+            super().sleep()
+
+    def update(*args, original=luffy.update):
+        calls.append("update")
+        return original(*args)
+
+    monkeypatch.setattr(luffy, "Grader", LuckyGrader)
+    monkeypatch.setattr(luffy, "TorchSampler", Watched)
+    monkeypatch.setattr(luffy, "update", update)
+    cfg = luffy.parse_args(
+        [
+            "--model",
+            str(tiny_model),
+            "--out",
+            str(tmp_path / "run"),
+            "--steps",
+            "2",
+            "--problems_per_step",
+            "4",
+            "--max_response_tokens",
+            "64",
+            "--eval_data",
+            "toy/dev",
+            "--eval_samples",
+            "1",
+        ]
+    )
+    luffy.train(cfg, cfg.model)
+    sampled = ["push", "generate", "sleep"]
+    assert calls == [*sampled, *(sampled + ["update"]) * 2, *sampled]  # evaluation before and after
+    assert pushed[0] == pushed[1] and len(set(pushed)) == 3
+    timing = [
+        json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()
+    ]
+    assert all(row["sync"] > 0 for row in timing)
+
+    class Deaf(TorchSampler):
+        """As if the call in the loop were deleted."""
+
+        def push(self, named_parameters):
+            pass
+
+    monkeypatch.setattr(luffy, "TorchSampler", Deaf)
+    with pytest.raises(RuntimeError, match="push"):
+        luffy.train(luffy.replace(cfg, out=str(tmp_path / "next"), eval_data=""), cfg.model)

@@ -1,6 +1,7 @@
 """Bad input ends at once, with a message that names the flag and the fix."""
 
 import json
+import shutil
 import sys
 from dataclasses import fields
 
@@ -9,29 +10,37 @@ import torch.distributed as dist
 from conftest import run
 
 import luffy
-import toy
-from run import InputError
-from luffy import ALGORITHMS, Config, but, check, parse_args
+from machinery import toy
+from machinery.processes import InputError
+from luffy import ALGORITHMS, Config, check, parse_args
+from machinery.flags import differences
 
 
 @pytest.fixture
 def refused(monkeypatch):
     """What luffy.py says of its arguments, in this process: to start another takes seconds."""
+
     def refused(*args) -> str:
         monkeypatch.setattr(sys, "argv", ["luffy.py", *map(str, args)])
         try:
-            with pytest.raises(SystemExit) as exit:
+            with pytest.raises(InputError) as error:
                 luffy.main()
         finally:
             dist.destroy_process_group()
-        return exit.value.code
+        return str(error.value)
+
     return refused
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--gama", "1"], "--gama"), (["--algo", "ppo"], "mixed_shaped"), (["--steps", "x"], "--steps"),
-    (["--token_mean", "maybe"], "true or false"), (["--step", "3"], "--step"),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--gama", "1"], "--gama"),
+        (["--steps", "x"], "--steps"),
+        (["--token_mean", "maybe"], "true or false"),
+        (["--step", "3"], "--step"),
+    ],
+)
 def test_flags_that_do_not_parse(capsys, args, words):
     with pytest.raises(SystemExit) as exit:
         parse_args(args)
@@ -49,35 +58,71 @@ def test_every_row_names_fields_and_is_reached_by_its_name():
 
 def test_the_papers_recipe_is_the_default_and_the_toy_changes_sizes_only():
     cfg = parse_args(["--model", "Qwen/Qwen2.5-Math-7B"])
-    paper = dict(problems_per_step=128, rollouts=7, traces=1, updates_per_step=2, lr=1e-6,
-                 beta1=0.9, beta2=0.999, weight_decay=0.01, max_grad_norm=1.0, temperature=1.0,
-                 max_prompt_tokens=1024, max_response_tokens=8192, gamma=0.1, steps=500, clip=None,
-                 normalize_std=False, entropy_coef=2.5e-4, shaping="luffy")
+    paper = dict(
+        problems_per_step=128,
+        rollouts=7,
+        traces=1,
+        updates_per_step=2,
+        lr=1e-6,
+        beta1=0.9,
+        beta2=0.999,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        temperature=1.0,
+        max_prompt_tokens=1024,
+        max_response_tokens=8192,
+        gamma=0.1,
+        steps=500,
+        clip=None,
+        normalize_std=False,
+        entropy_coef=2.5e-4,
+        shaping="luffy",
+    )
     assert {k: getattr(cfg, k) for k in paper} == paper
-    arms = {"rollouts", "traces", "shaping", "gamma", "clip", "shape_rollouts", "baseline",
-            "trace_advantage", "normalize_std", "token_mean", "sft_coef"}
+    arms = {
+        "rollouts",
+        "traces",
+        "shaping",
+        "gamma",
+        "clip",
+        "shape_rollouts",
+        "baseline",
+        "trace_advantage",
+        "normalize_std",
+        "token_mean",
+        "sft_coef",
+    }
     assert not arms & toy.RECIPE.keys()
     assert parse_args(["--algo", "sft"]).lr == toy.RECIPE["lr"]
     assert parse_args(["--lr", "1", "--clip", "none", "--token_mean", "true"]).token_mean is True
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--problems_per_step", "9"], ["--problems_per_step 9", "multiple of 2"]),
-    (["--traces", "2"], ["--traces 2"]),
-    (["--rollouts", "0", "--traces", "0"], ["--rollouts 0", "two rewards"]),
-    (["--rollouts", "0"], ["two rewards"]),
-    (["--algo", "rl_sft", "--rollouts", "1"], ["two rewards"]),
-    (["--gamma", "0"], ["--gamma"]),
-    (["--shaping", "cubic"], ["--shaping cubic", "luffy"]),
-    (["--updates_per_step", "0"], ["--updates_per_step", "at least 1"]),
-    (["--tensor_parallel", "0"], ["--tensor_parallel", "at least 1"]),
-    (["--save_every", "0"], ["--save_every", "at least 1"]),
-    (["--temperature", "0"], ["--temperature"]),
-    (["--tis_cap", "0"], ["--tis_cap"]),
-    (["--cache_gib", "-1"], ["--cache_gib"]),
-    (["--sampler", "sglang"], ["--sampler", "vllm"]),
-    (["--tensor_parallel", "2"], ["--tensor_parallel 2"]),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--algo", "ppo"], ["--algo ppo", "mixed_shaped"]),
+        (["--route", "x"], ["--route x", "all"]),
+        (["--schedule", "x"], ["--schedule x", "constant"]),
+        (["--lr", "nan"], ["--lr nan", "above 0"]),
+        (["--gamma", "inf"], ["--gamma inf"]),
+        (["--beta1", "1.5"], ["--beta1 1.5", "at most 1"]),
+        (["--problems_per_step", "9"], ["--problems_per_step 9", "multiple of 2"]),
+        (["--traces", "2"], ["--traces 2"]),
+        (["--rollouts", "0", "--traces", "0"], ["--rollouts 0", "two rewards"]),
+        (["--rollouts", "0"], ["two rewards"]),
+        (["--algo", "rl_sft", "--rollouts", "1"], ["two rewards"]),
+        (["--gamma", "0"], ["--gamma"]),
+        (["--shaping", "cubic"], ["--shaping cubic", "luffy"]),
+        (["--updates_per_step", "0"], ["--updates_per_step", "at least 1"]),
+        (["--tensor_parallel", "0"], ["--tensor_parallel", "at least 1"]),
+        (["--save_every", "0"], ["--save_every", "at least 1"]),
+        (["--temperature", "0"], ["--temperature"]),
+        (["--tis_cap", "0"], ["--tis_cap"]),
+        (["--cache_gib", "-1"], ["--cache_gib"]),
+        (["--sampler", "sglang"], ["--sampler", "vllm"]),
+        (["--tensor_parallel", "2"], ["--tensor_parallel 2"]),
+    ],
+)
 def test_configurations_that_cannot_run(args, words):
     with pytest.raises(InputError) as error:
         check(parse_args(args), ranks=1)
@@ -85,7 +130,7 @@ def test_configurations_that_cannot_run(args, words):
 
 
 def test_vllm_where_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr("luffy.find_spec", lambda name: None)
+    monkeypatch.setattr("machinery.samplers.find_spec", lambda name: None)
     cfg = parse_args(["--sampler", "vllm"])
     with pytest.raises(InputError, match="pip install -r requirements.txt"):
         check(cfg, ranks=1)
@@ -97,10 +142,12 @@ def test_vllm_where_it_is_not_installed(monkeypatch):
     check(parse_args([]), ranks=1)  # the toy needs none
 
 
-def test_a_dry_run_needs_no_weights_and_leaves_nothing(tmp_path):
-    out = run("luffy.py", "--model", "Qwen2.5-Math-1.5B", "--dry_run", "2x80",
-              "--out", tmp_path / "run", ranks=2).stdout
-    assert out.count("1,543,714,304 parameters") == 1 and "fits in 80 GiB" in out
+def test_a_dry_run_needs_no_weights_and_leaves_nothing(tiny_model, tmp_path):
+    (tmp_path / "model").mkdir()
+    shutil.copy(tiny_model / "config.json", tmp_path / "model")
+    arguments = "--model", tmp_path / "model", "--dry_run", "2x80", "--out", tmp_path / "run"
+    out = run("luffy.py", *arguments, ranks=2).stdout
+    assert out.count(" parameters") == 1 and "fits in 80 GiB" in out
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="multiple of 6"):
         check(parse_args(["--model", "Qwen2.5-Math-7B", "--dry_run", "3x80"]), 3)
@@ -112,8 +159,16 @@ def test_a_response_longer_than_the_context(refused, tiny_model, tmp_path):
 
 
 def test_models_that_are_not_there(tmp_path):
-    result = run("luffy.py", "--model", tmp_path / "absent", "--data", "toy", "--out",
-                 tmp_path / "run", check=False)
+    result = run(
+        "luffy.py",
+        "--model",
+        tmp_path / "absent",
+        "--data",
+        "toy",
+        "--out",
+        tmp_path / "run",
+        check=False,
+    )
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "--model" in result.stderr and "absent" in result.stderr
 
@@ -121,7 +176,7 @@ def test_models_that_are_not_there(tmp_path):
 def test_the_first_line_says_how_the_run_differs_from_luffy():
     def words(*args):
         model = ["--model", "Qwen/Qwen2.5-Math-7B"]
-        return but(parse_args([*args, *model]), parse_args(model))
+        return differences(parse_args([*args, *model]), parse_args(model))
 
     assert words() == ""
     assert words("--algo", "mixed") == ", but shaping none, clip 0.2"
@@ -129,15 +184,18 @@ def test_the_first_line_says_how_the_run_differs_from_luffy():
 
 
 def test_data_that_cannot_be_trained_on(refused, tiny_model, tmp_path):
-    row = {"prompt": [{"role": "user", "content": "b2,c5,-;e?"}],
-           "reward_model": {"ground_truth": "5"}}
+    row = {
+        "prompt": [{"role": "user", "content": "b2,c5,-;e?"}],
+        "reward_model": {"ground_truth": "5"},
+    }
     wrong = row | {"target": [{"role": "assistant", "content": "\\boxed{4}"}]}
     (tmp_path / "bare.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "wrong.jsonl").write_text(json.dumps(wrong) + "\n")
     (tmp_path / "empty.jsonl").write_text("")
     for name, words in (("bare", "no trace"), ("wrong", "wrong trace"), ("empty", "no rows")):
-        error = refused("--model", tiny_model, "--data", tmp_path / f"{name}.jsonl",
-                        "--out", tmp_path / "run")
+        error = refused(
+            "--model", tiny_model, "--data", tmp_path / f"{name}.jsonl", "--out", tmp_path / "run"
+        )
         assert words in error and f"{name}.jsonl" in error
 
 

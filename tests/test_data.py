@@ -5,14 +5,17 @@ import json
 import pytest
 from conftest import SHARED
 
-import toy
+from machinery import toy
 from data import Problem, batch_at, encode, load_problems, load_training_set, render
-from run import InputError
+from machinery.processes import InputError
 from verify import grade
 
-OPENR1 = {"data_source": "openr1", "prompt": [{"role": "user", "content": "b2,c5,-;e?"}],
-          "target": [{"role": "assistant", "content": "d=5-2=3;e=3-5=5;\\boxed{535}"}],
-          "reward_model": {"ground_truth": "535", "style": "rule"}}
+OPENR1 = {
+    "data_source": "openr1",
+    "prompt": [{"role": "user", "content": "b2,c5,-;e?"}],
+    "target": [{"role": "assistant", "content": "d=5-2=3;e=3-5=5;\\boxed{535}"}],
+    "reward_model": {"ground_truth": "535", "style": "rule"},
+}
 GSM8K = {"question": "How many?", "answer": "2+2=<<2+2=4>>4 thousand\n#### 4,000"}
 
 
@@ -37,24 +40,30 @@ def test_jsonl_and_parquet_read_alike(tmp_path):
 
 
 def test_gsm8k(tmp_path):
-    problem, = load_problems(write(tmp_path / "g.jsonl", GSM8K))
+    (problem,) = load_problems(write(tmp_path / "g.jsonl", GSM8K))
     assert problem.answer == "4000"
     assert problem.trace == "2+2=4 thousand\nThe answer is \\boxed{4000}."
     assert [m["role"] for m in problem.prompt] == ["system", "user"]
 
 
-@pytest.mark.parametrize("row, words", [
-    ("{not json", ["line 2", "JSON"]),
-    ("[1]", ["line 2", "object"]),
-    ({"text": "x"}, ["line 2", "columns", "text"]),
-    (OPENR1 | {"prompt": "text"}, ["line 2", "column prompt", "list"]),
-    (OPENR1 | {"prompt": []}, ["line 2", "column prompt"]),
-    (OPENR1 | {"prompt": [{"role": "user"}]}, ["line 2", "column prompt", "content"]),
-    (OPENR1 | {"reward_model": {}}, ["line 2", "column reward_model"]),
-    (OPENR1 | {"reward_model": {"ground_truth": 5}}, ["line 2", "ground_truth", "str", "5"]),
-    (OPENR1 | {"target": [{"role": "assistant", "content": None}]}, ["line 2", "column target"]),
-    (GSM8K | {"answer": "no mark"}, ["line 2", "column answer", "####"]),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("{not json", ["line 2", "JSON"]),
+        ("[1]", ["line 2", "object"]),
+        ({"text": "x"}, ["line 2", "columns", "text"]),
+        (OPENR1 | {"prompt": "text"}, ["line 2", "column prompt", "list"]),
+        (OPENR1 | {"prompt": []}, ["line 2", "column prompt"]),
+        (OPENR1 | {"prompt": [{"role": "user"}]}, ["line 2", "column prompt", "content"]),
+        (OPENR1 | {"reward_model": {}}, ["line 2", "column reward_model"]),
+        (OPENR1 | {"reward_model": {"ground_truth": 5}}, ["line 2", "ground_truth", "str", "5"]),
+        (
+            OPENR1 | {"target": [{"role": "assistant", "content": None}]},
+            ["line 2", "column target"],
+        ),
+        (GSM8K | {"answer": "no mark"}, ["line 2", "column answer", "####"]),
+    ],
+)
 def test_a_broken_row_names_file_row_column_and_what_was_expected(tmp_path, row, words):
     path = write(tmp_path / "broken.jsonl", OPENR1, row)
     with pytest.raises(InputError) as error:
@@ -64,10 +73,13 @@ def test_a_broken_row_names_file_row_column_and_what_was_expected(tmp_path, row,
 
 
 def test_sources_that_hold_nothing(tmp_path):
-    for source, words in ((write(tmp_path / "empty.jsonl"), "no rows"),
-                          (str(tmp_path / "absent.parquet"), "no such file"),
-                          (write(tmp_path / "text.parquet", "{}"), "not a parquet file"),
-                          ("toy/nothing", "train"), ("nobody/nothing-at-all", "hub")):
+    for source, words in (
+        (write(tmp_path / "empty.jsonl"), "no rows"),
+        (str(tmp_path / "absent.parquet"), "no such file"),
+        (write(tmp_path / "text.parquet", "{}"), "not a parquet file"),
+        ("toy/nothing", "train"),
+        ("nobody/nothing-at-all", "hub"),
+    ):
         with pytest.raises(InputError, match=words):
             load_problems(source)
 
@@ -103,8 +115,10 @@ def test_think_is_opened_once(tokenizer):
     trace = "<think>\nd=5;</think>\\boxed{5}"
     (inside,), _ = encode([Problem("b2?<think>\n", "5", trace)], tokenizer, **limits())
     for variant in ("<think>d=5;</think>\\boxed{5}", "\n<think> d=5;</think>\\boxed{5}"):
-        assert encode([Problem("b2?<think>\n", "5", variant)], tokenizer, **limits())[0][0] \
-            .trace_ids == inside.trace_ids
+        assert (
+            encode([Problem("b2?<think>\n", "5", variant)], tokenizer, **limits())[0][0].trace_ids
+            == inside.trace_ids
+        )
     (outside,), _ = encode([Problem("b2?", "5", trace)], tokenizer, **limits())
     assert inside.opened == "<think>\n" and outside.opened == ""
     assert len(outside.trace_ids) - len(inside.trace_ids) == len(tokenizer.encode("<think>\n"))
@@ -112,9 +126,14 @@ def test_think_is_opened_once(tokenizer):
 
 def test_traces_are_verified_once_as_rollouts_are(tokenizer, tmp_path):
     """A trace in an opened thought must close it; a resumed run does not judge again."""
-    rows = [{"prompt": [{"role": "user", "content": q}], "reward_model": {"ground_truth": "5"},
-             "target": [{"role": "assistant", "content": t}]}
-            for q, t in (("a", "\\boxed{5}"), ("b", "\\boxed{6}"), ("c", "</think>\\boxed{5}"))]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": q}],
+            "reward_model": {"ground_truth": "5"},
+            "target": [{"role": "assistant", "content": t}],
+        }
+        for q, t in (("a", "\\boxed{5}"), ("b", "\\boxed{6}"), ("c", "</think>\\boxed{5}"))
+    ]
     path, judged = write(tmp_path / "a.jsonl", *rows), []
 
     def grader(jobs):
@@ -122,9 +141,17 @@ def test_traces_are_verified_once_as_rollouts_are(tokenizer, tmp_path):
         return [grade(*job) for job in jobs]
 
     def load():
-        return [p.prompt[0]["content"] for p in load_training_set(
-            path, tokenizer, grader, need_traces=True, verdicts=tmp_path / "verdicts.json",
-            **limits())]
+        return [
+            p.prompt[0]["content"]
+            for p in load_training_set(
+                path,
+                tokenizer,
+                grader,
+                need_traces=True,
+                verdicts=tmp_path / "verdicts.json",
+                **limits(),
+            )
+        ]
 
     assert load() == load() == ["a", "c"] and len(judged) == 3
     tokenizer = toy.make_tokenizer()
@@ -165,11 +192,16 @@ def test_batch_at_is_pure_and_covers_each_epoch_once():
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data files")
-@pytest.mark.parametrize("name, rows, traces", [
-    ("gsm8k_train.jsonl", 7473, 7473), ("traces_gsm8k_train_human.parquet", 7473, 7473),
-    ("traces_math4500_human.parquet", 4500, 4500), ("traces_r1_sample10.parquet", 10, 10),
-    ("six_benchmarks_luffy.parquet", 6023, 0),
-])
+@pytest.mark.parametrize(
+    "name, rows, traces",
+    [
+        ("gsm8k_train.jsonl", 7473, 7473),
+        ("traces_gsm8k_train_human.parquet", 7473, 7473),
+        ("traces_math4500_human.parquet", 4500, 4500),
+        ("traces_r1_sample10.parquet", 10, 10),
+        ("six_benchmarks_luffy.parquet", 6023, 0),
+    ],
+)
 def test_real_files(name, rows, traces):
     problems = load_problems(str(SHARED / name))
     assert len(problems) == rows

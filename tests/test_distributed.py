@@ -18,9 +18,28 @@ def rows(path):
 
 
 def luffy(model, out, *more):
-    return ["luffy.py", "--model", model, "--steps", 2, "--out", out, "--updates_per_step", 2,
-            "--problems_per_step", 8, "--max_response_tokens", 64, "--token_budget", 300,
-            "--entropy_coef", 1e-3, "--eval_samples", 2, *more]
+    return [
+        "luffy.py",
+        "--model",
+        model,
+        "--steps",
+        2,
+        "--out",
+        out,
+        "--updates_per_step",
+        2,
+        "--problems_per_step",
+        8,
+        "--max_response_tokens",
+        64,
+        "--token_budget",
+        300,
+        "--entropy_coef",
+        1e-3,
+        "--eval_samples",
+        2,
+        *more,
+    ]
 
 
 def two_nodes(*args) -> str:
@@ -28,10 +47,27 @@ def two_nodes(*args) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", *args]
-    nodes = [subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE) for _ in range(2)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--rdzv_id=test",
+        *args,
+    ]
+    nodes = [
+        subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
     try:
         printed = [node.communicate(timeout=200) for node in nodes]
         assert all(node.returncode == 0 for node in nodes), printed
@@ -41,8 +77,9 @@ def two_nodes(*args) -> str:
             node.kill()
 
 
-@pytest.mark.parametrize("algo, nodes", [
-    ("luffy", 2), pytest.param("rl_sft", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "algo, nodes", [("luffy", 2), pytest.param("rl_sft", 1, marks=pytest.mark.slow)]
+)
 def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo, nodes):
     run(*luffy(tiny_model, tmp_path / "1", "--algo", algo))
     if nodes == 2:
@@ -68,7 +105,7 @@ def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo, nod
 SHARDED = textwrap.dedent("""
     import torch
     from luffy import DDP, ShardedAdamW
-    from run import init_processes, launch, rank
+    from machinery.processes import init_processes, launch, rank
     def net():
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 128),
@@ -118,11 +155,12 @@ UNEVEN = textwrap.dedent("""
     import torch
     import luffy
     from data import Problem
-    from run import gather, init_processes, launch, rank
+    from machinery.model import load_config
+    from machinery.processes import gather, init_processes, launch, rank
     def steps():
         cfg = luffy.Config(**luffy.ALGORITHMS["on_policy"] | dict(problems_per_step=2, lr=1e-2,
             updates_per_step=1, max_response_tokens=32, entropy_coef=0.0, token_budget=40))
-        model = luffy.load_model(sys.argv[1], luffy.load_config(sys.argv[1]), cfg)
+        model = luffy.load_model(sys.argv[1], luffy.load_config(sys.argv[1]), False)
         policy = luffy.DDP(luffy.Policy(model, 1.0), gradient_as_bucket_view=True)
         optimizer = luffy.ShardedAdamW(policy.parameters(), lr=cfg.lr)
         rng = random.Random(rank())
@@ -150,7 +188,7 @@ FAILING = textwrap.dedent("""
     import sys; sys.path.insert(0, ".")
     import os, signal
     import luffy
-    from run import launch, rank
+    from machinery.processes import launch, rank
     how, score = sys.argv.pop(1), luffy.score
     def fail(*args):
         if rank() == 1 and how == "raises":
@@ -163,10 +201,15 @@ FAILING = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize("how, error", [
-    ("raises", "[rank1]: RuntimeError: the disk of rank 1 is full"),
-    ("dies", "Signal 9 (SIGKILL)"),
-])
+@pytest.mark.parametrize(
+    "how, error",
+    [
+        pytest.param(
+            "raises", "[rank1]: RuntimeError: the disk of rank 1 is full", marks=pytest.mark.slow
+        ),
+        ("dies", "Signal 9 (SIGKILL)"),
+    ],
+)
 def test_a_rank_that_fails_ends_the_job_with_its_error(tiny_model, tmp_path, how, error):
     script = tmp_path / "failing.py"
     script.write_text(FAILING)

@@ -12,9 +12,10 @@ from conftest import SHARED, run
 
 from data import SYSTEM, Problem, render
 from eval import by_source, difference_table, load_benchmark, load_rows, parse_args, pass_at_k
-from eval import published_table, score_table, standard_error, summarize, table, to_prompt
-from paper import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
-from run import InputError
+from eval import published_table, score_table, standard_error, summarize, to_prompt
+from machinery.published import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
+from machinery.processes import InputError
+from machinery.scores import table
 from verify import Grader
 
 
@@ -31,16 +32,34 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
 
 
 def rows_of(rewards: list[list[float]], source: str = "hard", **more) -> list[dict]:
-    return [{"problem": i, "sample": j, "source": source, "reward": reward, "lenient": 1.0,
-             "tokens": 10 * (j + 1), "truncated": j > 0} | more
-            for i, group in enumerate(rewards) for j, reward in enumerate(group)]
+    return [
+        {
+            "problem": i,
+            "sample": j,
+            "source": source,
+            "reward": reward,
+            "lenient": 1.0,
+            "tokens": 10 * (j + 1),
+            "truncated": j > 0,
+        }
+        | more
+        for i, group in enumerate(rewards)
+        for j, reward in enumerate(group)
+    ]
 
 
 def test_summary_by_hand():
     scores = summarize(rows_of([[1.0, 0.0], [0.0, 0.0]]))
     assert scores.pop("avg_se") == pytest.approx(0.25)  # stdev(.5, 0) / sqrt 2
-    assert scores == {"problems": 2, "k": 2, "avg": 0.25, "lenient": 1.0, "pass_at": [0.25, 0.5],
-                      "length": 15.0, "truncated": 0.5}
+    assert scores == {
+        "problems": 2,
+        "k": 2,
+        "avg": 0.25,
+        "lenient": 1.0,
+        "pass_at": [0.25, 0.5],
+        "length": 15.0,
+        "truncated": 0.5,
+    }
     scores = by_source(rows_of([[1.0, 0.0], [0.0, 0.0]]))
     assert "| hard (2) | avg@2 | 0.250 |" in table({"model": scores})
     assert math.isnan(summarize(rows_of([[1.0]]))["avg_se"])  # one problem tells no error
@@ -48,8 +67,10 @@ def test_summary_by_hand():
 
 def test_standard_errors_are_those_of_a_bootstrap_over_problems():
     rng = random.Random(0)
-    rewards = [[float(rng.random() < p) for _ in range(8)]
-               for p in (rng.betavariate(0.5, 0.5) for _ in range(200))]
+    rewards = [
+        [float(rng.random() < p) for _ in range(8)]
+        for p in (rng.betavariate(0.5, 0.5) for _ in range(200))
+    ]
     means = [fmean(r) for r in rewards]
     resampled = [fmean(rng.choices(means, k=200)) for _ in range(4000)]
     assert standard_error(means) == pytest.approx(stdev(resampled), rel=0.05)
@@ -58,27 +79,39 @@ def test_standard_errors_are_those_of_a_bootstrap_over_problems():
 
 
 def test_tables():
-    scores = {("math500", 0.6): summarize(rows_of([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])),
-              ("toy", 0.6): summarize(rows_of([[1.0], [1.0]]))}
+    scores = {
+        ("math500", 0.6): summarize(rows_of([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])),
+        ("toy", 0.6): summarize(rows_of([[1.0], [1.0]])),
+    }
     text = score_table(scores)
     assert "| math500 | 0.6 | 3 | 50.0 ± 28.9 @2 | 100.0 | 66.7 @2 | 15 | 50.0% |" in text
     assert "| mean of 2 | 0.6 | | 75.0 ± 14.4 |" in text
     assert "| math500 | 0.6 | 50.0 ± 28.9 | 100.0 | 87.6 | -37.6 |" in published_table(
-        scores, "luffy")
-    nine = {(name, 0.6): summarize(rows_of([[1.0], [float(name in SIX)]]))
-            for name in (*SIX, *OUT_OF_DISTRIBUTION)}
+        scores, "luffy"
+    )
+    nine = {
+        (name, 0.6): summarize(rows_of([[1.0], [float(name in SIX)]]))
+        for name in (*SIX, *OUT_OF_DISTRIBUTION)
+    }
     assert "| mean of 6 | 0.6 | | 100.0 ± 0.0 |" in score_table(nine)  # as the paper reports them
     assert "| mean of 3 | 0.6 | | 50.0 ± 28.9 |" in score_table(nine)
     assert "mean of 9" not in score_table(nine)
-    models = {"a": {("x", 0.6, 1): rows_of([[1.0], [0.0], [0.0]])},
-              "b": {("x", 0.6, 1): rows_of([[1.0], [1.0], [0.0]])}}
+    models = {
+        "a": {("x", 0.6, 1): rows_of([[1.0], [0.0], [0.0]])},
+        "b": {("x", 0.6, 1): rows_of([[1.0], [1.0], [0.0]])},
+    }
     assert "| x | 0.6 | 1 | 33.3 ± 33.3 | 33.3 ± 33.3 |" in difference_table(models)
 
 
 # ------------------------------------------------------------------ the paper's tables
 def test_published_means_are_the_papers():
-    for name, six, ood in (("luffy", 50.1, 57.8), ("sft-rl", 48.2, 44.8), ("oat-zero", 43.7, 45.2),
-                           ("on-policy", 45.5, 57.3), ("qwen-math-7b", 19.0, 15.4)):
+    for name, six, ood in (
+        ("luffy", 50.1, 57.8),
+        ("sft-rl", 48.2, 44.8),
+        ("oat-zero", 43.7, 45.2),
+        ("on-policy", 45.5, 57.3),
+        ("qwen-math-7b", 19.0, 15.4),
+    ):
         assert fmean(SYSTEMS[name].six) == pytest.approx(six, abs=0.06)
         assert fmean(SYSTEMS[name].ood) == pytest.approx(ood, abs=0.06)
     for name, system in SYSTEMS.items():
@@ -89,14 +122,14 @@ def test_published_means_are_the_papers():
 PROMPTS = {  # written out from each system's own code
     "plain": "1 + {x}?",
     "qwen": "<|im_start|>system\nPlease reason step by step, and put your final answer within "
-            "\\boxed{}.<|im_end|>\n<|im_start|>user\n1 + {x}?<|im_end|>\n<|im_start|>assistant\n",
+    "\\boxed{}.<|im_end|>\n<|im_start|>user\n1 + {x}?<|im_end|>\n<|im_start|>assistant\n",
     "simplerl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-                "1 + {x}?\nPlease reason step by step, and put your final answer within "
-                "\\boxed{}.<|im_end|>\n<|im_start|>assistant\n",
+    "1 + {x}?\nPlease reason step by step, and put your final answer within "
+    "\\boxed{}.<|im_end|>\n<|im_start|>assistant\n",
 }
 ENDS = {  # of the long ones
     "prime_zero": " <answer> answer here </answer>. User: 1 + {x}?\n\nPresent the answer in LaTex "
-                  "format: \\boxed{Your answer}. Assistant:",
+    "format: \\boxed{Your answer}. Assistant:",
     "openreasoner_zero": " the \\boxed{} tag.\nThis is the problem:\n1 + {x}?\nAssistant: <think>",
 }
 
@@ -134,11 +167,19 @@ def test_every_template_is_the_systems_own():
 
 def test_hub_formats_become_problems(tmp_path):
     rows = {
-        "arc_c": {"question": "Why?", "choices": {"label": ["A", "B"], "text": ["x", "y"]},
-                  "answerKey": "B"},
+        "arc_c": {
+            "question": "Why?",
+            "choices": {"label": ["A", "B"], "text": ["x", "y"]},
+            "answerKey": "B",
+        },
         "mmlu_pro": {"question": "Why?", "options": ["x", "y"], "answer": "B", "answer_index": 1},
-        "gpqa": {"Question": "Why?", "Correct Answer": "x", "Incorrect Answer 1": "y",
-                 "Incorrect Answer 2": "z", "Incorrect Answer 3": "w"},
+        "gpqa": {
+            "Question": "Why?",
+            "Correct Answer": "x",
+            "Incorrect Answer 1": "y",
+            "Incorrect Answer 2": "z",
+            "Incorrect Answer 3": "w",
+        },
         "math500": {"problem": "1/2?", "answer": ["0.5"]},
     }
     for name, row in rows.items():
@@ -165,8 +206,10 @@ def test_the_papers_files():
         assert len(problems) == BENCHMARKS[name].problems
         assert bench.k == (32 if name in ("aime24", "aime25", "amc") else 1)
     for name in SIX:  # the official file with its repeats, and the same without
-        (bench, some), (_, others) = (load_benchmark(name, str(SHARED / f"six_benchmarks_{file}"))
-                                      for file in ("luffy.parquet", "unique.jsonl"))
+        (bench, some), (_, others) = (
+            load_benchmark(name, str(SHARED / f"six_benchmarks_{file}"))
+            for file in ("luffy.parquet", "unique.jsonl")
+        )
         assert bench.k == found[name][0].k and some[0].prompt[0]["role"] == "system"
         assert sorted(p.answer for p in some) == sorted(p.answer for p in others)
     problems = [p for _, problems in found.values() for p in problems]
@@ -177,8 +220,9 @@ def test_the_papers_files():
     with Grader() as grader:
         rewards = grader([(f"\\boxed{{{p.answer}}}", p.answer) for p in problems])
         assert rewards == [1.0] * len(problems)
-        other = [(r"\boxed{%s}" % ("B" if p.answer == "A" else "A"), p.answer)
-                 for p in found["arc_c"][1]]
+        other = [
+            (r"\boxed{%s}" % ("B" if p.answer == "A" else "A"), p.answer) for p in found["arc_c"][1]
+        ]
         assert not any(grader(other))
 
 
@@ -203,8 +247,21 @@ def test_our_grading_agrees_with_recorded_labels():
 # ------------------------------------------------------------------ the command
 def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     """And the command, its tables and its picture."""
-    arguments = ["eval.py", "--model", tiny_model, "--bench", "toy/dev", "--samples", 16,
-                 "--limit", 48, "--temperature", "0,1", "--max_response_tokens", 12]
+    arguments = [
+        "eval.py",
+        "--model",
+        tiny_model,
+        "--bench",
+        "toy/dev",
+        "--samples",
+        16,
+        "--limit",
+        48,
+        "--temperature",
+        "0,1",
+        "--max_response_tokens",
+        12,
+    ]
     whole, killed, name = tmp_path / "whole", tmp_path / "killed", "toy.dev-t1-k16-rank0.jsonl"
     out = run(*arguments, "--out", whole).stdout
     for words in ("| toy/dev/easy | 0 | 16 |", "| toy/dev/hard | 1 | 16 |", "@16 |", "mean of 3 |"):
@@ -218,8 +275,13 @@ def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     run(*arguments, "--out", killed, ranks=2)
     assert (killed / "scores.json").read_text() == (whole / "scores.json").read_text()
 
-    complete, continued = ({key: sorted(rows, key=lambda row: (row["problem"], row["sample"]))
-                            for key, rows in load_rows(out).items()} for out in (whole, killed))
+    complete, continued = (
+        {
+            key: sorted(rows, key=lambda row: (row["problem"], row["sample"]))
+            for key, rows in load_rows(out).items()
+        }
+        for out in (whole, killed)
+    )
     assert continued == complete
     out = run("eval.py", "compare", whole, killed, "--out", tmp_path / "c.png")
     assert "| toy.dev/ood | 1 | 16 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in out.stdout
@@ -230,10 +292,12 @@ def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
 
 
 def test_what_cannot_be_evaluated(monkeypatch):
-    for arguments, words in ((["--paper", "on-policy", "--bench", "six"], "no checkpoint"),
-                             (["--bench", "six"], "--model or --paper"),
-                             (["--model", "x", "--bench", "six", "--limit", "0"], "--limit 0"),
-                             (["--model", "x", "--bench", "a", "--temperature", "b"], "A or A,B")):
+    for arguments, words in (
+        (["--paper", "on-policy", "--bench", "six"], "no checkpoint"),
+        (["--bench", "six"], "--model or --paper"),
+        (["--model", "x", "--bench", "six", "--limit", "0"], "--limit 0"),
+        (["--model", "x", "--bench", "a", "--temperature", "b"], "A or A,B"),
+    ):
         monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
         with pytest.raises(InputError, match=words):
             parse_args()

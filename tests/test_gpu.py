@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-import toy
 from data import Problem
-from luffy import Config, ShardedAdamW, Trajectory, collate, load_model
-from model import Policy, from_pretrained, load_config, token_logprobs
-from sampler import TorchSampler
+from luffy import ShardedAdamW, Trajectory
+from machinery import toy
+from machinery.batches import collate
+from machinery.model import Policy, from_pretrained, load_config, load_model, token_logprobs
+from machinery.samplers import TorchSampler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,21 +18,27 @@ pytestmark = [
 
 def trajectories(*lengths):
     rng = torch.Generator().manual_seed(0)
-    return [Trajectory(0, Problem("", "", prompt_ids=(5, 6, 7)),
-                       torch.randint(5, 50, (n,), generator=rng).tolist()) for n in lengths]
+    return [
+        Trajectory(
+            0,
+            Problem("", "", prompt_ids=(5, 6, 7)),
+            torch.randint(5, 50, (n,), generator=rng).tolist(),
+        )
+        for n in lengths
+    ]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_attention_equals_one_at_a_time(tiny_model, checkpointing):
-    policy = Policy(load_model(tiny_model, load_config(tiny_model),
-                               Config(checkpointing=checkpointing)), 1.0)
+    policy = Policy(load_model(tiny_model, load_config(tiny_model), checkpointing), 1.0)
 
     def outcome(batches):
         policy.zero_grad()
         logps = [policy(batch)[0] for batch in batches]
         torch.cat(logps).sum().backward()
-        return torch.cat(logps).detach(), torch.cat([
-            p.grad.float().flatten() for p in policy.parameters()])
+        return torch.cat(logps).detach(), torch.cat(
+            [p.grad.float().flatten() for p in policy.parameters()]
+        )
 
     group = trajectories(200, 90, 7, 1)
     logp, gradient = outcome([collate(group)])
@@ -42,10 +49,11 @@ def test_packed_attention_equals_one_at_a_time(tiny_model, checkpointing):
 
 def test_the_model_on_the_gpu_is_the_one_on_the_cpu(tiny_model, monkeypatch):
     batch = collate(trajectories(60, 30))
-    on_gpu = Policy(load_model(tiny_model, load_config(tiny_model), Config()), 1.0)(batch)[0]
+    on_gpu = Policy(load_model(tiny_model, load_config(tiny_model), True), 1.0)(batch)[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    on_cpu = Policy(load_model(tiny_model, load_config(tiny_model), Config()), 1.0)(
-        collate(trajectories(60, 30)))[0]
+    on_cpu = Policy(load_model(tiny_model, load_config(tiny_model), True), 1.0)(
+        collate(trajectories(60, 30))
+    )[0]
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0.05, atol=0.05)
 
 
@@ -87,9 +95,14 @@ def test_greedy_equals_transformers():
     base = toy.base_model()
     model, config = from_pretrained(base), load_config(base)
     prompts = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3]]
-    groups = TorchSampler(base, config, 1).generate(prompts, 1, seeds=[0, 1], temperature=0,
-                                                    max_tokens=12)
+    sampler = TorchSampler(base, config, 1)
+    groups = sampler.generate(prompts, 1, seeds=[0, 1], temperature=0, max_tokens=12)
     for prompt, (sample,) in zip(prompts, groups):
-        expected = model.generate(torch.tensor([prompt], device="cuda"), do_sample=False,
-                                  eos_token_id=1, max_new_tokens=12, pad_token_id=0)
-        assert sample.tokens == expected[0, len(prompt):].tolist()
+        expected = model.generate(
+            torch.tensor([prompt], device="cuda"),
+            do_sample=False,
+            eos_token_id=1,
+            max_new_tokens=12,
+            pad_token_id=0,
+        )
+        assert sample.tokens == expected[0, len(prompt) :].tolist()

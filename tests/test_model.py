@@ -8,17 +8,18 @@ from conftest import run
 from transformers import Qwen2Config
 
 from data import Problem
-from luffy import Config, Trajectory, collate, load_model
-from model import Policy, find, fit_context, load_config
-from run import InputError
+from luffy import Trajectory
+from machinery.batches import collate
+from machinery.model import Policy, fit_context, full_name, load_config, load_model
+from machinery.processes import InputError
 
 
 def test_a_bare_name_is_a_directory_or_one_of_qwens(tmp_path, monkeypatch):
-    assert find("Qwen2.5-Math-7B") == "Qwen/Qwen2.5-Math-7B"
-    assert find("Elliott/LUFFY") == "Elliott/LUFFY" and find("toy") == "toy"
+    assert full_name("Qwen2.5-Math-7B") == "Qwen/Qwen2.5-Math-7B"
+    assert full_name("Elliott/LUFFY") == "Elliott/LUFFY"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen2.5-Math-7B").mkdir()
-    assert find("Qwen2.5-Math-7B") == "Qwen2.5-Math-7B"
+    assert full_name("Qwen2.5-Math-7B") == "Qwen2.5-Math-7B"
 
 
 def qwen_math(**changes) -> Qwen2Config:
@@ -37,10 +38,14 @@ def test_qwen_math_gets_the_papers_longer_context(capsys):
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("config, response", [
-    (qwen_math(rope_theta=1e6), 8192), (qwen_math(max_position_embeddings=2048), 8192),
-    (qwen_math(), 16000),
-])
+@pytest.mark.parametrize(
+    "config, response",
+    [
+        (qwen_math(rope_theta=1e6), 8192),
+        (qwen_math(max_position_embeddings=2048), 8192),
+        (qwen_math(), 16000),
+    ],
+)
 def test_an_unknown_model_that_is_too_short_is_refused(config, response):
     with pytest.raises(InputError, match=f"--max_response_tokens {response}"):
         fit_context(config, 1024, response)
@@ -48,7 +53,7 @@ def test_an_unknown_model_that_is_too_short_is_refused(config, response):
 
 def test_a_run_saves_the_longer_context_and_the_template(tiny_model, tmp_path):
     """From a model like Qwen2.5-Math: too short, and with a template that opens no thought."""
-    import toy
+    from machinery import toy
 
     model, tokenizer = tmp_path / "model", toy.make_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>", "\n", " ", ":", "A", "P", "U", "T", "R"])
@@ -56,14 +61,36 @@ def test_a_run_saves_the_longer_context_and_the_template(tiny_model, tmp_path):
     config.max_position_embeddings = 4096
     toy.Qwen2ForCausalLM(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    rows = [{"prompt": [{"role": "user", "content": f"b{i},c5,-;e?"}],
-             "reward_model": {"ground_truth": "5"},
-             "target": [{"role": "assistant", "content": "<think>\nd=5;</think>\n\\boxed{5}"}]}
-            for i in range(2)]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"b{i},c5,-;e?"}],
+            "reward_model": {"ground_truth": "5"},
+            "target": [{"role": "assistant", "content": "<think>\nd=5;</think>\n\\boxed{5}"}],
+        }
+        for i in range(2)
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = run("luffy.py", "--model", model, "--data", tmp_path / "a.jsonl", "--eval_data", "",
-              "--out", tmp_path / "run", "--steps", 1, "--problems_per_step", 2, "--sample_every",
-              1, "--max_prompt_tokens", 4090, "--max_response_tokens", 12).stdout
+    out = run(
+        "luffy.py",
+        "--model",
+        model,
+        "--data",
+        tmp_path / "a.jsonl",
+        "--eval_data",
+        "",
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        "--problems_per_step",
+        2,
+        "--sample_every",
+        1,
+        "--max_prompt_tokens",
+        4090,
+        "--max_response_tokens",
+        12,
+    ).stdout
     assert "4096 -> 16384" in out and "2 of 2 problems" in out
     assert "template    ours (its own does not open the thought)" in out
     saved = tmp_path / "run" / "checkpoint-000001"
@@ -73,9 +100,25 @@ def test_a_run_saves_the_longer_context_and_the_template(tiny_model, tmp_path):
     trace = next(row for row in map(json.loads, samples) if row["off_policy"])
     assert trace["prompt"].endswith("<think>\n") and trace["prompt"].count("<think>\n") == 1
     assert trace["response"] == "d=5;</think>\n\\boxed{5}<eos>"
-    again = run("luffy.py", "--model", saved, "--data", tmp_path / "a.jsonl", "--eval_data", "",
-                "--out", tmp_path / "next", "--steps", 1, "--problems_per_step", 2,
-                "--max_prompt_tokens", 4090, "--max_response_tokens", 12).stdout
+    again = run(
+        "luffy.py",
+        "--model",
+        saved,
+        "--data",
+        tmp_path / "a.jsonl",
+        "--eval_data",
+        "",
+        "--out",
+        tmp_path / "next",
+        "--steps",
+        1,
+        "--problems_per_step",
+        2,
+        "--max_prompt_tokens",
+        4090,
+        "--max_response_tokens",
+        12,
+    ).stdout
     assert "template" not in again and "16384" not in again  # it has both by now
 
 
@@ -89,8 +132,7 @@ def test_checkpointing_changes_memory_only(tiny_model):
         return tensor
 
     for checkpointing in (False, True):
-        cfg = Config(checkpointing=checkpointing)
-        policy = Policy(load_model(tiny_model, config, cfg), temperature=1.0)
+        policy = Policy(load_model(tiny_model, config, checkpointing), temperature=1.0)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             logp, entropy = policy(batch)

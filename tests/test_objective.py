@@ -26,22 +26,36 @@ def test_value_and_gradient_equal_the_official_code(case):
         advantage = advantage[:, None]
     shaped = case["reshape"] != "no_reshape"
     objective = mixed_policy_objective(
-        logp, behavior, advantage, off, shaping="luffy" if shaped else "none", clip=case["clip"],
-        gamma=float(case["reshape"].split("_")[-1]) if shaped else 0.1)
+        logp,
+        behavior,
+        advantage,
+        off,
+        shaping="luffy" if shaped else "none",
+        clip=case["clip"],
+        gamma=float(case["reshape"].split("_")[-1]) if shaped else 0.1,
+    )
     z = mask.shape[1] if case["normaliser"] == "length T" else mask.sum()
     loss = -(objective * mask).sum() / z
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=1e-9)
-    torch.testing.assert_close(logp.grad, torch.tensor(case["grad_log_prob"], dtype=F64),
-                               rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        logp.grad, torch.tensor(case["grad_log_prob"], dtype=F64), rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_arm_equals_a_plain_loop_over_tokens(algo):
     cfg = Config(**ALGORITHMS[algo])
     rng = random.Random(algo)
-    rows = [(math.log(rng.uniform(0.001, 1)), math.log(rng.uniform(0.001, 1)), rng.uniform(-1, 1),
-             rng.random() < 0.3) for _ in range(200)]
+    rows = [
+        (
+            math.log(rng.uniform(0.001, 1)),
+            math.log(rng.uniform(0.001, 1)),
+            rng.uniform(-1, 1),
+            rng.random() < 0.3,
+        )
+        for _ in range(200)
+    ]
     expected = []
     for logp, logp_old, advantage, is_trace in rows:
         pi, pi_old, gamma = math.exp(logp), math.exp(logp_old), cfg.gamma
@@ -56,16 +70,24 @@ def test_every_arm_equals_a_plain_loop_over_tokens(algo):
         expected.append(min(ratio * advantage, min(max(ratio, low), high) * advantage))
     logp, old, advantage, off = (torch.tensor(column) for column in zip(*rows))
     found = mixed_policy_objective(
-        logp.to(F64), old.to(F64).masked_fill(off, 0.0), advantage.to(F64), off,
-        shaping=cfg.shaping, gamma=cfg.gamma, clip=cfg.clip, shape_rollouts=cfg.shape_rollouts)
+        logp.to(F64),
+        old.to(F64).masked_fill(off, 0.0),
+        advantage.to(F64),
+        off,
+        shaping=cfg.shaping,
+        gamma=cfg.gamma,
+        clip=cfg.clip,
+        shape_rollouts=cfg.shape_rollouts,
+    )
     torch.testing.assert_close(found, torch.tensor(expected, dtype=F64), rtol=1e-5, atol=1e-6)
 
 
 def gradient(p: float, advantage: float, off_policy: bool, **kwargs) -> float:
     logp = torch.tensor([p], dtype=F64).log().requires_grad_()
     behavior = torch.zeros_like(logp) if off_policy else logp.detach()
-    mixed_policy_objective(logp, behavior, torch.tensor([advantage], dtype=F64),
-                           torch.tensor([off_policy]), **kwargs).sum().backward()
+    mixed_policy_objective(
+        logp, behavior, torch.tensor([advantage], dtype=F64), torch.tensor([off_policy]), **kwargs
+    ).sum().backward()
     return logp.grad.item()
 
 
@@ -91,8 +113,9 @@ def test_a_very_unlikely_trace_token_has_a_finite_gradient():
     for shaping in ("luffy", "none", "log"):
         logp = torch.tensor([-200.0, -200.0], requires_grad=True)
         off = torch.tensor([True, False])
-        mixed_policy_objective(logp, torch.tensor([0.0, -200.0]), torch.ones(2), off,
-                               shaping=shaping).sum().backward()
+        mixed_policy_objective(
+            logp, torch.tensor([0.0, -200.0]), torch.ones(2), off, shaping=shaping
+        ).sum().backward()
         assert logp.grad.isfinite().all(), shaping
 
 
@@ -106,7 +129,8 @@ def test_advantages_by_hand():
     assert rollouts.tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3])
     std = (1 / 3) ** 0.5  # of 1, 0, 0, 1, unbiased
     assert group_advantages(rewards, normalize_std=True)[0].tolist() == pytest.approx(
-        [0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std], rel=1e-4)
+        [0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std], rel=1e-4
+    )
     assert group_advantages(torch.zeros(1, 8), normalize_std=True).tolist() == [[0.0] * 8]
 
 
@@ -122,6 +146,10 @@ def test_chunked_head_equals_the_naive_one(temperature):
     chunked = token_logprobs(hidden, weight, targets, temperature=temperature, chunk=7)
     for x, y in zip(naive, chunked):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
-    for x, y in zip(*(torch.autograd.grad((a * logp + b * entropy).sum(), (hidden, weight))
-                      for logp, entropy in (naive, chunked))):
+    for x, y in zip(
+        *(
+            torch.autograd.grad((a * logp + b * entropy).sum(), (hidden, weight))
+            for logp, entropy in (naive, chunked)
+        )
+    ):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from conftest import ROOT
 
 import luffy
-import plan
-from run import InputError
+from machinery import plan
+from machinery.flags import differences
+from machinery.model import shape_of
+from machinery.processes import InputError
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def quick(monkeypatch):
 
 def planned(capsys, *args) -> str:
     cfg = luffy.parse_args([*args])
-    plan.show(cfg, luffy.but(cfg, luffy.Config()), luffy.is_toy(cfg.model))
+    plan.show(cfg, partial(luffy.check, cfg), differences(cfg, luffy.Config()))
     return capsys.readouterr().out
 
 
@@ -42,7 +45,7 @@ def test_the_arithmetic_of_a_rank(capsys, quick):
     assert "112 rollouts a step: at most 917,504 tokens" in text  # 16 problems x 7; x 8192
     assert "64 trajectories an update: at most 589,824 tokens in 22 micro-batches" in text
     cfg = luffy.parse_args(["--model", "Qwen2.5-Math-7B"])
-    config = plan.Qwen2Config(**plan.SHAPES["Qwen/Qwen2.5-Math-7B"])
+    config = shape_of("Qwen2.5-Math-7B")
     table = plan.memory(cfg, config, 8, 80 * plan.GIB)
     n = 7_615_616_512
     always = {purpose: size for phase, purpose, size in table if phase == "always"}
@@ -69,24 +72,25 @@ def test_verdicts_of_other_samplers(capsys, quick):
 
 def test_the_machine(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")  # under torchrun
-    assert plan.machine("this", is_toy=True)[0] == 3
+    assert plan.machine("this", parameters=1000)[0] == 3
     with pytest.raises(InputError, match="--dry_run 8by80"):
-        plan.machine("8by80", is_toy=False)
-    assert plan.machine("8x80", is_toy=True) == (8, 80 * 2**30)
+        plan.machine("8by80", parameters=1000)
+    assert plan.machine("8x80", parameters=1000) == (8, 80 * 2**30)
 
 
 MEASURE = textwrap.dedent("""
     # what the first two updates of a run add to this process's resident memory
     import json, sys
     sys.path.insert(0, ".")
-    import luffy, plan
+    import luffy
+    from machinery import plan
     from benchmarks.tiny import PeakMemory
     from data import Problem
-    from run import init_processes
+    from machinery.processes import init_processes
 
     def update(cfg):
-        policy = luffy.DDP(luffy.Policy(luffy.load_model(sys.argv[1], config, cfg), 1.0),
-                           gradient_as_bucket_view=True)
+        model = luffy.load_model(sys.argv[1], config, cfg.checkpointing)
+        policy = luffy.DDP(luffy.Policy(model, 1.0), gradient_as_bucket_view=True)
         optimizer = luffy.ShardedAdamW(policy.parameters(), lr=cfg.lr)
         problem = Problem("", "", prompt_ids=tuple(range(5, 5 + cfg.max_prompt_tokens)))
         trajectories = [luffy.Trajectory(0, problem, [7] * cfg.max_response_tokens, advantage=1.0,
@@ -117,9 +121,14 @@ def test_the_toys_plan_agrees_with_a_measured_update(tiny_model, tmp_path):
     """
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
-    out = subprocess.run([sys.executable, script, tiny_model], cwd=ROOT, text=True,
-                         capture_output=True, timeout=200,
-                         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"})
+    out = subprocess.run(
+        [sys.executable, script, tiny_model],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=200,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"},
+    )
     assert out.returncode == 0, out.stderr
     measured, expected = json.loads(out.stdout.splitlines()[-1])
     assert expected > 300e6
@@ -127,7 +136,7 @@ def test_the_toys_plan_agrees_with_a_measured_update(tiny_model, tmp_path):
 
 
 def test_the_engine_gets_what_the_plan_says_or_what_is_asked_for(monkeypatch, quick):
-    config = plan.Qwen2Config(**plan.SHAPES["Qwen/Qwen2.5-Math-1.5B"])
+    config = shape_of("Qwen2.5-Math-1.5B")
     cfg = luffy.parse_args(["--model", "Qwen2.5-Math-1.5B"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for gib, fits in ((24, False), (80, True)):

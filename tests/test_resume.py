@@ -14,15 +14,41 @@ from safetensors.torch import load_file
 
 
 def luffy(model, out, *more):
-    return ("luffy.py", "--model", model, "--out", out, "--steps", 6, "--save_every", 2,
-            "--problems_per_step", 4, "--updates_per_step", 2, "--max_response_tokens", 64,
-            "--lr", 1e-2, "--eval_samples", 1, "--sample_every", 2, *more)
+    return (
+        "luffy.py",
+        "--model",
+        model,
+        "--out",
+        out,
+        "--steps",
+        6,
+        "--save_every",
+        2,
+        "--problems_per_step",
+        4,
+        "--updates_per_step",
+        2,
+        "--max_response_tokens",
+        64,
+        "--lr",
+        1e-2,
+        "--eval_samples",
+        1,
+        "--sample_every",
+        2,
+        *more,
+    )
 
 
 def start(*args, ranks: int = 1) -> subprocess.Popen:
-    return subprocess.Popen(command(*args, ranks=ranks), cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True)
+    return subprocess.Popen(
+        command(*args, ranks=ranks),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def wait_for_step(process, n: int) -> None:
@@ -99,7 +125,8 @@ def test_more_steps_continue_a_finished_run_by_one_rank_or_two(tiny_model, tmp_p
     run(*luffy(tiny_model, tmp_path / "1"))  # its end at step 4 was evaluated, too
     assert (tmp_path / "1" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     run(*luffy(tiny_model, tmp_path / "2"), ranks=2)
-    one, two = (load_file(d / "checkpoint-000006" / "model.safetensors")
-                for d in (tmp_path / "2", whole))
+    one, two = (
+        load_file(d / "checkpoint-000006" / "model.safetensors") for d in (tmp_path / "2", whole)
+    )
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)

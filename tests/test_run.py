@@ -2,7 +2,7 @@
 
 import torch
 
-from run import Means, one_line
+from machinery.metrics import Means, one_line
 
 
 def test_means_are_over_all_parts_alike():
@@ -16,9 +16,25 @@ def test_means_are_over_all_parts_alike():
 
 
 def test_one_line():
-    row = {"step": 7, "reward": 0.25, "reward/easy": 1.0, "reward/a/b": 0.0, "length": 20.4,
-           "truncated": 0.041, "grad_norm": 10.25, "entropy": 0.3}
+    row = {
+        "step": 7,
+        "reward": 0.25,
+        "reward/easy": 1.0,
+        "reward/a/b": 0.0,
+        "length": 20.4,
+        "truncated": 0.041,
+        "grad_norm": 10.25,
+        "entropy": 0.3,
+    }
     line = one_line(row, {"sample": 1.26})
-    for part in ("step 7 | reward .25 (easy 1.00 a/b .00, trace -)", "groups 0/mix/1 -/-/-",
-                 "len 20", "trunc 4%", "H .30", "π(trace) -", "gnorm 10.250", "sample 1.3s"):
+    for part in (
+        "step 7 | reward .25 (easy 1.00 a/b .00, trace -)",
+        "groups 0/mix/1 -/-/-",
+        "len 20",
+        "trunc 4%",
+        "H .30",
+        "π(trace) -",
+        "gnorm 10.250",
+        "sample 1.3s",
+    ):
         assert part in line

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from data import Problem
-from luffy import Trajectory, collate
-from model import Policy, from_pretrained, load_config
-from sampler import TorchSampler, VLLMSampler, draw, grouped_attention
+from luffy import Trajectory
+from machinery.batches import collate
+from machinery.model import Policy, from_pretrained, load_config
+from luffy import VLLMSampler
+from machinery.samplers import TorchSampler, draw, grouped_attention
 
 PROMPTS = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3], [2, 17, 3]]
 
@@ -20,8 +22,9 @@ def sampler(tiny_model):
 
 
 def generate(sampler, prompts=PROMPTS, n=4, seeds=(10, 11, 12), temperature=1.0, max_tokens=12):
-    return sampler.generate(prompts, n, seeds=list(seeds), temperature=temperature,
-                            max_tokens=max_tokens)
+    return sampler.generate(
+        prompts, n, seeds=list(seeds), temperature=temperature, max_tokens=max_tokens
+    )
 
 
 def test_logprobs_are_the_trainers(sampler, tiny_model):
@@ -30,8 +33,9 @@ def test_logprobs_are_the_trainers(sampler, tiny_model):
         policy = Policy(from_pretrained(tiny_model, attn_implementation="packed"), temperature)
         for prompt, group in zip(PROMPTS, generate(sampler, temperature=temperature)):
             problem = Problem("", "", prompt_ids=tuple(prompt))
-            logp, _ = policy(collate([Trajectory(0, problem, s.tokens, logp_sampler=s.logps)
-                                      for s in group]))
+            logp, _ = policy(
+                collate([Trajectory(0, problem, s.tokens, logp_sampler=s.logps) for s in group])
+            )
             expected = torch.tensor([lp for s in group for lp in s.logps])
             torch.testing.assert_close(logp.detach(), expected, rtol=1e-4, atol=1e-4)
 
@@ -60,22 +64,30 @@ def test_responses_end_in_one_eos_or_are_full(sampler):
 @pytest.mark.parametrize("new", [1, 5])  # a step of decoding; prompts
 def test_query_heads_that_share_keys(new):
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(3, heads, n, 8, generator=generator)
-                         for heads, n in ((6, new), (2, 7), (2, 7)))
+    query, key, value = (
+        torch.randn(3, heads, n, 8, generator=generator) for heads, n in ((6, new), (2, 7), (2, 7))
+    )
     mask = torch.arange(7) >= torch.tensor([0, 2, 3])[:, None, None, None]  # (3, 1, 1, 7)
     copies = key.repeat_interleave(3, 1), value.repeat_interleave(3, 1)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, *copies, attn_mask=mask,
-                                                                scale=0.3)
-    found, _ = grouped_attention(SimpleNamespace(num_key_value_groups=3), query, key, value,
-                                 mask.expand(3, 1, new, 7), 0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, *copies, attn_mask=mask, scale=0.3
+    )
+    found, _ = grouped_attention(
+        SimpleNamespace(num_key_value_groups=3), query, key, value, mask.expand(3, 1, new, 7), 0.3
+    )
     torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 def test_greedy_equals_transformers(sampler, tiny_model):
     model = from_pretrained(tiny_model, attn_implementation="sdpa")
     for prompt, group in zip(PROMPTS, generate(sampler, n=1, temperature=0)):
-        expected = model.generate(torch.tensor([prompt]), do_sample=False, eos_token_id=1,
-                                          max_new_tokens=12, pad_token_id=0)[0, len(prompt):]
+        expected = model.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            eos_token_id=1,
+            max_new_tokens=12,
+            pad_token_id=0,
+        )[0, len(prompt) :]
         assert group[0].tokens == expected.tolist()
 
 
@@ -98,24 +110,49 @@ class Engine:
         def tell(*args, **kwargs):
             self.told.append((name, kwargs.get("level") or kwargs.get("tags", [None])[0]))
             return [] if name == "generate" else True
+
         return tell
 
 
-def test_an_engine_that_sleeps_is_woken_in_stages(monkeypatch):
-    """Weights first, all of them, before the cache is made; for every generate, as it slept."""
+@pytest.fixture
+def engine(monkeypatch):
+    """VLLMSampler on a GPU, with an engine that writes down what it is told."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
     sampler = object.__new__(VLLMSampler)
-    sampler.llm, sampler.group, sampler.sleeps, sampler.eos = Engine(), None, True, 1
-    sampler.load_weights([])
-    assert not sampler.llm.told
-    once = [("wake_up", "weights"), ("apply_model", None), ("wake_up", "kv_cache"),
-            ("reset_prefix_cache", None), ("generate", None), ("sleep", 2)]
-    generate(sampler)
-    assert sampler.llm.told == once
-    generate(sampler)  # as an evaluation between two steps
-    assert sampler.llm.told == once * 2
-    assert generate(sampler, n=0) == [[], [], []]  # as in SFT: it is not woken
-    assert sampler.llm.told == once * 2
+    sampler.llm, sampler.group, sampler.frees_memory, sampler.eos = Engine(), None, True, 1
+    sampler.awake = False
+    return sampler
+
+
+def test_a_push_wakes_the_engine_in_stages(engine):
+    """Weights first, all of them, before there is room for the cache; it sleeps when it is told."""
+    pushed = [
+        ("wake_up", "weights"),
+        ("apply_model", None),
+        ("wake_up", "kv_cache"),
+        ("reset_prefix_cache", None),
+    ]
+    engine.push([])
+    assert engine.llm.told == pushed
+    generate(engine)
+    generate(engine)  # as an evaluation of several benchmarks
+    assert engine.llm.told == pushed + [("generate", None)] * 2
+    engine.sleep()
+    assert engine.llm.told[-1] == ("sleep", 2)
+    assert generate(engine, n=0) == [[], [], []]  # as in SFT: it is not woken
+    assert engine.llm.told[-1] == ("sleep", 2)
+
+
+def test_nothing_is_sampled_from_weights_that_were_not_pushed(engine, tiny_model):
+    """On a GPU an engine that sleeps has none, and would wait for ever."""
+    with pytest.raises(RuntimeError, match="push"):
+        generate(engine)
+    for sampler in (engine, TorchSampler(tiny_model, load_config(tiny_model), eos=1)):
+        sampler.push([])
+        generate(sampler)
+        sampler.sleep()
+        with pytest.raises(RuntimeError, match="push"):
+            generate(sampler)
 
 
 def test_weights_pushed_are_weights_used(sampler, tiny_model):
@@ -125,7 +162,7 @@ def test_weights_pushed_are_weights_used(sampler, tiny_model):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
-    sampler.load_weights(model.named_parameters())
+    sampler.push(model.named_parameters())
     assert generate(sampler, temperature=0) != before
-    sampler.load_weights(original.items())
+    sampler.push(original.items())
     assert generate(sampler, temperature=0) == before

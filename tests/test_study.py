@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import luffy
-import toy
+from machinery import toy
 
 sys.path.insert(0, str(ROOT / "results/toy"))
 import report  # noqa: E402
@@ -61,7 +61,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 @pytest.fixture
 def base(tmp_path):
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text('{"luffy_toy": true}')
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"luffy_recipe": toy.RECIPE}))
     return tmp_path / "base"
 
 
@@ -72,15 +72,17 @@ def test_a_switch_too_many_or_too_few_is_found(base):
     for arm in (*study.ARMS, *study.SWEEP):
         tuned = {"lr": 1e-3} | ({"sft_coef": 0.3} if arm == "rl_sft" else {})
         assert "lr" in study.check_switches(arm, config(arm, **tuned), str(base), tuned)
-    assert study.check_switches("mixed_shaped", config("mixed_shaped"), str(base), {}) \
-        == {"clip": 0.2}
+    assert study.check_switches("mixed_shaped", config("mixed_shaped"), str(base), {}) == {
+        "clip": 0.2
+    }
     for arm, cfg, tuned, field in (
-            ("mixed", config("mixed", problems_per_step=32), {}, "problems_per_step"),
-            ("mixed", config("mixed", shaping="luffy"), {}, "shaping"),
-            ("mixed", config("mixed", clip=0.3), {}, "clip"),
-            ("mixed", config("mixed_shaped"), {}, "algo"),
-            ("luffy", config("luffy", lr=1e-3), {"lr": 1e-4}, "lr"),
-            ("luffy", config("luffy"), {"lr": 1e-4}, "lr")):
+        ("mixed", config("mixed", problems_per_step=32), {}, "problems_per_step"),
+        ("mixed", config("mixed", shaping="luffy"), {}, "shaping"),
+        ("mixed", config("mixed", clip=0.3), {}, "clip"),
+        ("mixed", config("mixed_shaped"), {}, "algo"),
+        ("luffy", config("luffy", lr=1e-3), {"lr": 1e-4}, "lr"),
+        ("luffy", config("luffy"), {"lr": 1e-4}, "lr"),
+    ):
         with pytest.raises(RuntimeError, match=f"{field} is "):
             study.check_switches(arm, cfg, str(base), tuned)
     with pytest.raises(RuntimeError, match="model is "):
@@ -94,12 +96,23 @@ def test_what_is_kept_of_a_run(base):
     cfg = asdict(study.configure(out, "mixed", base, 3, lr=1e-3, steps=100))
     cfg["steps"] = 200
     (out / "config.json").write_text(json.dumps(cfg))
-    rows = [{"step": n, "length": 10.0 if n <= 50 else 20.0, "trace_length": 40.0,
-             "reward/hard": n / 100} for n in range(1, 101)]
+    rows = [
+        {
+            "step": n,
+            "length": 10.0 if n <= 50 else 20.0,
+            "trace_length": 40.0,
+            "reward/hard": n / 100,
+        }
+        for n in range(1, 101)
+    ]
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "timing.jsonl").write_text("".join(json.dumps(
-        {"step": n, "sample": 0.5, "score": 0.0, "update": 0.25, "sync": 0.25}) + "\n"
-        for n in range(1, 101)))
+    (out / "timing.jsonl").write_text(
+        "".join(
+            json.dumps({"step": n, "sample": 0.5, "score": 0.0, "update": 0.25, "sync": 0.25})
+            + "\n"
+            for n in range(1, 101)
+        )
+    )
     (out / "traces.json").write_text('{"share_unlikely": 0.1}')
     for n in (50, 73, 100):  # 73: where an interrupted run was stopped
         (out / f"checkpoint-{n:06d}").mkdir()
@@ -136,13 +149,16 @@ class Planned(study.Study):
         return self.made_up(choice)
 
 
-@pytest.mark.parametrize("best, tried", [
-    (3e-4, {1e-4, 3e-4, 1e-3}),
-    (1e-3, {1e-4, 3e-4, 1e-3, 3e-3}),  # at the edge: the grid grows
-    (3e-3, {1e-4, 3e-4, 1e-3, 3e-3}),
-    (0.0, {1e-5, 3e-5, 1e-4, 3e-4, 1e-3}),
-    (3e-5, {1e-5, 3e-5, 1e-4, 3e-4, 1e-3}),
-])
+@pytest.mark.parametrize(
+    "best, tried",
+    [
+        (3e-4, {1e-4, 3e-4, 1e-3}),
+        (1e-3, {1e-4, 3e-4, 1e-3, 3e-3}),  # at the edge: the grid grows
+        (3e-3, {1e-4, 3e-4, 1e-3, 3e-3}),
+        (0.0, {1e-5, 3e-5, 1e-4, 3e-4, 1e-3}),
+        (3e-5, {1e-5, 3e-5, 1e-4, 3e-4, 1e-3}),
+    ],
+)
 def test_learning_rates_are_tried_until_the_best_is_inside(best, tried):
     plan = Planned(lambda choice: -abs(choice["lr"] - best) * 1e6)
     choice = asyncio.run(as_task(plan.choice, "frequent", "luffy"))

@@ -6,10 +6,10 @@ import pytest
 from conftest import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import toy
-from data import encode
-from model import load_config, load_tokenizer
-from sampler import TorchSampler
+from machinery import toy
+from data import encode, load_problems
+from machinery.model import load_config, load_tokenizer
+from machinery.samplers import TorchSampler
 from verify import grade
 
 
@@ -29,10 +29,10 @@ def test_splits_share_no_problem_and_no_answer_is_luck():
 
 def test_the_teacher_is_right_and_detours():
     for split in toy.SIZES:
-        problems = toy.problems(split)
+        problems = load_problems(f"toy/{split}")
         assert all(grade(p.trace, p.answer) == 1.0 for p in problems)
-        assert problems == toy.problems(split)
-    traces = [p.trace for p in toy.problems() if p.source == "hard"]
+        assert problems == load_problems(f"toy/{split}")
+    traces = [p.trace for p in load_problems("toy") if p.source == "hard"]
     assert sum("wait" in t for t in traces) > 20 and sum("check" in t for t in traces) > 40
     assert any("wait" not in t and "check" not in t for t in traces)
 
@@ -44,10 +44,15 @@ def test_the_tokenizer_and_model_come_back_through_auto_classes(tiny_model):
     assert back.encode(text) == ids and back.decode(ids) == text
     assert len(ids) == len(text) - len("wait") + 1 - len("check") + 1 - len("\\boxed{") + 1
     chat = [{"role": "user", "content": "b2,c5,-;e?"}]
-    assert back.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) \
+    assert (
+        back.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         == "<user>b2,c5,-;e?<assistant>"
-    assert (back.eos_token_id, back.pad_token_id, len(back)) \
-        == (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer))
+    )
+    assert (back.eos_token_id, back.pad_token_id, len(back)) == (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        len(tokenizer),
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert model.config.hidden_size // model.config.num_attention_heads == 32
     assert model.config.eos_token_id == tokenizer.eos_token_id
@@ -60,27 +65,46 @@ def base():
 
 def test_the_base_model_solves_no_hard_problem_in_64_samples(base):
     tokenizer = load_tokenizer(base)
-    problems, dropped = encode(toy.problems(), tokenizer, max_prompt_tokens=32,
-                               max_response_tokens=96)
+    problems, dropped = encode(
+        load_problems("toy"), tokenizer, max_prompt_tokens=32, max_response_tokens=96
+    )
     assert not dropped
     sampler = TorchSampler(base, load_config(base), tokenizer.eos_token_id, max_rows=1024)
     for kind, least, most in (("hard", 0, 0), ("easy", 100, 128)):
         some = [p for p in problems if p.source == kind]
-        groups = sampler.generate([p.prompt_ids for p in some], 64, seeds=list(range(len(some))),
-                                  temperature=1.0, max_tokens=96)
-        right = [any(tokenizer.decode(s.tokens).endswith(f"\\boxed{{{p.answer}}}<eos>")
-                     for s in group) for p, group in zip(some, groups)]
+        groups = sampler.generate(
+            [p.prompt_ids for p in some],
+            64,
+            seeds=list(range(len(some))),
+            temperature=1.0,
+            max_tokens=96,
+        )
+        right = [
+            any(tokenizer.decode(s.tokens).endswith(f"\\boxed{{{p.answer}}}<eos>") for s in group)
+            for p, group in zip(some, groups)
+        ]
         assert least <= sum(right) <= most, kind
 
 
 def test_luffy_learns_what_rl_alone_never_meets(base, tmp_path):
     """A short run of the README's demo: rewards of the last ten steps."""
     hard = {}
-    for algo, steps in (("luffy", 80), ("on_policy", 40)):
-        run("luffy.py", "--algo", algo, "--steps", steps, "--eval_data", "",
-            "--out", tmp_path / algo)
-        rows = [json.loads(line)
-                for line in (tmp_path / algo / "metrics.jsonl").read_text().splitlines()]
+    for algo, steps in (("luffy", 60), ("on_policy", 30)):
+        run(
+            "luffy.py",
+            "--algo",
+            algo,
+            "--steps",
+            steps,
+            "--eval_data",
+            "",
+            "--out",
+            tmp_path / algo,
+        )
+        rows = [
+            json.loads(line)
+            for line in (tmp_path / algo / "metrics.jsonl").read_text().splitlines()
+        ]
         hard[algo] = [row["reward/hard"] for row in rows]
         assert sum(row["reward/easy"] for row in rows[-10:]) / 10 > 0.6
     assert max(hard["on_policy"]) < 0.02

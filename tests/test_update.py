@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from data import Problem
-from luffy import ALGORITHMS, Config, ShardedAdamW, Trajectory, collate
-from luffy import group_advantages, mixed_policy_objective, pack, record_old_logprobs, set_weights
-from luffy import score, update
-from model import Policy, from_pretrained
+from luffy import ALGORITHMS, Config, ShardedAdamW, Trajectory
+from luffy import group_advantages, mixed_policy_objective, pack, record_old_logprobs
+from luffy import score, set_normaliser, update
+from machinery.batches import collate
+from machinery.model import Policy, from_pretrained
 
 
 class OneRank(torch.nn.Module):
@@ -53,22 +54,35 @@ def policy(tiny_model):
 def make_trajectories(cfg: Config, problems: int = 4) -> list[Trajectory]:
     rng, made = random.Random(0), []
     for position in range(problems):
-        problem = Problem("", "", prompt_ids=tuple(rng.choices(range(5, 50), k=rng.randint(3, 9))),
-                          source="s")
-        rewards = torch.tensor([[float(rng.random() < 0.3) for _ in range(cfg.rollouts)]
-                                + [1.0] * cfg.traces])
+        problem = Problem(
+            "", "", prompt_ids=tuple(rng.choices(range(5, 50), k=rng.randint(3, 9))), source="s"
+        )
+        rewards = torch.tensor(
+            [[float(rng.random() < 0.3) for _ in range(cfg.rollouts)] + [1.0] * cfg.traces]
+        )
         advantages = group_advantages(rewards)[0].tolist()
         for i, advantage in enumerate(advantages):
             response = rng.choices(range(5, 50), k=rng.randint(2, 20))
-            made.append(Trajectory(position, problem, response, off_policy=i >= cfg.rollouts,
-                                   logp_sampler=None, reward=rewards[0, i].item(),
-                                   advantage=advantage or 0.5))
+            made.append(
+                Trajectory(
+                    position,
+                    problem,
+                    response,
+                    off_policy=i >= cfg.rollouts,
+                    logp_sampler=None,
+                    reward=rewards[0, i].item(),
+                    advantage=advantage or 0.5,
+                )
+            )
     return made
 
 
 def config(algo: str = "luffy", **kwargs) -> Config:
-    return Config(**ALGORITHMS[algo] | dict(problems_per_step=4, updates_per_step=1, lr=1e-3,
-                                            max_response_tokens=32) | kwargs)
+    return Config(
+        **ALGORITHMS[algo]
+        | dict(problems_per_step=4, updates_per_step=1, lr=1e-3, max_response_tokens=32)
+        | kwargs
+    )
 
 
 def one_gradient(policy, trajectories, cfg):
@@ -106,8 +120,9 @@ def test_trajectories_without_a_gradient_count_in_metrics_alone(policy, budget):
     ours, theirs = (KeepGradient(policy.parameters(), lr=0.0) for _ in range(2))
     metrics = update(policy, ours, trajectories, cfg)
     assert sum(through_backward) == learning
-    for_all = update(policy, theirs, trajectories, config("luffy", entropy_coef=1e-30,
-                                                          token_budget=budget))
+    for_all = update(
+        policy, theirs, trajectories, config("luffy", entropy_coef=1e-30, token_budget=budget)
+    )
     assert ours.gradients[0].norm() > 0
     torch.testing.assert_close(ours.gradients, theirs.gradients, rtol=1e-5, atol=1e-8)
     assert metrics == pytest.approx(for_all, rel=1e-5)
@@ -122,7 +137,7 @@ def plain_logps(model, t):
     """Log-probs and entropies of a trajectory's response, by the simplest forward there is."""
     ids = torch.tensor([[*t.problem.prompt_ids, *t.response]])
     logits = model(input_ids=ids, use_cache=False, lengths=[ids.shape[1]]).logits[0]
-    log_p = logits[len(t.problem.prompt_ids) - 1:-1].log_softmax(-1)
+    log_p = logits[len(t.problem.prompt_ids) - 1 : -1].log_softmax(-1)
     return log_p.gather(1, torch.tensor(t.response)[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
@@ -156,12 +171,14 @@ def plain_loss(model, old_model, trajectories, cfg):
     return loss
 
 
-@pytest.mark.parametrize("algo, tis_cap", [(algo, None) for algo in ALGORITHMS]
-                         + [("luffy", 1.5), ("on_policy", 1.5)])
+@pytest.mark.parametrize(
+    "algo, tis_cap", [(algo, None) for algo in ALGORITHMS] + [("luffy", 1.5), ("on_policy", 1.5)]
+)
 def test_both_updates_of_a_step_by_hand(policy, algo, tis_cap):
     """In the second one the policy has moved: ratios, clips and shaped ratios act."""
-    cfg = config(algo, updates_per_step=2, token_budget=100, lr=3e-2, max_grad_norm=1e9,
-                 tis_cap=tis_cap)
+    cfg = config(
+        algo, updates_per_step=2, token_budget=100, lr=3e-2, max_grad_norm=1e9, tis_cap=tis_cap
+    )
     trajectories = make_trajectories(cfg)
     optimizer = KeepGradient(policy.parameters(), lr=cfg.lr)
     old, now = (copy.deepcopy(policy.module.model) for _ in range(2))
@@ -185,6 +202,7 @@ def test_both_updates_of_a_step_by_hand(policy, algo, tis_cap):
 
 def test_scores_become_the_advantages_of_each_arm():
     """score(): rewards from the grader, the trace's own reward, the arm's baseline."""
+
     class Tokenizer:
         eos_token_id, decode = 1, staticmethod(lambda ids: " ".join(map(str, ids)))
 
@@ -196,17 +214,22 @@ def test_scores_become_the_advantages_of_each_arm():
             return [1.0 if response.startswith("think 7") else 0.0 for response, answer in jobs]
 
     problem = Problem("", "a", prompt_ids=(2,), trace_ids=(9, 1), trace_reward=1.0, opened="think ")
-    for algo, right, wrong, trace in (("luffy", 0.75, -0.25, 0.75), ("rl_sft", 6 / 7, -1 / 7, 1.0),
-                                      ("mixed", 0.75, -0.25, 0.75), ("sft", None, None, 1.0),
-                                      ("on_policy", 0.875, -0.125, None),
-                                      ("grpo", 0.875 * 8 ** 0.5, -0.125 * 8 ** 0.5, None)):
+    for algo, right, wrong, trace in (
+        ("luffy", 0.75, -0.25, 0.75),
+        ("rl_sft", 6 / 7, -1 / 7, 1.0),
+        ("mixed", 0.75, -0.25, 0.75),
+        ("sft", None, None, 1.0),
+        ("on_policy", 0.875, -0.125, None),
+        ("grpo", 0.875 * 8**0.5, -0.125 * 8**0.5, None),
+    ):
         cfg = config(algo)
         group = [Trajectory(0, problem, [7 if i == 0 else 8, 1]) for i in range(cfg.rollouts)]
         group += [Trajectory(0, problem, (9, 1), off_policy=True)] * cfg.traces
         metrics = score(group, Stub(), Tokenizer, cfg)
         found = [t.advantage for t in group]
-        expected = [right] * (cfg.rollouts > 0) + [wrong] * (cfg.rollouts - 1) \
-            + [trace] * cfg.traces
+        expected = (
+            [right] * (cfg.rollouts > 0) + [wrong] * (cfg.rollouts - 1) + [trace] * cfg.traces
+        )
         assert found == pytest.approx(expected, rel=1e-4), algo
         if cfg.rollouts:
             assert metrics["reward"] == pytest.approx(1 / cfg.rollouts)
@@ -216,7 +239,7 @@ def test_scores_become_the_advantages_of_each_arm():
 def test_packed_equals_one_by_one(policy):
     trajectories = make_trajectories(config())
     for t in trajectories:
-        t.weight = 1.0
+        t.inv_z = 1.0
     packed = pack(trajectories, 150)
     assert 1 < len(packed) < len(trajectories)
     assert all(sum(batch.lengths) <= 150 for batch in packed)
@@ -264,13 +287,13 @@ def test_an_update_changes_no_trajectory_but_for_what_it_records(policy):
             assert getattr(t, name) == getattr(b, name)
 
 
-def test_weights_of_rl_tokens_do_not_depend_on_length():
+def test_one_over_z_of_rl_tokens_do_not_depend_on_length():
     cfg = config("rl_sft")
     trajectories = make_trajectories(cfg)
-    set_weights(trajectories, cfg)
-    assert {t.weight for t in trajectories if not t.off_policy} == {1 / (4 * 7 * 32)}
+    set_normaliser(trajectories, cfg)
+    assert {t.inv_z for t in trajectories if not t.off_policy} == {1 / (4 * 7 * 32)}
     sft = [t for t in trajectories if t.off_policy]
-    assert sum(t.weight * len(t.response) for t in sft) == pytest.approx(cfg.sft_coef)
+    assert sum(t.inv_z * len(t.response) for t in sft) == pytest.approx(cfg.sft_coef)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
@@ -300,4 +323,5 @@ def test_the_objectives_default_arguments_are_luffys():
     cfg = Config()
     x = (torch.tensor([-1.0]), torch.tensor([0.0]), torch.tensor([0.5]), torch.tensor([True]))
     assert mixed_policy_objective(*x) == mixed_policy_objective(
-        *x, shaping=cfg.shaping, gamma=cfg.gamma, clip=cfg.clip)
+        *x, shaping=cfg.shaping, gamma=cfg.gamma, clip=cfg.clip
+    )

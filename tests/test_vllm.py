@@ -31,49 +31,53 @@ WATCHED = textwrap.dedent("""
     sys.path.insert(0, ".")
     import luffy
     from data import Problem
-    from model import Policy, from_pretrained
-    from run import gather, launch
+    from machinery.batches import collate
+    from machinery.model import Policy, from_pretrained
+    from machinery.processes import gather, launch
+    from machinery.samplers import TorchSampler
 
     PROMPTS = [(2, 15, 7, 3), (2, 17, 3), (2, 30, 9, 51, 31, 8, 52, 33, 53),
                (2, *range(5, 50)) * 3]  # the last one is long enough for the prefix cache
     OPTIONS = dict(seeds=[1, 20, 300, 4000], max_tokens=36)
     notes = dict(asked=[], pushes=[])
 
-    def make_sampler(path, config, eos, cfg, make=luffy.make_sampler):
-        sampler, reference = make(path, config, eos, cfg), luffy.TorchSampler(path, config, eos)
-        policy = Policy(from_pretrained(path, config=config, attn_implementation="packed"),
-                        cfg.temperature)
-        push, ask = sampler.load_weights, sampler.generate
+    def watched(kind):
+        class Watched(kind):
+            def __init__(self, path, config, eos, *engine):
+                super().__init__(path, config, eos, *engine)
+                self.reference = TorchSampler(path, config, eos)
+                self.policy = Policy(from_pretrained(path, config=config,
+                                                     attn_implementation="packed"), 1.0)
 
-        def load_weights(named_parameters):
-            weights = list(named_parameters)
-            push(weights)
-            reference.load_weights(weights)
-            policy.load_state_dict({f"model.{name}": p for name, p in weights})
-            greedy = [[[s.tokens for s in group] for group in generate(
-                PROMPTS, 2, temperature=0, **OPTIONS)] for generate in (ask, reference.generate)]
-            samples, again = (ask(PROMPTS, 4, temperature=1.0, **OPTIONS) for _ in range(2))
-            gap = 0.0
-            for prompt, group in zip(PROMPTS, samples):
-                problem = Problem("", "", prompt_ids=prompt)
-                batch = luffy.collate([luffy.Trajectory(0, problem, s.tokens, logp_sampler=s.logps)
-                                       for s in group])
-                gap = max(gap, (policy(batch)[0] - batch.logp_sampler).abs().max().item())
-            notes["pushes"].append(dict(
-                greedy=greedy[0], greedy_of_torch=greedy[1], gap=gap, repeats=samples == again,
-                distinct=len({tuple(s.tokens) for group in samples for s in group}),
-                checksums=gather(sum(p.double().sum().item() for _, p in weights))))
+            def push(self, named_parameters):
+                weights = list(named_parameters)
+                super().push(weights)
+                self.reference.push(weights)
+                self.policy.load_state_dict({f"model.{name}": p for name, p in weights})
+                ask = super().generate
+                greedy = [[[s.tokens for s in group] for group in generate(
+                    PROMPTS, 2, temperature=0, **OPTIONS)]
+                    for generate in (ask, self.reference.generate)]
+                samples, again = (ask(PROMPTS, 4, temperature=1.0, **OPTIONS) for _ in range(2))
+                gap = 0.0
+                for prompt, group in zip(PROMPTS, samples):
+                    problem = Problem("", "", prompt_ids=prompt)
+                    batch = collate([luffy.Trajectory(0, problem, s.tokens, logp_sampler=s.logps)
+                                     for s in group])
+                    gap = max(gap, (self.policy(batch)[0] - batch.logp_sampler).abs().max().item())
+                notes["pushes"].append(dict(
+                    greedy=greedy[0], greedy_of_torch=greedy[1], gap=gap, repeats=samples == again,
+                    distinct=len({tuple(s.tokens) for group in samples for s in group}),
+                    checksums=gather(sum(p.double().sum().item() for _, p in weights))))
 
-        def generate(prompts, n, **options):
-            groups = ask(prompts, n, **options)
-            notes["asked"].append(dict(prompts=[list(p) for p in prompts], n=n, **options,
-                                       got=[len(group) for group in groups]))
-            return groups
+            def generate(self, prompts, n, **options):
+                groups = super().generate(prompts, n, **options)
+                notes["asked"].append(dict(prompts=[list(p) for p in prompts], n=n, **options,
+                                           got=[len(group) for group in groups]))
+                return groups
+        return Watched
 
-        sampler.load_weights, sampler.generate = load_weights, generate
-        return sampler
-
-    luffy.make_sampler = make_sampler
+    luffy.VLLMSampler, luffy.TorchSampler = watched(luffy.VLLMSampler), watched(TorchSampler)
     def main():
         luffy.main()
         Path(sys.argv[2], f"notes-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(notes))
@@ -85,20 +89,34 @@ WATCHED = textwrap.dedent("""
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     """Three steps on the toy -> (notes of each rank, metrics)."""
+
     def watched(*args, ranks: int = 1):
         out = tmp_path_factory.mktemp("vllm") / "run"
         script = out.parent / "watched.py"
         script.write_text(WATCHED)
-        run(script, "--out", out, "--steps", 3, "--lr", 1e-3, "--eval_samples", 2,
-            "--max_prompt_tokens", 150, *args,
-            ranks=ranks)
+        run(
+            script,
+            "--out",
+            out,
+            "--steps",
+            3,
+            "--lr",
+            1e-3,
+            "--eval_samples",
+            2,
+            "--max_prompt_tokens",
+            150,
+            *args,
+            ranks=ranks,
+        )
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [json.loads((out / f"notes-{i}.json").read_text()) for i in range(ranks)], rows
+
     return watched
 
 
 def check_pushes(pushes: list[dict]) -> None:
-    assert len(pushes) == 4  # before the first step, and after each
+    assert len(pushes) == 5  # for three steps, and for an evaluation before and after
     for push in pushes:
         assert ON_GPU or push["greedy"] == push["greedy_of_torch"]
         assert push["gap"] < (0.3 if ON_GPU else 1e-3)
@@ -136,8 +154,17 @@ def test_two_processes_share_one_engine(watched, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 4096}
     (model / "config.json").write_text(json.dumps(config))
-    notes, rows = watched("--sampler", "vllm", "--tensor_parallel", 2, "--model", model,
-                          "--max_prompt_tokens", 4096, ranks=2)
+    notes, rows = watched(
+        "--sampler",
+        "vllm",
+        "--tensor_parallel",
+        2,
+        "--model",
+        model,
+        "--max_prompt_tokens",
+        4096,
+        ranks=2,
+    )
     for of_rank in notes:
         check_pushes(of_rank["pushes"])
     assert all(row["sampler_kl"] < (1e-2 if ON_GPU else 1e-6) for row in rows)
@@ -145,9 +172,25 @@ def test_two_processes_share_one_engine(watched, tiny_model, tmp_path):
 
 def test_an_evaluation_is_the_same_with_either_sampler(tiny_model, tmp_path):
     for sampler in ("vllm", "torch"):
-        run("eval.py", "--model", tiny_model, "--bench", "toy/dev", "--limit", 12,
-            "--temperature", 0, "--max_response_tokens", 30, "--sampler", sampler,
-            "--out", tmp_path / sampler)
-    found = [(tmp_path / sampler / "toy.dev-t0-k1-rank0.jsonl").read_text().splitlines()
-             for sampler in ("vllm", "torch")]
+        run(
+            "eval.py",
+            "--model",
+            tiny_model,
+            "--bench",
+            "toy/dev",
+            "--limit",
+            12,
+            "--temperature",
+            0,
+            "--max_response_tokens",
+            30,
+            "--sampler",
+            sampler,
+            "--out",
+            tmp_path / sampler,
+        )
+    found = [
+        (tmp_path / sampler / "toy.dev-t0-k1-rank0.jsonl").read_text().splitlines()
+        for sampler in ("vllm", "torch")
+    ]
     assert len(found[0]) == 12 and (ON_GPU or found[0] == found[1])

@@ -19,9 +19,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from eval import pass_at_k
-from plots import draw_curves
-from run import read_jsonl, write
+from machinery.files import read_jsonl, write
+from machinery.plots import draw_curves
+from machinery.scores import pass_at_k
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -30,14 +30,38 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KINDS = {"frequent": 0.5, "rare": 0.2}  # kinds of base models: GOALS
 SOURCES = ("easy", "hard", "ood")
-ARMS = ("base", "on_policy", "on_policy_noclip", "grpo", "mixed", "mixed_shaped", "luffy", "rl_sft",
-        "sft", "sft_then_on_policy")
+ARMS = (
+    "base",
+    "on_policy",
+    "on_policy_noclip",
+    "grpo",
+    "mixed",
+    "mixed_shaped",
+    "luffy",
+    "rl_sft",
+    "sft",
+    "sft_then_on_policy",
+)
 NAMES = {"base": "base model", "sft_then_on_policy": "sft, then on_policy"}
-GAMMAS = {0.05: "luffy, γ 0.05", 0.1: "luffy", 0.2: "luffy, γ 0.2", 0.3: "luffy, γ 0.3",
-          0.5: "luffy, γ 0.5"}
+GAMMAS = {
+    0.05: "luffy, γ 0.05",
+    0.1: "luffy",
+    0.2: "luffy, γ 0.2",
+    0.3: "luffy, γ 0.3",
+    0.5: "luffy, γ 0.5",
+}
 DRAWS = 4000
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31,
-           10: 2.26}  # t of 97.5 % for so many seeds
+STUDENT = {
+    2: 12.71,
+    3: 4.30,
+    4: 3.18,
+    5: 2.78,
+    6: 2.57,
+    7: 2.45,
+    8: 2.36,
+    9: 2.31,
+    10: 2.26,
+}  # t of 97.5 % for so many seeds
 STYLES = {  # apart in grey, too: by dashes, by marker and by lightness
     "base": dict(color="#999999", linestyle=":", marker="x"),
     "on_policy": dict(color="#0072b2", linestyle="--", marker="v"),
@@ -82,11 +106,12 @@ def bootstrap(values: np.ndarray, low: float = -np.inf, high: float = np.inf) ->
 def number(value: float, digits: int = 2, sign: bool = False) -> str:
     """0.5 -> .50"""
     text = f"{value:{'+' if sign else ''}.{digits}f}"
-    return re.sub(r"^([+-]?)0\.", r"\1.", text) if float(text) else text.strip("+-")[-digits - 1:]
+    return re.sub(r"^([+-]?)0\.", r"\1.", text) if float(text) else text.strip("+-")[-digits - 1 :]
 
 
-def with_interval(values: np.ndarray, digits: int = 2, sign: bool = False,
-                  bounds: tuple = ()) -> str:
+def with_interval(
+    values: np.ndarray, digits: int = 2, sign: bool = False, bounds: tuple = ()
+) -> str:
     value, low, high = (number(x, digits, sign) for x in bootstrap(values, *bounds))
     return f"{value} [{low}, {high}]"
 
@@ -124,16 +149,19 @@ class Report:
     def choices(self) -> dict[tuple[str, str], dict]:
         """What val chose, as study.py takes it."""
         found = {key: next(iter(runs.values())) for key, runs in self._final.items()}
-        return {(kind, arm): row["choice"] | ({"steps": row["final"]} if arm == "sft" else {})
-                for (kind, arm), row in found.items()}
+        return {
+            (kind, arm): row["choice"] | ({"steps": row["final"]} if arm == "sft" else {})
+            for (kind, arm), row in found.items()
+        }
 
     # -------------------------------------------------------------- arrays
     def _step(self, kind: str, arm: str) -> int:
         """Of the checkpoint that counts."""
         return 0 if arm == "base" else next(iter(self._final[kind, arm].values()))["final"]
 
-    def _rows(self, kind: str, arm: str, step: int | None = None, temperature: float = 0.6,
-              k: int = 8) -> list[dict]:
+    def _rows(
+        self, kind: str, arm: str, step: int | None = None, temperature: float = 0.6, k: int = 8
+    ) -> list[dict]:
         step = self._step(kind, arm) if step is None else step
         rows = self._scores[kind, arm, step, temperature, k]
         return [rows[seed] for seed in sorted(rows)]
@@ -182,8 +210,9 @@ class Report:
         """(seeds, problems), every fourth of the split"""
         if temperature == 0.6:
             return self._right(kind, arm, source)[:, ::4]
-        return self._right(kind, arm, source, temperature=temperature,
-                           k=32 if temperature == 1 else 8)
+        return self._right(
+            kind, arm, source, temperature=temperature, k=32 if temperature == 1 else 8
+        )
 
     def _pass_at(self, kind: str, arm: str, k: int, source: str = "all") -> np.ndarray:
         """(seeds, problems): unbiased pass@k from 32 responses at temperature 1"""
@@ -195,8 +224,13 @@ class Report:
     def _along_the_way(self, kind: str, arm: str) -> dict[int, tuple[float, np.ndarray]]:
         """step -> (seconds, rates) at each checkpoint"""
         steps = sorted({step for k, a, step, *_ in self._scores if (k, a) == (kind, arm)})
-        return {step: (self._spent(kind, arm, "seconds", step).mean(),
-                       self._right(kind, arm, step=step)) for step in steps}
+        return {
+            step: (
+                self._spent(kind, arm, "seconds", step).mean(),
+                self._right(kind, arm, step=step),
+            )
+            for step in steps
+        }
 
     def _equal_compute(self, kind: str) -> tuple[int, np.ndarray]:
         """The last checkpoint of SFT + RL that took no more than LUFFY, and its rates."""
@@ -209,11 +243,15 @@ class Report:
     def score(self, kind: str, arm: str, source: str = "all") -> str:
         return with_interval(self._right(kind, arm, source), bounds=(0, 1))
 
-    def gap(self, kind: str, arm: str, other: str, source: str = "all",
-            temperature: float = 0.6) -> str:
+    def gap(
+        self, kind: str, arm: str, other: str, source: str = "all", temperature: float = 0.6
+    ) -> str:
         """How much better `arm` is than `other`."""
-        found = self._right if temperature == 0.6 else partial(
-            self._at_temperature, temperature=temperature)
+        found = (
+            self._right
+            if temperature == 0.6
+            else partial(self._at_temperature, temperature=temperature)
+        )
         gaps = found(kind, arm, source=source) - found(kind, other, source=source)
         return with_interval(gaps, sign=True, bounds=(-1, 1))
 
@@ -280,48 +318,72 @@ class Report:
     def equal_compute(self, kind: str) -> str:
         """LUFFY minus SFT + RL, where that had no more compute."""
         kinds = KINDS if kind == "both" else (kind,)
-        return with_interval(np.concatenate([
-            self._right(k, "luffy") - self._equal_compute(k)[1] for k in kinds]), sign=True,
-            bounds=(-1, 1))
+        return with_interval(
+            np.concatenate([self._right(k, "luffy") - self._equal_compute(k)[1] for k in kinds]),
+            sign=True,
+            bounds=(-1, 1),
+        )
 
     def arms_table(self, kind: str) -> str:
         lines = ["| arm | learning rate | easy | hard | ood | tokens on hard |", "|---" * 6 + "|"]
         for arm in ARMS:
             cells = [self.score(kind, arm, source) for source in SOURCES]
-            lines.append(f"| {self._code(arm)} | {self._choice(kind, arm)} | {' | '.join(cells)} | "
-                         f"{with_interval(self._length(kind, arm, 'hard'), 0)} |")
+            lines.append(
+                f"| {self._code(arm)} | {self._choice(kind, arm)} | {' | '.join(cells)} | "
+                f"{with_interval(self._length(kind, arm, 'hard'), 0)} |"
+            )
         return "\n".join(lines)
 
     def gaps_table(self, kind: str) -> str:
         lines = ["| luffy minus | easy | hard | ood | all |", "|---" * 5 + "|"]
-        return "\n".join(lines + [
-            f"| {self._code(arm)} | "
-            + " | ".join(self.gap(kind, "luffy", arm, s) for s in (*SOURCES, "all")) + " |"
-            for arm in ARMS if arm != "luffy"])
+        return "\n".join(
+            lines
+            + [
+                f"| {self._code(arm)} | "
+                + " | ".join(self.gap(kind, "luffy", arm, s) for s in (*SOURCES, "all"))
+                + " |"
+                for arm in ARMS
+                if arm != "luffy"
+            ]
+        )
 
     def budget_table(self, kind: str) -> str:
         """Mean over seeds, and the range."""
-        lines = ["| arm | steps | response tokens sampled, million | in updates, million | "
-                 "seconds on one core |", "|---" * 5 + "|"]
+        lines = [
+            "| arm | steps | response tokens sampled, million | in updates, million | "
+            "seconds on one core |",
+            "|---" * 5 + "|",
+        ]
         for arm in ARMS[1:]:
             before = f"{self._step(kind, 'sft')} + " if arm == "sft_then_on_policy" else ""
-            cells = [spread(self._spent(kind, arm, what), digits)
-                     for what, digits in (("sampled", 2), ("updated", 2), ("seconds", 0))]
-            lines.append(f"| {self._code(arm)} | {before}{self._step(kind, arm)} | "
-                         f"{' | '.join(cells)} |")
+            cells = [
+                spread(self._spent(kind, arm, what), digits)
+                for what, digits in (("sampled", 2), ("updated", 2), ("seconds", 0))
+            ]
+            lines.append(
+                f"| {self._code(arm)} | {before}{self._step(kind, arm)} | {' | '.join(cells)} |"
+            )
         return "\n".join(lines)
 
     def choices_table(self) -> str:
         """What was tried for each arm on val, seed 0; the best in bold."""
-        lines = ["| arm | " + " | ".join(f"{kind} bases" for kind in KINDS) + " |",
-                 "|---" * (1 + len(KINDS)) + "|"]
+        lines = [
+            "| arm | " + " | ".join(f"{kind} bases" for kind in KINDS) + " |",
+            "|---" * (1 + len(KINDS)) + "|",
+        ]
         for arm in ARMS[1:]:
             cells = []
             for kind in KINDS:
                 final = next(iter(self._final[kind, arm].values()))
                 tried = []
-                rows = sorted(self._val[kind, arm].values(), key=lambda row: (
-                    row["choice"]["lr"], row["choice"].get("sft_coef", 0.1), row["step"]))
+                rows = sorted(
+                    self._val[kind, arm].values(),
+                    key=lambda row: (
+                        row["choice"]["lr"],
+                        row["choice"].get("sft_coef", 0.1),
+                        row["step"],
+                    ),
+                )
                 for row in rows:
                     words = self._in_words(arm, row["choice"], row["step"])
                     text = f"{words}: {number(self._value(row), 3)}"
@@ -342,8 +404,10 @@ class Report:
                         if field == "lr":  # the tables of scores have it
                             continue
                         differ.setdefault(field, []).append(value)
-            text = ", ".join(f"`{field}` " + " or ".join(map(str, dict.fromkeys(values)))
-                             for field, values in differ.items())
+            text = ", ".join(
+                f"`{field}` " + " or ".join(map(str, dict.fromkeys(values)))
+                for field, values in differ.items()
+            )
             lines.append(f"| {self._code(arm)} | {text or '-'} |")
         return "\n".join(lines)
 
@@ -357,16 +421,21 @@ class Report:
 
     def bases_table(self) -> str:
         """How unlikely the decisive tokens are under the base models, on hard training problems."""
-        lines = ["| bases | GOALS | π of a third step | π of the box after the last step | "
-                 "log-prob of a whole solution | trace tokens with π < 0.1 |", "|---" * 6 + "|"]
+        lines = [
+            "| bases | GOALS | π of a third step | π of the box after the last step | "
+            "log-prob of a whole solution | trace tokens with π < 0.1 |",
+            "|---" * 6 + "|",
+        ]
         for kind, goals in KINDS.items():
             go_on = self._at_forks(kind, "luffy", "0", "go_on")
             rows = self._traces[kind, "luffy"]
             share = np.array([[rows[seed]["share_unlikely"]] for seed in sorted(rows)])
-            lines.append(f"| {kind} | {goals} | {go_on.min():.0e} to {go_on.max():.0e} | "
-                         f"{self.forks(kind, 'luffy', 0, 'stop')} | "
-                         f"{self.forks(kind, 'luffy', 0, 'solution', 0)} | "
-                         f"{with_interval(share, bounds=(0, 1))} |")
+            lines.append(
+                f"| {kind} | {goals} | {go_on.min():.0e} to {go_on.max():.0e} | "
+                f"{self.forks(kind, 'luffy', 0, 'stop')} | "
+                f"{self.forks(kind, 'luffy', 0, 'solution', 0)} | "
+                f"{with_interval(share, bounds=(0, 1))} |"
+            )
         return "\n".join(lines)
 
     def _code(self, arm: str) -> str:
@@ -385,9 +454,16 @@ class Report:
 
     # -------------------------------------------------------------- pictures
     def _draw_all(self, directory: Path) -> None:
-        for letter, draw in (("a", self._draw_a), ("b", self._draw_b), ("c", self._draw_c),
-                             ("d", self._draw_d), ("e", self._draw_e), ("f", self._draw_f),
-                             ("g", self._draw_g), ("h", self._draw_h)):
+        for letter, draw in (
+            ("a", self._draw_a),
+            ("b", self._draw_b),
+            ("c", self._draw_c),
+            ("d", self._draw_d),
+            ("e", self._draw_e),
+            ("f", self._draw_f),
+            ("g", self._draw_g),
+            ("h", self._draw_h),
+        ):
             figure = draw()
             figure.savefig(directory / f"{letter}.png", dpi=110, metadata={"Software": None})
             plt.close(figure)
@@ -395,8 +471,9 @@ class Report:
     def _draw_a(self):
         figure, axes = panels(1, 2, (9, 3.2))
         for axis, kind in zip(axes[0], KINDS):
-            self._curves(axis, kind, ("luffy", "on_policy", "on_policy_noclip", "grpo"),
-                         "reward/hard")
+            self._curves(
+                axis, kind, ("luffy", "on_policy", "on_policy_noclip", "grpo"), "reward/hard"
+            )
             axis.set_title(f"reward on hard problems, {kind} bases")
             axis.set_ylim(-0.03, 1.03)
         axes[0, 0].legend(loc="center right")
@@ -411,19 +488,33 @@ class Report:
             self._curves(row[3], kind, arms, "trace_unlikely")
             for arm in arms:
                 steps = sorted(int(s) for s in self._traces[kind, arm][0] if s.isdigit())
-                points = np.array([bootstrap(self._at_forks(kind, arm, str(s), "unlikely"), 0, 1)
-                                   for s in steps])
-                row[2].errorbar(steps, points[:, 0], abs(points[:, 1:].T - points[:, 0]),
-                                capsize=2, markersize=4, label=arm, **STYLES[arm])
+                points = np.array(
+                    [bootstrap(self._at_forks(kind, arm, str(s), "unlikely"), 0, 1) for s in steps]
+                )
+                row[2].errorbar(
+                    steps,
+                    points[:, 0],
+                    abs(points[:, 1:].T - points[:, 0]),
+                    capsize=2,
+                    markersize=4,
+                    label=arm,
+                    **STYLES[arm],
+                )
             row[0].set_ylabel(f"{kind} bases")
             row[0].set_ylim(-0.03, 1.03)
             row[1].set_ylim(0, 0.07)
             row[2].set_ylim(-0.03, 1.03)
             row[3].set_ylim(0, 0.09)
             row[2].set_xlabel("step")
-        for axis, title in zip(axes[0], ("reward on hard problems", "entropy of rollouts (nats)",
-                                         "π of the trace tokens\nthat began below 0.1",
-                                         "share of all trace tokens\nwith π < 0.1")):
+        for axis, title in zip(
+            axes[0],
+            (
+                "reward on hard problems",
+                "entropy of rollouts (nats)",
+                "π of the trace tokens\nthat began below 0.1",
+                "share of all trace tokens\nwith π < 0.1",
+            ),
+        ):
             axis.set_title(title)
         axes[0, 0].legend(loc="lower right")
         return figure
@@ -447,18 +538,22 @@ class Report:
                 at_k = [self._pass_at(kind, arm, k).mean() for k in range(1, 33)]
                 row[0].plot(range(1, len(at_k) + 1), at_k, markevery=[0, 1, 3, 7, 15, 31], **style)
                 for axis, source in ((row[1], "easy"), (row[2], "hard")):
-                    points = [bootstrap(self._at_temperature(kind, arm, t, source), 0, 1)
-                              for t in (0.2, 0.6, 1.0, 1.4)]
+                    points = [
+                        bootstrap(self._at_temperature(kind, arm, t, source), 0, 1)
+                        for t in (0.2, 0.6, 1.0, 1.4)
+                    ]
                     value, low, high = np.array(points).T
-                    axis.errorbar((0.2, 0.6, 1.0, 1.4), value, (value - low, high - value),
-                                  capsize=2, **style)
+                    axis.errorbar(
+                        (0.2, 0.6, 1.0, 1.4), value, (value - low, high - value), capsize=2, **style
+                    )
             row[0].set_xscale("log", base=2)
             row[0].xaxis.set_major_formatter("{x:g}")
             row[0].set_ylabel(f"{kind} bases")
             for axis in row:
                 axis.set_ylim(-0.03, 1.03)
-        for axis, title in zip(axes[0], ("pass@k at T = 1, all problems", "share right, easy",
-                                         "share right, hard")):
+        for axis, title in zip(
+            axes[0], ("pass@k at T = 1, all problems", "share right, easy", "share right, hard")
+        ):
             axis.set_title(title)
         for axis, label in zip(axes[1], ("k", "temperature", "temperature")):
             axis.set_xlabel(label)
@@ -472,8 +567,10 @@ class Report:
             for y, arm in enumerate(arms):
                 lengths = self._length(kind, arm, "hard")
                 self._dot(axis, lengths, y, "o", True)
-            for x, style, label in ((self._teacher["tokens"], "-", "teacher"),
-                                    (self._teacher["plain"], ":", "without detours")):
+            for x, style, label in (
+                (self._teacher["tokens"], "-", "teacher"),
+                (self._teacher["plain"], ":", "without detours"),
+            ):
                 axis.axvline(x, color="black", linestyle=style, linewidth=1, label=label)
             axis.set_yticks(range(len(arms)), [name(arm) for arm in arms])
             axis.set_title(f"tokens on hard problems, {kind} bases")
@@ -489,11 +586,21 @@ class Report:
         figure, axes = panels(1, 2, (9, 3.4), sharey=True)
         for axis, kind in zip(axes[0], KINDS):
             for arm in ("luffy", "sft_then_on_policy"):
-                x, value, low, high = np.array([
-                    (seconds, *bootstrap(rates, 0, 1))
-                    for seconds, rates in self._along_the_way(kind, arm).values()]).T
-                axis.errorbar(x, value, (value - low, high - value), capsize=2, markersize=4,
-                              label=name(arm), **STYLES[arm])
+                x, value, low, high = np.array(
+                    [
+                        (seconds, *bootstrap(rates, 0, 1))
+                        for seconds, rates in self._along_the_way(kind, arm).values()
+                    ]
+                ).T
+                axis.errorbar(
+                    x,
+                    value,
+                    (value - low, high - value),
+                    capsize=2,
+                    markersize=4,
+                    label=name(arm),
+                    **STYLES[arm],
+                )
             axis.set_title(f"mean score on test, {kind} bases")
             axis.set_xlabel("seconds on one core (SFT's included)")
             axis.set_ylim(-0.03, 1.03)
@@ -506,8 +613,9 @@ class Report:
             found = self._curve(kind, arm, metric)
             width = self._step(kind, arm) // found.shape[1]
             steps = width * np.arange(1, found.shape[1] + 1)
-            axis.plot(steps, found.mean(0), markevery=8, markersize=4, label=name(arm),
-                      **STYLES[arm])
+            axis.plot(
+                steps, found.mean(0), markevery=8, markersize=4, label=name(arm), **STYLES[arm]
+            )
             axis.plot(steps, found.T, alpha=0.35, linewidth=0.7, color=STYLES[arm]["color"])
         axis.set_xlabel("step")
 
@@ -518,31 +626,60 @@ class Report:
             for y, arm in enumerate(arms[::-1]):
                 for kind in kinds:
                     marker, filled, shift = marks[kind]
-                    self._dot(axis, self._right(kind, arm, source), y + shift * (len(kinds) > 1),
-                              marker, filled)
+                    self._dot(
+                        axis,
+                        self._right(kind, arm, source),
+                        y + shift * (len(kinds) > 1),
+                        marker,
+                        filled,
+                    )
             axis.set_title(f"{source}, share right")
             axis.set_xlim(-0.03, 1.03)
             axis.set_yticks(range(len(arms)), (labels or [name(arm) for arm in arms])[::-1])
         for kind in kinds:
             marker, filled, _ = marks[kind]
-            axes[0].plot([], [], marker=marker, color="black", linestyle="", label=f"{kind} bases",
-                         markerfacecolor="black" if filled else "white")
+            axes[0].plot(
+                [],
+                [],
+                marker=marker,
+                color="black",
+                linestyle="",
+                label=f"{kind} bases",
+                markerfacecolor="black" if filled else "white",
+            )
         axes[0].figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
     @staticmethod
     def _dot(axis, values: np.ndarray, y: float, marker: str, filled: bool) -> None:
         value, low, high = bootstrap(values, 0, 1 if values.max() <= 1 else np.inf)
         axis.plot(values.mean(1), [y] * len(values), "|", color="#888888", markersize=6)
-        axis.errorbar(value, y, xerr=[[value - low], [high - value]], color="black", capsize=2,
-                      marker=marker, markersize=5, linewidth=1,
-                      markerfacecolor="black" if filled else "white")
+        axis.errorbar(
+            value,
+            y,
+            xerr=[[value - low], [high - value]],
+            color="black",
+            capsize=2,
+            marker=marker,
+            markersize=5,
+            linewidth=1,
+            markerfacecolor="black" if filled else "white",
+        )
 
 
 def panels(rows: int, columns: int, size: tuple, **options):
-    plt.rcParams.update({"axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8,
-                         "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.frameon": False})
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False,
-                                **options)
+    plt.rcParams.update(
+        {
+            "axes.titlesize": 9,
+            "axes.labelsize": 9,
+            "legend.fontsize": 8,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "legend.frameon": False,
+        }
+    )
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, **options
+    )
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -562,8 +699,10 @@ def texts(report: Report) -> dict[Path, str]:
     before, table = readme.split("<!-- study -->\n")
     table, after = table.split("<!-- end -->")
     table = f"\n{report.arms_table('frequent')}\n"
-    return {ROOT / "results/README.md": render(template, report),
-            ROOT / "README.md": f"{before}<!-- study -->\n{table}<!-- end -->{after}"}
+    return {
+        ROOT / "results/README.md": render(template, report),
+        ROOT / "README.md": f"{before}<!-- study -->\n{table}<!-- end -->{after}",
+    }
 
 
 def write_all() -> None:

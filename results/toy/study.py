@@ -34,12 +34,14 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import luffy  # noqa: E402
-import toy  # noqa: E402
 from data import encode, load_benchmarks, load_problems  # noqa: E402
-from eval import by_problem, respond  # noqa: E402
-from model import Policy, from_pretrained, load_config, load_tokenizer  # noqa: E402
-from run import init_processes, read_jsonl, write  # noqa: E402
-from sampler import TorchSampler  # noqa: E402
+from machinery import toy  # noqa: E402
+from machinery.batches import collate  # noqa: E402
+from machinery.files import read_jsonl, write  # noqa: E402
+from machinery.model import Policy, from_pretrained, load_config, load_tokenizer  # noqa: E402
+from machinery.processes import init_processes  # noqa: E402
+from machinery.samplers import TorchSampler  # noqa: E402
+from machinery.scores import by_problem, respond  # noqa: E402
 from verify import Grader  # noqa: E402
 
 import report  # noqa: E402  isort: skip
@@ -55,8 +57,18 @@ SFT_STEPS, SFT_CHOICE = 400, (50, 100, 200, 400)  # 3, 6, 12 and 25 epochs
 TIE = 1.5 / 1024  # one response more or less is no difference: then what is nearest to the defaults
 SWEPT = ("rare",)  # bases for the sweep over γ
 # label -> (row of ALGORITHMS, what else is changed). SFT + RL differs from on_policy in its base.
-ARMS = {name: (name, {}) for name in (
-    "on_policy", "on_policy_noclip", "grpo", "mixed", "mixed_shaped", "luffy", "rl_sft")}
+ARMS = {
+    name: (name, {})
+    for name in (
+        "on_policy",
+        "on_policy_noclip",
+        "grpo",
+        "mixed",
+        "mixed_shaped",
+        "luffy",
+        "rl_sft",
+    )
+}
 ARMS["sft"] = ("sft", {"steps": SFT_STEPS})
 ARMS["sft_then_on_policy"] = ("on_policy", {})
 SWEEP = {arm: ("luffy", {"gamma": g}) for g, arm in report.GAMMAS.items() if arm != "luffy"}
@@ -64,14 +76,17 @@ BASE_SECONDS, RUN_SECONDS = 60, 4  # to train a base model; around a run: measur
 TRACED = ("mixed", "mixed_shaped", "luffy")  # question (b)
 FINAL = dict(split="test", temperature=0.6, samples=8, problems=600)
 EXPLORED = ("base", "sft", "on_policy", "luffy", "sft_then_on_policy")  # question (e)
-EXPLORE = [dict(split="test", temperature=t, samples=32 if t == 1 else 8, problems=150)
-           for t in (0.2, 1.0, 1.4)]  # every fourth problem of FINAL
+EXPLORE = [
+    dict(split="test", temperature=t, samples=32 if t == 1 else 8, problems=150)
+    for t in (0.2, 1.0, 1.4)
+]  # every fourth problem of FINAL
 VAL = dict(split="val", temperature=0.6, samples=8, problems=192)
 
 
 # ------------------------------------------------------------------ jobs, in processes of their own
 def start_worker() -> None:
     """One thread; and a worker does not outlive a study that is killed."""
+
     def follow() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -103,8 +118,11 @@ def train(cfg: luffy.Config) -> Path:
         raise RuntimeError(f"{out} did not begin with {cfg.model}: remove it")
     if not last.exists() and not interrupted:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with (open(f"{out}.log", "a") as log, contextlib.redirect_stdout(log),
-              contextlib.redirect_stderr(log)):
+        with (
+            open(f"{out}.log", "a") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             luffy.check(cfg, 1)
             luffy.train(cfg, cfg.model)
     if not last.exists():  # Ctrl-C: the run was stopped, and this worker starts no other
@@ -116,8 +134,9 @@ def train(cfg: luffy.Config) -> Path:
 interrupted: list[Path] = []
 
 
-def evaluate(checkpoint: Path, file: Path, split: str, temperature: float, samples: int,
-             problems: int) -> dict:
+def evaluate(
+    checkpoint: Path, file: Path, split: str, temperature: float, samples: int, problems: int
+) -> dict:
     """avg@samples, as counts of right responses for each problem."""
     if not file.exists():
         start = time.perf_counter()
@@ -125,19 +144,33 @@ def evaluate(checkpoint: Path, file: Path, split: str, temperature: float, sampl
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), Grader(1) as grader:
             asked = load_benchmarks([f"toy/{split}"], tokenizer, max_prompt_tokens=32)
             numbers = range(0, len(asked), len(asked) // problems)
-            rows = respond(TorchSampler(checkpoint, config, tokenizer.eos_token_id), asked, numbers,
-                           grader, tokenizer, samples=samples, temperature=temperature,
-                           max_tokens=96, seed=0)
+            rows = respond(
+                TorchSampler(checkpoint, config, tokenizer.eos_token_id),
+                asked,
+                numbers,
+                grader,
+                tokenizer,
+                samples=samples,
+                temperature=temperature,
+                max_tokens=96,
+                seed=0,
+            )
         sources = defaultdict(list)
         for row in rows:
             sources[row["source"]].append(row)
-        found = {"split": split, "temperature": temperature, "k": samples,
-                 "right": {s: [int(sum(r)) for r in by_problem(these).values()]
-                           for s, these in sources.items()},
-                 "length": {s: round(mean(r["tokens"] for r in these), 2)
-                            for s, these in sources.items()},
-                 "truncated": round(mean(r["truncated"] for r in rows), 4),
-                 "seconds": round(time.perf_counter() - start, 1)}
+        found = {
+            "split": split,
+            "temperature": temperature,
+            "k": samples,
+            "right": {
+                s: [int(sum(r)) for r in by_problem(these).values()] for s, these in sources.items()
+            },
+            "length": {
+                s: round(mean(r["tokens"] for r in these), 2) for s, these in sources.items()
+            },
+            "truncated": round(mean(r["truncated"] for r in rows), 4),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(found))
     return json.loads(file.read_text())
@@ -153,19 +186,22 @@ def trace_probabilities(checkpoints: list[Path], base: Path, file: Path) -> None
     if not file.exists():
         tokenizer = load_tokenizer(base)
         hard = [i for i, p in enumerate(load_problems("toy")) if p.source == "hard"]
-        traces, _ = encode(load_problems("toy"), tokenizer, max_prompt_tokens=32,
-                           max_response_tokens=96)
+        traces, _ = encode(
+            load_problems("toy"), tokenizer, max_prompt_tokens=32, max_response_tokens=96
+        )
         chains = [chain for _, chain in toy.splits()["train"]]
         assert len(traces) == len(chains)  # none was dropped
-        plain = [tokenizer.encode(toy.response(chain, chain.steps, random.Random(0), 0, 0))
-                 for chain in chains]
+        plain = [
+            tokenizer.encode(toy.response(chain, chain.steps, random.Random(0), 0, 0))
+            for chain in chains
+        ]
         step = len("d=5-2=3;")
 
         def log_probs(path: Path, responses: list) -> list[torch.Tensor]:
             model = from_pretrained(path, config=load_config(path), attn_implementation="packed")
             rows = [luffy.Trajectory(i, traces[i], responses[i], off_policy=True) for i in hard]
             with torch.no_grad():
-                batch = luffy.collate(rows)
+                batch = collate(rows)
                 logps = Policy(model, 1.0)(batch)[0]
             return list(logps.split([len(t.response) for t in rows]))
 
@@ -179,9 +215,11 @@ def trace_probabilities(checkpoints: list[Path], base: Path, file: Path) -> None
             found[key] = {
                 "unlikely": logp[unlikely].exp().mean().item(),
                 "go_on": mean(s[2 * step].exp().item() for s in solutions),
-                "stop": mean(s[chains[i].steps * step].exp().item()
-                             for i, s in zip(hard, solutions)),
-                "solution": mean(s.sum().item() for s in solutions)}
+                "stop": mean(
+                    s[chains[i].steps * step].exp().item() for i, s in zip(hard, solutions)
+                ),
+                "solution": mean(s.sum().item() for s in solutions),
+            }
         write(file, json.dumps(found))
 
 
@@ -248,8 +286,14 @@ class Study:
         steps = [{"steps": n} for n in SFT_CHOICE] if arm == "sft" else [{}]
         choice = await self.climb(kind, arm, LRS, lambda lr: [{"lr": lr} | n for n in steps])
         if arm == "rl_sft":
-            choice = await self.climb(kind, arm, COEFFICIENTS, lambda c: [
-                choice | ({"sft_coef": c} if c != luffy.ALGORITHMS[arm]["sft_coef"] else {})])
+            choice = await self.climb(
+                kind,
+                arm,
+                COEFFICIENTS,
+                lambda c: [
+                    choice | ({"sft_coef": c} if c != luffy.ALGORITHMS[arm]["sft_coef"] else {})
+                ],
+            )
         return choice
 
     async def climb(self, kind: str, arm: str, ladder: tuple, choices) -> dict:
@@ -268,9 +312,14 @@ class Study:
     async def best(self, kind: str, arm: str, choices: list[dict]) -> dict:
         values = await asyncio.gather(*(self.value(kind, arm, choice) for choice in choices))
         ties = [c for c, value in zip(choices, values) if value > max(values) - TIE]
-        return min(ties, key=lambda c: (abs(math.log(c["lr"] / toy.RECIPE["lr"])),
-                                        abs(math.log(c.get("sft_coef", 0.1) / 0.1)),
-                                        c.get("steps", 0)))
+        return min(
+            ties,
+            key=lambda c: (
+                abs(math.log(c["lr"] / toy.RECIPE["lr"])),
+                abs(math.log(c.get("sft_coef", 0.1) / 0.1)),
+                c.get("steps", 0),
+            ),
+        )
 
     async def value(self, kind: str, arm: str, choice: dict) -> float:
         try:
@@ -289,8 +338,12 @@ class Study:
             model = await self.run(kind, arm, seed, await self.choice(kind, arm))
             self.finals[model.parent] = int(model.name[-6:])
             if arm in TRACED:
-                await self.job(trace_probabilities, checkpoints(model.parent),
-                               await self.base(kind, seed), model.parent / "traces.json")
+                await self.job(
+                    trace_probabilities,
+                    checkpoints(model.parent),
+                    await self.base(kind, seed),
+                    model.parent / "traces.json",
+                )
         hows = [(model, FINAL)]
         if arm in EXPLORED:
             hows += [(model, how) for how in EXPLORE]
@@ -314,13 +367,25 @@ async def checkpoint(run: asyncio.Task, steps: int | None) -> Path:
 async def everything(study: Study, seeds: list, *parts: tuple) -> None:
     """What is reported, one part after another: (arms, kinds of bases)."""
     for arms, kinds in parts:
-        await asyncio.gather(*(study.final(kind, arm, seed)
-                               for arm in arms for seed in seeds for kind in kinds))
+        await asyncio.gather(
+            *(study.final(kind, arm, seed) for arm in arms for seed in seeds for kind in kinds)
+        )
 
 
 # ------------------------------------------------------------------ what is kept
-CURVES = ("reward/easy", "reward/hard", "entropy", "trace_prob", "trace_unlikely", "trace_weight",
-          "length", "grad_norm", "ratio_far", "groups/none", "skipped_updates")
+CURVES = (
+    "reward/easy",
+    "reward/hard",
+    "entropy",
+    "trace_prob",
+    "trace_unlikely",
+    "trace_f",
+    "length",
+    "grad_norm",
+    "ratio_far",
+    "groups/none",
+    "skipped_updates",
+)
 PHASES = ("sample", "score", "update", "sync")
 WINDOW = 5  # steps that are averaged for a point of a curve
 
@@ -335,35 +400,67 @@ def collect(study: Study, data: Path) -> None:
         metrics = read_jsonl(out / "metrics.jsonl")
         timing = read_jsonl(out / "timing.jsonl")
         groups = cfg["problems_per_step"]
-        runs.append(what | {
-            "final": study.finals.get(out), "differs": differ,
-            # summed up to each checkpoint: seconds on one core, and response tokens
-            "seconds": {n: round(sum(row[phase] for row in timing[:n] for phase in PHASES), 1)
-                        for n in marks(cfg)},
-            "sampled": {n: sum(round(row.get("length", 0) * cfg["rollouts"] * groups)
-                               for row in metrics[:n]) for n in marks(cfg)},
-            "updated": {n: sum(round(row.get("length", 0) * cfg["rollouts"] * groups
-                                     + row.get("trace_length", 0) * cfg["traces"] * groups)
-                               for row in metrics[:n]) for n in marks(cfg)},
-            "curves": {name: smooth(metrics, name) for name in CURVES if name in metrics[-1]}
-            if out in study.finals else {}})
+        runs.append(
+            what
+            | {
+                "final": study.finals.get(out),
+                "differs": differ,
+                # summed up to each checkpoint: seconds on one core, and response tokens
+                "seconds": {
+                    n: round(sum(row[phase] for row in timing[:n] for phase in PHASES), 1)
+                    for n in marks(cfg)
+                },
+                "sampled": {
+                    n: sum(
+                        round(row.get("length", 0) * cfg["rollouts"] * groups)
+                        for row in metrics[:n]
+                    )
+                    for n in marks(cfg)
+                },
+                "updated": {
+                    n: sum(
+                        round(
+                            row.get("length", 0) * cfg["rollouts"] * groups
+                            + row.get("trace_length", 0) * cfg["traces"] * groups
+                        )
+                        for row in metrics[:n]
+                    )
+                    for n in marks(cfg)
+                },
+                "curves": {name: smooth(metrics, name) for name in CURVES if name in metrics[-1]}
+                if out in study.finals
+                else {},
+            }
+        )
         if arm in TRACED and out in study.finals:
             traces.append(what | json.loads((out / "traces.json").read_text()))
-        scores += [what | {"step": int(file.name[11:17])} | json.loads(file.read_text())
-                   for file in sorted(out.glob("checkpoint-*-t*.json"))]
+        scores += [
+            what | {"step": int(file.name[11:17])} | json.loads(file.read_text())
+            for file in sorted(out.glob("checkpoint-*-t*.json"))
+        ]
     for (kind, seed), directory in sorted(study.bases.items()):
-        scores += [{"kind": kind, "arm": "base", "seed": seed, "choice": {}, "step": 0}
-                   | json.loads(file.read_text()) for file in sorted(directory.glob("*-t*.json"))]
+        scores += [
+            {"kind": kind, "arm": "base", "seed": seed, "choice": {}, "step": 0}
+            | json.loads(file.read_text())
+            for file in sorted(directory.glob("*-t*.json"))
+        ]
     chains = [chain for kind, chain in toy.splits()["test"] if kind == "hard"]
-    tokenizer, hard = toy.make_tokenizer(), [p for p in toy.problems("test") if p.source == "hard"]
+    tokenizer, hard = (
+        toy.make_tokenizer(),
+        [p for p in load_problems("toy/test") if p.source == "hard"],
+    )
     plain = [toy.response(chain, chain.steps, random.Random(0), 0, 0) for chain in chains]
-    teacher = {"tokens": mean(len(tokenizer.encode(p.trace)) + 1 for p in hard),  # with EOS
-               "plain": mean(len(tokenizer.encode(text)) + 1 for text in plain)}
+    teacher = {
+        "tokens": mean(len(tokenizer.encode(p.trace)) + 1 for p in hard),  # with EOS
+        "plain": mean(len(tokenizer.encode(text)) + 1 for text in plain),
+    }
     data.mkdir(parents=True, exist_ok=True)
     write(data / "teacher.json", json.dumps(teacher))
     for name, rows in (("runs", runs), ("scores", scores), ("traces", traces)):
-        write(data / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n"
-                                              for row in rows))
+        write(
+            data / f"{name}.jsonl",
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        )
 
 
 def marks(cfg: dict) -> range:
@@ -371,7 +468,7 @@ def marks(cfg: dict) -> range:
 
 
 def smooth(metrics: list[dict], name: str) -> list[float | None]:
-    windows = (metrics[i:i + WINDOW] for i in range(0, len(metrics), WINDOW))
+    windows = (metrics[i : i + WINDOW] for i in range(0, len(metrics), WINDOW))
     values = ([row[name] for row in window if name in row] for window in windows)
     return [float(f"{mean(v):.4g}") if v else None for v in values]
 
@@ -389,8 +486,10 @@ def check_switches(arm: str, cfg: dict, base: str, tuned: dict) -> dict:
     luffys = asdict(configure(Path(cfg["out"]), "luffy", Path(base), cfg["seed"]))
     expected = luffys | switches | changes | tuned | {"algo": algo}
     if wrong := {k for k in expected if cfg[k] != expected[k]}:
-        raise RuntimeError(f"{cfg['out']}: " + ", ".join(
-            f"{k} is {cfg[k]!r}, should be {expected[k]!r}" for k in sorted(wrong)))
+        raise RuntimeError(
+            f"{cfg['out']}: "
+            + ", ".join(f"{k} is {cfg[k]!r}, should be {expected[k]!r}" for k in sorted(wrong))
+        )
     return {k: v for k, v in cfg.items() if k != "algo" and v != luffys[k]}
 
 
@@ -402,12 +501,15 @@ def estimate(data: Path, quick: bool) -> str:
         return "no earlier study to estimate from"
     if quick:
         runs = [r for r in runs if r["final"] and r["seed"] == 0 and r["arm"] not in SWEEP]
-        scores = [r for r in scores if r["split"] == "test" and r["seed"] == 0
-                  and r["arm"] not in SWEEP]
+        scores = [
+            r for r in scores if r["split"] == "test" and r["seed"] == 0 and r["arm"] not in SWEEP
+        ]
     seconds = sum(max(r["seconds"].values()) for r in runs) + sum(r["seconds"] for r in scores)
     seconds += RUN_SECONDS * len(runs) + BASE_SECONDS * len(KINDS) * (1 if quick else len(SEEDS))
-    return (f"about {seconds / cores() / 60:.0f} minutes from the start, if these {cores()} cores "
-            "are as fast as those of the committed study")
+    return (
+        f"about {seconds / cores() / 60:.0f} minutes from the start, if these {cores()} cores "
+        "are as fast as those of the committed study"
+    )
 
 
 def cores() -> int:
@@ -416,8 +518,11 @@ def cores() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true",
-                        help="one seed, without the sweep over γ, with the committed choices")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed, without the sweep over γ, with the committed choices",
+    )
     parser.add_argument("--report", action="store_true", help="only what is made from data/")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="[runs/study]")
     args = parser.parse_args()
@@ -425,9 +530,14 @@ def main() -> None:
     if not args.report:
         print(estimate(data, args.quick), flush=True)
         all_arms = (["base", *ARMS], KINDS)
-        study = run_study(args.runs, *(
-            ([0], report.Report(data).choices(), all_arms) if args.quick else
-            (SEEDS, {}, all_arms, (SWEEP, SWEPT))))
+        study = run_study(
+            args.runs,
+            *(
+                ([0], report.Report(data).choices(), all_arms)
+                if args.quick
+                else (SEEDS, {}, all_arms, (SWEEP, SWEPT))
+            ),
+        )
         collect(study, args.runs / "quick" if args.quick else data)
     if args.quick:
         found = report.Report(args.runs / "quick")
@@ -440,8 +550,10 @@ def main() -> None:
 def run_study(root: Path, seeds: list, choices: dict, *parts: tuple) -> Study:
     """By as many processes as there are cores, of one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    with (ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn"), start_worker) as pool,
-          tqdm(total=0, desc="jobs so far known", smoothing=0) as bar):
+    with (
+        ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn"), start_worker) as pool,
+        tqdm(total=0, desc="jobs so far known", smoothing=0) as bar,
+    ):
         study = Study(pool, root, bar, choices)
         try:
             asyncio.run(everything(study, seeds, *parts))
