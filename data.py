@@ -129,17 +129,10 @@ def from_openr1(row: dict, where: str) -> Problem:
     trace = None
     if row.get("target") is not None:
         trace = field(messages(row, "target", where)[0], "content", str, f"{where}, column target")
-    return Problem(
-        prompt=messages(row, "prompt", where),
-        answer=field(
-            field(row, "reward_model", dict, where),
-            "ground_truth",
-            str,
-            f"{where}, column reward_model",
-        ),
-        trace=trace,
-        source=str(row.get("data_source") or ""),
-    )
+    gold = field(row, "reward_model", dict, where)
+    answer = field(gold, "ground_truth", str, f"{where}, column reward_model")
+    source = str(row.get("data_source") or "")
+    return Problem(messages(row, "prompt", where), answer, trace, source)
 
 
 def from_gsm8k(row: dict, where: str) -> Problem:
@@ -149,15 +142,9 @@ def from_gsm8k(row: dict, where: str) -> Problem:
         raise InputError(f"{where}, column answer: expected a solution that ends in '#### ANSWER'")
     gold = gold.strip().replace(",", "")
     solution = re.sub(r"<<[^>]*>>", "", solution).strip()
-    return Problem(
-        prompt=[
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": field(row, "question", str, where)},
-        ],
-        answer=gold,
-        trace=f"{solution}\nThe answer is \\boxed{{{gold}}}.",
-        source="gsm8k",
-    )
+    user = {"role": "user", "content": field(row, "question", str, where)}
+    prompt = [{"role": "system", "content": SYSTEM}, user]
+    return Problem(prompt, gold, f"{solution}\nThe answer is \\boxed{{{gold}}}.", "gsm8k")
 
 
 def from_problem(row: dict, where: str) -> Problem:
@@ -168,30 +155,23 @@ def from_problem(row: dict, where: str) -> Problem:
 
 def from_arc(row: dict, where: str) -> Problem:
     """ARC: choices with their labels."""
-    choices = field(row, "choices", dict, where)
-    return multiple_choice(
-        row, "question", zip(choices["label"], choices["text"]), row["answerKey"], where
-    )
+    given = field(row, "choices", dict, where)
+    choices = zip(given["label"], given["text"])
+    return multiple_choice(row, "question", choices, row["answerKey"], where)
 
 
 def from_mmlu_pro(row: dict, where: str) -> Problem:
     """MMLU-Pro: options, of which the answer is a letter."""
-    return multiple_choice(
-        row, "question", zip("ABCDEFGHIJ", field(row, "options", list, where)), row["answer"], where
-    )
+    choices = zip("ABCDEFGHIJ", field(row, "options", list, where))
+    return multiple_choice(row, "question", choices, row["answer"], where)
 
 
 def from_gpqa(row: dict, where: str) -> Problem:
     """GPQA: the right answer and three wrong ones, shuffled by a function of the question."""
     answers = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
     order = random.Random(field(row, "Question", str, where)).sample(range(4), 4)
-    return multiple_choice(
-        row,
-        "Question",
-        zip("ABCD", [answers[i].strip() for i in order]),
-        "ABCD"[order.index(0)],
-        where,
-    )
+    choices = zip("ABCD", [answers[i].strip() for i in order])
+    return multiple_choice(row, "Question", choices, "ABCD"[order.index(0)], where)
 
 
 def multiple_choice(
@@ -377,12 +357,8 @@ def load_training_set(
     """
     problems = load_problems(name)
     choose_template(problems, tokenizer)
-    kept, dropped = encode(
-        problems,
-        tokenizer,
-        max_prompt_tokens=max_prompt_tokens,
-        max_response_tokens=max_response_tokens,
-    )
+    limits = dict(max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens)
+    kept, dropped = encode(problems, tokenizer, **limits)
     if need_traces:
         dropped["no trace"] = sum(p.trace is None for p in kept)
         kept = [p for p in kept if p.trace is not None]
@@ -417,12 +393,9 @@ def to_evaluate(
     problems: list[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int
 ) -> list[Problem]:
     """Encoded, without their traces: none is left out because its teacher was long-winded."""
-    kept, dropped = encode(
-        [replace(p, trace=None) for p in problems],
-        tokenizer,
-        max_prompt_tokens=max_prompt_tokens,
-        max_response_tokens=0,
-    )
+    bare = [replace(p, trace=None) for p in problems]
+    limits = dict(max_prompt_tokens=max_prompt_tokens, max_response_tokens=0)
+    kept, dropped = encode(bare, tokenizer, **limits)
     for reason, number in dropped.items():
         say(f"evaluation leaves out {number} of {len(problems)} problems: {reason}")
     return kept

@@ -330,12 +330,8 @@ def parse_args() -> argparse.Namespace:
 
 def prepare_directory(args: argparse.Namespace) -> None:
     """By all ranks. Refuses the directory of another evaluation."""
-    config = {
-        "model": args.model,
-        "template": args.template,
-        "seed": args.seed,
-        "max_response_tokens": args.max_response_tokens,
-    }
+    names = "model", "template", "seed", "max_response_tokens"
+    config = {name: getattr(args, name) for name in names}
     file = args.out / "config.json"
     if file.exists() and (old := json.loads(file.read_text())) != config:
         differ = [

@@ -19,28 +19,17 @@ from machinery.processes import InputError, barrier, device, rank, say
 transformers_logging.disable_progress_bar()  # ours say what takes long
 
 
-SHAPES: dict[str, dict] = {  # the paper's base models, for a machine that does not reach the hub
-    # fmt: off
+# The paper's base models, for a machine that does not reach the hub.
+# fmt: off
+SHAPES: dict[str, dict] = {
     "Qwen/Qwen2.5-Math-7B": dict(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    ),
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False),
     "Qwen/Qwen2.5-Math-1.5B": dict(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    # fmt: on
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True),
 }
+# fmt: on
 
 
 # ------------------------------------------------------------------ finding and loading
@@ -241,16 +230,9 @@ def packed_attention(
     if unknown := {k for k in ("sliding_window", "softcap", "s_aux") if options.get(k) is not None}:
         raise NotImplementedError(f"packed_attention lacks what this model needs: {unknown}")
     if query.is_cuda:
-        out = varlen_attn(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),
-            ends,
-            ends,
-            max(lengths),
-            max(lengths),
-            scale=scaling,
-            window_size=(-1, 0),
-            enable_gqa=True,
-        )  # (-1, 0): causal
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        how = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)  # (-1, 0): causal
+        out = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), **how)
         return out[None], None
     out = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)

@@ -130,18 +130,20 @@ def of_tokens(row: dict) -> dict[str, list]:
 
 def watched(directory: Path, budget: int) -> list[dict]:
     """The traces that were looked at again and again: what was recorded of their tokens."""
-    rows = [row for row in read_jsonl(directory / "watched.jsonl") if "slope" in row["traces"][0]]
+    rows = read_jsonl(directory / "watched.jsonl")
+    texts = rows[0]["traces"] if rows else []
+    rows = [row for row in rows if "slope" in row["traces"][0]]  # earlier versions had none
     if not rows:
         return []
     shown = [rows[i] for i in sorted(by_halves(len(rows))[:9])]
+    longest = max(len(cut(trace["tokens"])) for trace in texts)
     count = min(len(row["traces"]) for row in rows)  # --sample_groups may change
-    longest = max(len(cut(trace["tokens"])) for trace in rows[0]["traces"])
-    count = min(count, 1 + budget // (longest * len(shown)))
+    count = min(count, len(texts), 1 + budget // (longest * len(shown)))
     return [
         {key: trace[key] for key in ("source", "prompt", "answer")}
         | {"tokens": cut(trace["tokens"]), "length": len(trace["tokens"])}
         | {"at": [{"step": row["step"]} | of_tokens(row["traces"][i]) for row in shown]}
-        for i, trace in enumerate(rows[0]["traces"][:count])
+        for i, trace in enumerate(texts[:count])
     ]
 
 

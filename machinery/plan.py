@@ -120,20 +120,14 @@ def memory(
     weights = dtype.itemsize * sum(sizes)
     share = max(sum(sizes) / ranks, max(sizes))  # ShardedAdamW does not cut tensors
     row = longest_row(cfg, ranks)
+    state = f"{'float32 masters and ' if on_gpu else ''}Adam's state, 1/{ranks} of it"
+    activations = activation_bytes(config, dtype, cfg.checkpointing, row)
     table = [
         ("always", "weights", weights),
         ("always", "gradients", weights),
-        (
-            "always",
-            f"{'float32 masters and ' if on_gpu else ''}Adam's state, 1/{ranks} of it",
-            round(share * (12 if on_gpu else 8)),
-        ),
+        ("always", state, round(share * (12 if on_gpu else 8))),
         ("always", "reserve (assumed)", RESERVE if on_gpu else 0),
-        (
-            "updating",
-            f"activations of {sum(row):,} tokens",
-            activation_bytes(config, dtype, cfg.checkpointing, row),
-        ),
+        ("updating", f"activations of {sum(row):,} tokens", activations),
         ("updating", "gradients again, in the first update", weights),  # DDP makes new buckets
     ]
     rollouts = sampled(cfg, ranks)

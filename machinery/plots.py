@@ -41,13 +41,8 @@ def draw_curves(directory: Path) -> None:
             found = [(row["step"], row[key]) for row in rows if key in row]
             if found:
                 (line,) = axis.plot(*zip(*found), alpha=0.25, linewidth=1)
-                axis.plot(
-                    steps,
-                    smooth([row.get(key) for row in rows]),
-                    label=label,
-                    color=line.get_color(),
-                    linewidth=2,
-                )
+                means, color = smooth([row.get(key) for row in rows]), line.get_color()
+                axis.plot(steps, means, label=label, color=color, linewidth=2)
         axis.set_title(title, fontsize=10, loc="left")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -89,26 +84,15 @@ def draw_comparison(models: dict[str, dict[tuple, tuple]], file: Path) -> None:
             if (-k, temperature) == shown:
                 curves.append(scores["pass_at"])
         at_k = [mean(values) for values in zip(*curves)]
-        axes[0].plot(
-            range(1, len(at_k) + 1),
-            at_k,
-            label=f"{name}, T = {shown[1]:g}",
-            marker="o" if len(at_k) == 1 else None,
-        )
-        axes[1].plot(
-            *zip(*sorted((t, mean(v)) for t, v in by_temperature.items())), marker="o", label=name
-        )
-        axes[2].hist(
-            [n for _, lengths in evaluations.values() for n in lengths],
-            label=name,
-            bins=[i * (longest + 1) / 40 for i in range(41)],
-            histtype="step",
-            density=True,
-            linewidth=1.5,
-        )
-    for axis, title, label in zip(
-        axes, ("pass@k", "avg@k", "responses, all temperatures"), ("k", "temperature", "tokens")
-    ):
+        marker, label = "o" if len(at_k) == 1 else None, f"{name}, T = {shown[1]:g}"
+        axes[0].plot(range(1, len(at_k) + 1), at_k, label=label, marker=marker)
+        averages = sorted((t, mean(values)) for t, values in by_temperature.items())
+        axes[1].plot(*zip(*averages), marker="o", label=name)
+        every = [n for _, lengths in evaluations.values() for n in lengths]
+        bins = [i * (longest + 1) / 40 for i in range(41)]
+        axes[2].hist(every, bins, label=name, histtype="step", density=True, linewidth=1.5)
+    titles = "pass@k", "avg@k", "responses, all temperatures"
+    for axis, title, label in zip(axes, titles, ("k", "temperature", "tokens")):
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)

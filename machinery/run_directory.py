@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,10 +89,11 @@ class Run:
                 )
             return
         new = asdict(self.cfg)
+        old = {f.name: f.default for f in fields(self.cfg)} | old  # of a version with fewer fields
         differ = [
-            f"{name} was {old.get(name)!r}, now {new[name]!r}"
+            f"{name} was {old[name]!r}, now {new[name]!r}"
             for name in new
-            if name not in MAY_CHANGE and old.get(name) != new[name]
+            if name not in MAY_CHANGE and old[name] != new[name]
         ]
         if differ and read_jsonl(self.out / "metrics.jsonl"):  # else there is nothing to lose
             raise InputError(

@@ -105,14 +105,8 @@ class TorchSampler:
         with progress("sample", n * len(prompts)) as bar:
             for i in range(0, len(prompts) if n else 0, size):
                 some = by_length[i : i + size]
-                samples = self.decode(
-                    [prompts[j] for j in some],
-                    n,
-                    [seeds[j] for j in some],
-                    temperature,
-                    max_tokens,
-                    bar,
-                )
+                asked, their_seeds = [prompts[j] for j in some], [seeds[j] for j in some]
+                samples = self.decode(asked, n, their_seeds, temperature, max_tokens, bar)
                 for k, j in enumerate(some):
                     groups[j] = samples[k * n : (k + 1) * n]
         return groups
@@ -152,13 +146,8 @@ class TorchSampler:
         return samples
 
     def logits(self, ids, mask, positions, cache) -> Tensor:
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        where = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
+        return self.model(input_ids=ids, logits_to_keep=1, **where).logits[:, -1]
 
 
 def grouped_attention(

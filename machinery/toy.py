@@ -37,32 +37,17 @@ from machinery.processes import InputError
 
 # What the laptop's runs differ in from the paper's, for every algorithm alike: sizes, and what
 # suits a model of 114 thousand parameters. Nothing that tells one algorithm from another.
+# fmt: off
 RECIPE = dict(
-    # fmt: off
-    data="toy",
-    eval_data="toy/val",
-    steps=200,
-    problems_per_step=16,
-    max_prompt_tokens=32,
-    max_response_tokens=96,
-    lr=3e-4,
-    beta2=0.95,
-    weight_decay=0.0,
-    entropy_coef=0.0,
-    updates_per_step=2,
-    token_budget=4096,
-    save_every=50,
-    sampler="torch",
-    checkpointing=False,
-    note=(
-        "The toy: each value is the sum (or difference) of the two before it, modulo 7. From the "
-        "two that are given the policy has to go on until the letter that is asked for; the "
-        "answer is the last three values. The base model boxes after two steps, and hard problems "
-        'take more. The teacher sometimes writes "check" and a step again, or a wrong value, '
-        '"wait" and the right one.'
-    ),
-    # fmt: on
-)
+    data="toy", eval_data="toy/val", steps=200, problems_per_step=16, max_prompt_tokens=32,
+    max_response_tokens=96, lr=3e-4, beta2=0.95, weight_decay=0.0, entropy_coef=0.0,
+    updates_per_step=2, token_budget=4096, save_every=50, sampler="torch", checkpointing=False,
+    note='The toy: each value is the sum (or difference) of the two before it, modulo 7. From the '
+         'two that are given the policy has to go on until the letter that is asked for; the '
+         'answer is the last three values. The base model boxes after two steps, and hard problems '
+         'take more. The teacher sometimes writes "check" and a step again, or a wrong value, '
+         '"wait" and the right one.')
+# fmt: on
 
 # ------------------------------------------------------------------ problems
 MODULUS = 7
@@ -186,13 +171,8 @@ def held_out() -> set[str]:
 def document(rng: random.Random, goals: float) -> tuple[str, str]:
     """One (prompt, response) of the base model's corpus; never a question of val or test."""
     while True:
-        chain = Chain(
-            rng.randrange(len(LETTERS)),
-            rng.randrange(MODULUS),
-            rng.randrange(MODULUS),
-            rng.choice("+-*"),
-            steps=rng.choice(EASY),
-        )
+        start, x, y = (rng.randrange(n) for n in (len(LETTERS), MODULUS, MODULUS))
+        chain = Chain(start, x, y, rng.choice("+-*"), steps=rng.choice(EASY))
         if chain.question() not in held_out():
             break
     if rng.random() < LISTINGS:
@@ -233,23 +213,18 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
     """A tiny Qwen2. Heads of 32: the smallest that vLLM's CPU attention takes."""
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.08,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            luffy_recipe=RECIPE,
-        )
-    )  # not Qwen2's: see machinery.model.recipe
+    sizes = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=256, vocab_size=len(tokenizer))
+    tokens = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = Qwen2Config(
+        **sizes,
+        **tokens,
+        bos_token_id=None,
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+        luffy_recipe=RECIPE,  # not Qwen2's: see machinery.model.recipe
+    )
+    return Qwen2ForCausalLM(config)
 
 
 def train_base(
@@ -259,9 +234,11 @@ def train_base(
     tokenizer, rng = make_tokenizer(), random.Random(f"toy base {seed}")
     model = make_model(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 30, 0.55 + 0.45 * math.cos(math.pi * step / steps))
-    )  # warm up, cosine to 0.1
+
+    def warm_up_then_cosine_to_a_tenth(step: int) -> float:
+        return min((step + 1) / 30, 0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine_to_a_tenth)
     for _ in tqdm(range(steps), desc="training the toy's base model", leave=False):
         batch = sorted((document(rng, goals) for _ in range(documents)), key=lambda d: len(d[1]))
         short = sum(len(text) <= 40 for _, text in batch)

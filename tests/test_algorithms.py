@@ -1,6 +1,7 @@
 """Every arm runs by its name, from sampling to a step, with the group that its row says."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -156,3 +157,35 @@ def test_the_loop_pushes_samples_sleeps_and_only_then_updates(tiny_model, tmp_pa
     monkeypatch.setattr(luffy, "TorchSampler", Deaf)
     with pytest.raises(RuntimeError, match="push"):
         luffy.train(luffy.replace(cfg, out=str(tmp_path / "next"), eval_data=""), cfg.model)
+
+
+def test_a_schedule_changes_what_is_computed_and_what_is_recorded(
+    tiny_model, tmp_path, monkeypatch
+):
+    """A γ that falls: slopes are of the step's γ, not of config.json's; so are watched traces'."""
+    monkeypatch.setattr(luffy, "Grader", LuckyGrader)
+    falling = {0: 0.5, 1: 0.1, 2: 0.01}
+    monkeypatch.setitem(luffy.SCHEDULES, "falling", lambda cfg, step: {"gamma": falling[step]})
+    out = tmp_path / "run"
+    arguments = ["--model", str(tiny_model), "--out", str(out), "--schedule", "falling"]
+    sizes = ["--steps", "2", "--problems_per_step", "2", "--sample_every", "1", "--eval_data", ""]
+    cfg = luffy.parse_args([*arguments, *sizes, "--updates_per_step", "1"])
+    luffy.train(cfg, cfg.model)
+
+    def rows(name):
+        return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+    def check(row, gamma, advantage):
+        for logp, factor, slope in zip(row["logp"], row["factor"], row["slope"]):
+            pi = math.exp(logp)
+            assert factor == pytest.approx(pi / (pi + gamma), rel=1e-3)
+            expected = advantage * gamma * pi / (pi + gamma) ** 2
+            assert slope == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+    for step in (1, 2):
+        for row in rows(f"samples/step-{step:06d}.jsonl"):
+            if row["off_policy"]:
+                check(row, falling[step - 1], row["advantage"])
+    for row in rows("watched.jsonl"):
+        for trace in row["traces"]:
+            check(trace, falling[row["step"]], 1.0)

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+import luffy
 from data import Problem
 from luffy import ALGORITHMS, Config, ShardedAdamW, Trajectory
 from luffy import group_advantages, mixed_policy_objective, pack, record_old_logprobs
@@ -325,3 +326,111 @@ def test_the_objectives_default_arguments_are_luffys():
     assert mixed_policy_objective(*x) == mixed_policy_objective(
         *x, shaping=cfg.shaping, gamma=cfg.gamma, clip=cfg.clip
     )
+
+
+# ------------------------------------------------------------------ what forks lean on
+def test_what_is_recorded_is_what_was_computed(policy):
+    """The slope of each token, and what its advantage was multiplied by: clip, cap and all."""
+    for algo in ALGORITHMS:
+        cfg = config(algo, updates_per_step=2, lr=3e-2, max_grad_norm=1e9, tis_cap=1.5)
+        trajectories = make_trajectories(cfg)
+        for t in trajectories:
+            if not t.off_policy:
+                t.logp_sampler = [-3.0] * len(t.response)
+        moving = copy.deepcopy(policy)
+        update(moving, ShardedAdamW(moving.parameters(), lr=cfg.lr), trajectories, cfg)
+        for t in trajectories:
+            pi, old = t.logp.exp(), t.logp_behavior.exp()
+            if t.off_policy:
+                assert torch.equal(t.logp_behavior, torch.zeros(len(t.response)))
+                slopes = {"luffy": cfg.gamma * pi / (pi + cfg.gamma) ** 2, "none": pi}
+                f = {"luffy": pi / (pi + cfg.gamma), "none": pi, "log": t.logp}[cfg.shaping]
+                slope = t.advantage * slopes.get(cfg.shaping, torch.ones_like(pi))
+            else:
+                f, slope = pi / old, t.advantage * pi / old
+                if cfg.shape_rollouts:
+                    f = pi / (pi + cfg.gamma) / (old / (old + cfg.gamma))
+                    slope = t.advantage * f * cfg.gamma / (pi + cfg.gamma)
+                if cfg.clip is not None:
+                    far = (f > 1 + cfg.clip) if t.advantage > 0 else (f < 1 - cfg.clip)
+                    slope = slope * ~far
+                slope = slope * (t.logp_behavior + 3.0).exp().clamp(max=1.5)
+            torch.testing.assert_close(t.factor, f, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(t.slope, slope, rtol=1e-4, atol=1e-6)
+
+
+def test_who_does_not_learn_moves_nothing_but_counts_in_z(policy):
+    """A route leaves out whole trajectories: also their entropy, and the SFT loss's mean."""
+    for algo in ("luffy", "rl_sft"):
+        cfg = config(algo, entropy_coef=0.01)
+        trajectories = make_trajectories(cfg)
+        for t in trajectories:
+            t.learns = t.position != 1 if t.off_policy else t.position != 2
+        found = one_gradient(policy, trajectories, cfg)
+        model, loss = copy.deepcopy(policy.module.model), 0.0
+        rl = 4 * (8 if algo == "luffy" else 7) * cfg.max_response_tokens  # those left out, too
+        sft = sum(len(t.response) for t in trajectories if t.off_policy and t.learns)
+        for t in (t for t in trajectories if t.learns):
+            logp, entropy = plain_logps(model, t)
+            pi, inv_z = logp.exp(), 1 / rl
+            objective = t.advantage * (pi / (pi + cfg.gamma) if t.off_policy else pi / pi.detach())
+            if t.off_policy and algo == "rl_sft":
+                objective, inv_z = t.advantage * logp, cfg.sft_coef / sft
+            loss = loss - inv_z * (objective + cfg.entropy_coef * entropy).sum()
+        loss.backward()
+        expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert (found - expected).norm() <= 1e-4 * expected.norm(), algo
+
+
+def test_routes_see_verdicts_and_metrics_too_whatever_the_reward(monkeypatch):
+    """A length penalty: no group is all right any more by its rewards, but by the verifier."""
+
+    def failed(right, rollouts):
+        learns = torch.ones_like(right, dtype=torch.bool)
+        learns[:, rollouts:] = right[:, :rollouts].sum(dim=1, keepdim=True) == 0
+        return learns
+
+    monkeypatch.setitem(luffy.ROUTES, "failed", failed)
+    cfg = config("luffy", rollouts=2, route="failed", problems_per_step=2)
+    trajectories = []
+    for position, rewards in enumerate(([0.98, -0.02], [-0.03, -0.04])):
+        problem = Problem("", "", source="s")
+        for reward in (*rewards, 1.0):
+            t = Trajectory(position, problem, [5, 1], off_policy=reward == 1.0, reward=reward)
+            t.right = float(reward > 0.5)
+            trajectories.append(t)
+    luffy.set_advantages(trajectories, cfg)
+    assert [t.learns for t in trajectories] == [True, True, False, True, True, True]
+    assert trajectories[0].advantage == pytest.approx(0.98 - (0.98 - 0.02 + 1) / 3)
+    metrics = luffy.trajectory_metrics(trajectories, 2, eos=1)
+    assert (metrics["groups/none"], metrics["groups/mixed"]) == (0.5, 0.5)
+    assert metrics["right"] == 0.25 and metrics["reward"] == pytest.approx(0.89 / 4)
+
+
+def test_an_advantage_may_be_one_a_token(policy):
+    cfg = config("luffy")
+    trajectories = make_trajectories(cfg)
+    expected = one_gradient(policy, trajectories, cfg)
+    for t in trajectories:
+        t.advantage = torch.full((len(t.response),), t.advantage)
+    assert torch.equal(one_gradient(policy, trajectories, cfg), expected)
+    trajectories[0].advantage[0] += 1.0
+    assert not torch.equal(one_gradient(policy, trajectories, cfg), expected)
+
+
+def test_another_optimizer_is_one_method():
+    class ShardedSGD(ShardedAdamW):
+        def optimizer_of(self, master):
+            return torch.optim.SGD([master], lr=self.settings["lr"], momentum=0.5)
+
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    one, two = ShardedSGD([p], lr=0.1), ShardedSGD([q], lr=0.1)
+    for optimizer in (one, one):
+        p.grad = torch.ones(2)
+        optimizer.step(1e9)
+    assert p.tolist() == pytest.approx([0.75, 0.75])  # 1 - .1 - .1 (1 + .5)
+    two.load_state_dict(one.state_dict())
+    two.set_lr(0.2)
+    q.grad = torch.ones(2)
+    two.step(1e9)
+    assert q.tolist() == pytest.approx([0.4, 0.4])  # .75 - .2 (1 + .5 (1 + .5))
