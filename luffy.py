@@ -1,11 +1,11 @@
 """LUFFY, small enough to read: RL with verifiable rewards under off-policy guidance.
 
 Every group of rollouts of a problem holds one correct reasoning trace of a stronger teacher. All
-are scored by rule, advantages are taken over the mixed group, and the trace's tokens get a shaped
-weight that lets the policy learn from right but unlikely ones. (arXiv:2504.14945, numbers of v5)
+are scored by rule, advantages are taken over the mixed group, and the trace's tokens are shaped by
+f, so that right but unlikely ones are learnt, too. (arXiv:2504.14945; equations as in its v5)
 
     python luffy.py                                                # the toy, minutes on a laptop
-    python luffy.py --algo on_policy                               # one switch: RL alone
+    python luffy.py --algo on_policy                               # RL alone
     torchrun --nproc_per_node=8 luffy.py --model Qwen2.5-Math-7B   # the paper's run
     python luffy.py --model Qwen2.5-Math-7B --dry_run 8x80         # will it fit? needs no GPU
 
@@ -13,15 +13,18 @@ The equations, in the paper's symbols:
     A_i   = r_i - mean(r_1..r_G)           over rollouts and trace together   Eq. 4, without / std
     x_it  = π_θ / π_old  on rollouts,      π_θ / π_φ  on traces, with π_φ := 1
     f(x)  = x / (x + γ)                    policy shaping
-    J     = 1/Z [ Σ_traces Σ_t f(x_it) A_i + Σ_rollouts Σ_t x_it A_i ]        Eq. 5 with f: Eq. 6
+    J     = 1/Z [ Σ_traces Σ_t f(x_it) A_i + Σ_rollouts Σ_t x_it A_i ]        Eq. 6; f(x) = x: Eq. 5
             + c/Z Σ_all Σ_t H_it           entropy bonus, on trace tokens too
+with π_θ the policy, π_old the policy that sampled the rollouts, π_φ the teacher, c --entropy_coef.
+An SFT loss is Σ_t log π_θ of the traces, with a Z of its own: their number of tokens.
 
 Notation: P problems, G trajectories in a group (rollouts, then the trace), N response tokens of a
 micro-batch, S tokens of its packed row (prompts too), B its trajectories, D width, V vocabulary.
 
 Read down to the line "that was the method": the algorithm as functions of tensors, then the loop,
-`train`, and what it calls, in that order. Three things stand in the files beside this one: the
-prompt template (data.render), a trace's one EOS (data.trace_tokens), the verifier (verify.grade).
+`train`, and the functions of a step in the order of its calls. Elsewhere: the prompt template
+(data.CHAT_TEMPLATE, data.choose_template), a trace's one EOS (data.trace_tokens), the verifier
+(verify.Grader), log π_θ and the entropy (machinery.model.Policy), AdamW (machinery.optimizer).
 """
 
 from collections.abc import Callable, Iterable
@@ -50,7 +53,7 @@ from machinery.processes import all_reduce, init_processes, launch, progress, ra
 from machinery.processes import world_size
 from machinery.run_directory import Due, Run
 from machinery.samplers import NoSampler, Sample, Sampler, TorchSampler, check_awake, sampler_kind
-from machinery.samplers import engine_group, jobs_of_engine, to_sample, vllm_environment
+from machinery.samplers import engine_ranks, jobs_of_engine, to_sample, vllm_environment
 from machinery.samplers import vllm_options
 from machinery.scores import evaluate, report
 from verify import Grader
@@ -58,41 +61,39 @@ from verify import Grader
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The defaults are LUFFY's: the paper's, or the official code's where they differ."""
+    """One run. The defaults are LUFFY's; docs/differences.md says where they are the paper's."""
 
     # what to run
     model: str = flag("toy", "the toy, a directory that from_pretrained loads, or a hub name")
     algo: str = flag("luffy", "a row of ALGORITHMS")
     data: str = flag("Elliott/Openr1-Math-46k-8192", "problems and traces: data.load_problems")
-    eval_data: str = flag("", "problems to evaluate on before, during and after: A,B or none")
+    eval_data: str = flag("", "to evaluate on before, after and between: sources A,B; or none")
     out: str = flag("", "run directory; the same one resumes [runs/MODEL-ALGO-seedSEED]")
     seed: int = flag(0, "of rollouts and of the order of problems")
     steps: int = flag(500, "rollout batches", 1)
     # a group
-    problems_per_step: int = flag(128, "P", 1)
+    problems_per_step: int = flag(128, "P, problems of a rollout batch", 1)
     rollouts: int = flag(7, "on-policy trajectories of a problem", 0)
     traces: int = flag(1, "off-policy ones: 0 or 1", 0, 1)
     max_prompt_tokens: int = flag(1024, "a problem with a longer prompt is left out", 1)
     max_response_tokens: int = flag(8192, "of rollouts and of traces, EOS included", 1)
     temperature: float = flag(1.0, "of the rollouts; top_p is 1", above=0)
-    lenient: bool = flag(False, "the official code's reward: a right answer without a box counts")
+    lenient: bool = flag(False, "the official code's reward: a right answer needs no box")
     # the objective
     route: str = flag("all", "who learns, a row of ROUTES")
     shaping: str = flag("luffy", "f on trace tokens, a row of SHAPINGS")
     gamma: float = flag(0.1, "the paper's γ in f(x) = x / (x + γ), not a discount", above=0)
     clip: float | None = flag(None, "PPO's ε on rollout tokens; none: no clipping", above=0)
     shape_rollouts: bool = flag(False, "the ratio f(π_θ) / f(π_old) in place of π_θ / π_old")
-    tis_cap: float | None = flag(None, "rollouts x min(π_old / π_sampler, cap); none: x 1", above=0)
-    baseline: str = flag(
-        "group", "the mean reward of the group, or of its rollouts", choices=("group", "rollouts")
-    )
+    tis_cap: float | None = flag(None, "factor min(π_old / π_sampler, cap); none: 1", above=0)
+    baseline: str = flag("group", "whose mean reward", choices=("group", "rollouts"))
     trace_advantage: float | None = flag(None, "a trace's; none: from the group, as any other's")
     normalize_std: bool = flag(False, "advantages / std of the group: GRPO, not Dr. GRPO")
-    token_mean: bool = flag(False, "Z: tokens of the update, not trajectories x longest response")
-    rl_coef: float = flag(1.0, "of all but the SFT loss", 0)
-    sft_coef: float = flag(1.0, "of the SFT loss, a mean over the update's trace tokens", 0)
-    entropy_coef: float = flag(2.5e-4, "times 1/Z; 0.001 / batch of 32768 x 8192 officially", 0)
-    schedule: str = flag("constant", "which of these change over the run, a row of SCHEDULES")
+    token_mean: bool = flag(False, "Z: tokens, not trajectories x max_response_tokens")
+    rl_coef: float = flag(1.0, "of all tokens but the SFT loss's: times 1/Z", 0)
+    sft_coef: float = flag(1.0, "of the SFT loss's tokens: times 1 / their number", 0)
+    entropy_coef: float = flag(2.5e-4, "c; the official 0.001 in our units, x 8192 / 32768", 0)
+    schedule: str = flag("constant", "which fields change over the run, a row of SCHEDULES")
     # the optimizer
     updates_per_step: int = flag(2, "optimizer steps on a rollout batch, each on its problems", 1)
     lr: float = flag(1e-6, "AdamW's", above=0)
@@ -104,7 +105,7 @@ class Config:
     sampler: str = flag("auto", "auto: vllm on a GPU", choices=("auto", "vllm", "torch"))
     tensor_parallel: int = flag(1, "GPUs that share one vLLM engine", 1)
     cache_gib: float = flag(0.0, "vLLM's keys and values on a GPU; 0: what the plan leaves", 0)
-    token_budget: int = flag(32768, "tokens of a micro-batch: memory, not mathematics", 1)
+    token_budget: int = flag(32768, "tokens of a micro-batch: memory, and rounding only", 1)
     checkpointing: bool = flag(True, "compute activations again in the backward pass")
     graders: int = flag(2, "verifier processes of each rank", 1)
     grade_timeout: float = flag(5.0, "seconds for a response, then its reward is 0", above=0)
@@ -126,7 +127,9 @@ class Config:
         return bool(self.rollouts or self.eval_data)
 
 
-# The arms of the paper, as changes of Config's defaults: neighbours differ in one switch.
+# The arms of the paper, as changes of Config's defaults. Each ablation differs in one field from
+# another row: mixed_shaped from luffy (clip), mixed from mixed_shaped (shaping), on_policy_noclip
+# and on_policy_shaped from on_policy.
 # fmt: off
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "luffy": dict(rollouts=7, traces=1, shaping="luffy", clip=None),
@@ -167,14 +170,14 @@ def group_advantages(
     return advantages
 
 
-# Who learns: (P, G) right or wrong, number of rollouts -> (P, G) bool. The others have weight 0.
+# Who learns: (P, G) right or wrong, number of rollouts -> (P, G) bool. The others count 0 in J.
 ROUTES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "all": lambda right, rollouts: torch.ones_like(right, dtype=torch.bool)
 }
 
 
 def shape(x: Tensor, gamma: float) -> Tensor:
-    """Policy shaping f(x) = x / (x + γ): f' is largest where x is small."""
+    """Policy shaping f(x) = x / (x + γ). Its slope x f'(x) is γ / (x + γ)² times that of x."""
     return x / (x + gamma)
 
 
@@ -188,7 +191,7 @@ class Shaping(NamedTuple):
 SHAPINGS = {
     "luffy": Shaping(lambda log_x, gamma: shape(log_x.exp(), gamma)),  # Eq. 6
     "none": Shaping(lambda log_x, gamma: log_x.exp()),  # Eq. 5
-    "log": Shaping(lambda log_x, gamma: log_x, is_sft=True),  # with A = 1: the SFT loss
+    "log": Shaping(lambda log_x, gamma: log_x, is_sft=True),  # with A = 1: minus the SFT loss
 }
 LOG_PI_PHI = 0.0  # of every trace token: the paper sets the teacher's probability π_φ := 1
 
@@ -201,7 +204,7 @@ def token_factors(
     gamma: float,
     shape_rollouts: bool,
 ) -> Tensor:
-    """What an advantage is multiplied by: x on rollout tokens, f(x) on trace tokens. All (N,).
+    """x on rollout tokens, f(x) on trace tokens: what multiplies A, before a clip. Tensors (N,).
 
     shape_rollouts: an ablation of the paper, rollouts with the ratio f(π_θ) / f(π_old).
     """
@@ -226,9 +229,9 @@ def mixed_policy_objective(
     """Eq. 6 without its 1/Z: the objective of each token, to be maximised. All tensors (N,).
 
     logp_behavior is log π_old on rollouts and log π_φ on traces; off_policy (bool) marks the trace
-    tokens. Clipping acts on rollout tokens alone, as in Eq. 6. With π_φ = 1 a trace's ratio is π_θ
-    itself. Clamped to [1 - ε, 1 + ε] it would have no gradient wherever π_θ < 1 - ε, and these are
-    the tokens that the trace is there to teach.
+    tokens. Clipping acts on rollout tokens alone, as in Eq. 6. On traces it would change nothing:
+    with π_φ = 1 the ratio π_θ is at most 1, and the minimum takes the clamped value only where
+    π_θ < 1 - ε and A < 0, which a right trace never has.
     """
     x = token_factors(logp, logp_behavior, off_policy, shaping, gamma, shape_rollouts)
     objective = x * advantage
@@ -239,21 +242,20 @@ def mixed_policy_objective(
 
 
 def inverse_z(
-    count: float, tokens: float, sft_tokens: float, longest: int, token_mean: bool
+    trajectories: float, tokens: float, sft_tokens: float, max_tokens: int, token_mean: bool
 ) -> tuple[float, float]:
-    """1/Z of a token in the RL part of J and in its SFT part, from counts over all ranks.
+    """1/Z for RL tokens and for SFT tokens, from counts over all ranks in an update.
 
-    count trajectories with `tokens` response tokens are the RL part. Dr. GRPO divides by one
-    constant, count x longest response, so that a token counts the same in a long response and in a
-    short one; token_mean divides by the number of tokens. The SFT loss is a mean over its tokens.
+    Z is trajectories x max_tokens (Dr. GRPO), however long they are; with token_mean it is their
+    number of tokens. Either counts a token alike in long and in short responses.
     """
-    z = tokens if token_mean else count * longest
+    z = tokens if token_mean else trajectories * max_tokens
     return 1 / max(z, 1), 1 / max(sft_tokens, 1)
 
 
 # ============================================================================ the loop
 def train(cfg: Config, base: str) -> None:
-    """The whole method in one loop. What it calls follows, in its order."""
+    """The method in one loop. The functions of a step follow in this order; `load` comes last."""
     run = Run(cfg)
     with Grader(cfg.graders, cfg.grade_timeout, cfg.lenient) as grader:
         tokenizer, problems, watched, held_out, sampler, model = load(cfg, run, base, grader)
@@ -276,7 +278,7 @@ def train(cfg: Config, base: str) -> None:
             optimizer.set_lr(now.lr)
             batch = batch_at(problems, step, cfg.problems_per_step, cfg.seed)
             with run.clock("sync"):
-                if cfg.rollouts:  # SFT has none
+                if now.rollouts:  # SFT has none
                     sampler.push(model.named_parameters())
             with run.clock("sample"):
                 trajectories = rollout(sampler, batch, step, now)
@@ -324,13 +326,13 @@ class VLLMSampler:
                 distributed_executor_backend="external_launcher",
                 **vllm_options(config, longest),
             )
-        self.group = engine_group() if tp > 1 else None  # the ranks that share this engine
+        self.ranks = engine_ranks() if tp > 1 else None  # those that share this engine
         self.sleep()
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Wake up, and sample from these parameters from now on."""
         weights = [(name, p.detach()) for name, p in named_parameters]
-        if self.frees_memory:  # the order matters: memory for the weights, and all of them, first
+        if self.frees_memory:  # wake and fill the weights before the cache takes its memory
             torch.cuda.empty_cache()  # what the trainer's allocator holds but does not use
             self.llm.wake_up(tags=["weights"])
         self.llm.apply_model(lambda model: model.load_weights(weights) and None)
@@ -346,7 +348,7 @@ class VLLMSampler:
         """n samples for each prompt (token ids): see Sampler.generate."""
         from vllm import SamplingParams
 
-        jobs, first = jobs_of_engine(list(zip(prompts, seeds)), self.group)
+        jobs, first = jobs_of_engine(list(zip(prompts, seeds)), self.ranks)
         if n == 0 or not jobs:
             return [[] for _ in prompts]
         check_awake(self.awake)
@@ -358,7 +360,7 @@ class VLLMSampler:
             use_tqdm=partial(tqdm, leave=False, delay=2) if rank() == 0 else False,
         )
         mine = [list(map(to_sample, o.outputs)) for o in outputs[first : first + len(prompts)]]
-        return [(group * n)[:n] for group in mine]  # vLLM gives a greedy response once
+        return [(samples * n)[:n] for samples in mine]  # a greedy response was asked for once
 
     def sleep(self) -> None:
         """Leave the memory to the trainer. `generate` then needs another `push`."""
@@ -375,9 +377,9 @@ def rollout(sampler: Sampler, batch: list[Problem], step: int, cfg: Config) -> l
     mine = range(rank(), len(batch), world_size())
     prompts = [batch[i].prompt_ids for i in mine]
     seeds = [seed_of(cfg.seed, step, i) for i in mine]
-    longest = cfg.max_response_tokens
+    length = cfg.max_response_tokens
     groups = sampler.generate(
-        prompts, cfg.rollouts, seeds=seeds, temperature=cfg.temperature, max_tokens=longest
+        prompts, cfg.rollouts, seeds=seeds, temperature=cfg.temperature, max_tokens=length
     )
     trajectories = []
     for i, group in zip(mine, groups):
@@ -390,7 +392,7 @@ def rollout(sampler: Sampler, batch: list[Problem], step: int, cfg: Config) -> l
 def score(
     trajectories: list[Trajectory], grader: Grader, tokenizer: Tokenizer, cfg: Config
 ) -> dict[str, float]:
-    """Eq. 1: set each trajectory's verdict and reward, and what follows from them; -> metrics."""
+    """Eq. 1: set each trajectory's verdict and reward, then its advantage; -> metrics."""
     failed_before = grader.failures.copy()
     rollouts = [t for t in trajectories if not t.off_policy]
     texts = [t.problem.opened + text_of(t.response, tokenizer) for t in rollouts]
@@ -408,9 +410,9 @@ def score(
 
 def set_advantages(trajectories: list[Trajectory], cfg: Config) -> None:
     """Eq. 4, and who learns: this rank's groups, each with all of its trajectories in a row."""
-    groups = -1, cfg.rollouts + cfg.traces  # (P / ranks, G)
-    rewards = torch.tensor([t.reward for t in trajectories]).view(groups)
-    right = torch.tensor([t.right for t in trajectories]).view(groups)
+    rows = -1, cfg.rollouts + cfg.traces  # (P / ranks, G)
+    rewards = torch.tensor([t.reward for t in trajectories]).view(rows)
+    right = torch.tensor([t.right for t in trajectories]).view(rows)
     count = cfg.rollouts if cfg.baseline == "rollouts" else None
     advantages = group_advantages(rewards, normalize_std=cfg.normalize_std, count=count)
     if cfg.trace_advantage is not None:
@@ -423,7 +425,7 @@ def set_advantages(trajectories: list[Trajectory], cfg: Config) -> None:
 def update(
     policy: DDP, optimizer: ShardedAdamW, trajectories: list[Trajectory], cfg: Config
 ) -> dict[str, float]:
-    """`updates_per_step` steps of AdamW on J, each on its share of the problems; -> metrics."""
+    """`updates_per_step` updates by AdamW, each on its share of the problems; -> metrics."""
     n = cfg.updates_per_step
     share = cfg.problems_per_step // n  # problems of an update
     mini_batches = [[t for t in trajectories if t.position // share == i] for i in range(n)]
@@ -435,7 +437,7 @@ def update(
             set_normaliser(mini_batch, cfg)
             add_up_gradients(policy, mini_batch, cfg, means, bar)
             # Without any advantage only the entropy bonus is left. Adam normalises even a tiny
-            # gradient, and would make full steps of it.
+            # gradient, so that an update of full size would come of it.
             if all_reduce(any(t.signal for t in mini_batch)):
                 norms.append(optimizer.step(cfg.max_grad_norm))
             optimizer.zero_grad()
@@ -446,8 +448,8 @@ def update(
 def record_old_logprobs(policy: DDP, rollouts: list[Trajectory], cfg: Config) -> None:
     """log π_old of rollouts that are trained on later in the step, when the policy has moved.
 
-    In a step's first mini-batch π_old is the policy itself, and needs no pass of its own. This is
-    by the trainer: a sampler's log-probs differ by its numerics. Traces need none: π_φ := 1.
+    In a step's first mini-batch π_old is the policy itself, and needs no pass of its own. The
+    trainer computes it, for the sampler's numerics differ. Traces need none: π_φ := 1.
     """
     for micro_batch in pack(rollouts, cfg.token_budget):
         with torch.no_grad():
@@ -456,16 +458,17 @@ def record_old_logprobs(policy: DDP, rollouts: list[Trajectory], cfg: Config) ->
 
 
 def set_normaliser(mini_batch: list[Trajectory], cfg: Config) -> None:
-    """1/Z of each trajectory's tokens, from the counts of all ranks in this update.
+    """inv_z of each trajectory: coefficient / Z, or 0 if it does not learn.
 
-    It is fixed before the first backward pass, so that micro-batches and ranks just add up.
+    It is fixed before the first backward pass, so that micro-batches and ranks just add up. What a
+    route leaves out counts in the RL part's Z, and so makes the others no heavier.
     """
     sft = [t.off_policy and SHAPINGS[cfg.shaping].is_sft for t in mini_batch]
     rl = [len(t.response) for t, is_sft in zip(mini_batch, sft) if not is_sft]
     sft_length = sum(len(t.response) for t, is_sft in zip(mini_batch, sft) if is_sft and t.learns)
     count, tokens, sft_tokens = map(all_reduce, (len(rl), sum(rl), sft_length))
-    longest = cfg.max_response_tokens
-    inv_z, sft_inv_z = inverse_z(count, tokens, sft_tokens, longest, cfg.token_mean)
+    max_tokens = cfg.max_response_tokens
+    inv_z, sft_inv_z = inverse_z(count, tokens, sft_tokens, max_tokens, cfg.token_mean)
     for t, is_sft in zip(mini_batch, sft):
         t.inv_z = t.learns * (cfg.sft_coef * sft_inv_z if is_sft else cfg.rl_coef * inv_z)
 
@@ -475,15 +478,16 @@ def add_up_gradients(
 ) -> None:
     """The gradient of one update, micro-batch by micro-batch; the ranks all-reduce it once."""
 
-    def has_gradient(t: Trajectory) -> bool:  # the metrics need the others, too
+    def has_gradient(t: Trajectory) -> bool:
         return t.signal or t.learns and cfg.entropy_coef != 0
 
+    # Apart, so that what has none is spared the backward pass; the metrics need it, too.
     micro_batches = pack([t for t in mini_batch if not has_gradient(t)], cfg.token_budget)
     micro_batches += pack([t for t in mini_batch if has_gradient(t)], cfg.token_budget)
     for micro_batch in micro_batches:
-        last = micro_batch is micro_batches[-1]
+        last = micro_batch is micro_batches[-1]  # with a backward pass on every rank: they meet
         backward = last or has_gradient(micro_batch.trajectories[0])
-        # Without a backward pass DDP is passed by: its forward may start a collective that the
+        # Without a backward pass DDP is bypassed: its forward may start a collective that the
         # other ranks do not make.
         forward = policy if backward else policy.module
         with nullcontext() if last else policy.no_sync():
@@ -498,8 +502,9 @@ def add_up_gradients(
 def token_loss(
     logp: Tensor, entropy: Tensor, micro_batch: MicroBatch, cfg: Config, means: Means
 ) -> Tensor:
-    """-J of a micro-batch, from log π_θ (N,) and the entropies (N,) of its response tokens."""
+    """Its part of -J, from log π_θ (N,) and entropies (N,) of response tokens; keeps a record."""
     off_policy = micro_batch.off_policy
+    # π_old: in a step's first update it is the policy itself
     logp_old = logp.detach() if micro_batch.logp_old is None else micro_batch.logp_old
     logp_behavior = logp_old.masked_fill(off_policy, LOG_PI_PHI)
     tokens = logp.requires_grad_(), logp_behavior, micro_batch.advantage, off_policy
@@ -507,10 +512,10 @@ def token_loss(
     how |= dict(shape_rollouts=cfg.shape_rollouts)
     objective = mixed_policy_objective(*tokens, clip=cfg.clip, **how)
     if cfg.tis_cap is not None:  # π_old is not quite what the sampler sampled from
-        trust = (logp_old - micro_batch.logp_sampler).exp().clamp(max=cfg.tis_cap)
-        objective = torch.where(off_policy, objective, trust * objective)
+        tis = (logp_old - micro_batch.logp_sampler).exp().clamp(max=cfg.tis_cap)
+        objective = torch.where(off_policy, objective, tis * objective)
     loss = -(micro_batch.inv_z * (objective + cfg.entropy_coef * entropy)).sum()
-    # What is logged and shown is recorded here, so that it cannot differ from what was computed.
+    # What report.html shows of a token is recorded here, from the tensors of this very objective.
     factor = token_factors(logp.detach(), logp_behavior, off_policy, **how)
     (slope,) = torch.autograd.grad(objective.sum(), logp, retain_graph=True)
     micro_batch.give(logp=logp, logp_behavior=logp_behavior, factor=factor, slope=slope)
@@ -538,7 +543,8 @@ def load(
     fit_context(config, prompt, response)
     kept = run.out / "trace_rewards.json", cfg.traces > 0, prompt, response
     problems = load_training_set(cfg.data, tokenizer, grader, *kept)
-    held_out = load_benchmarks(filter(None, cfg.eval_data.split(",")), tokenizer, prompt)
+    sources = [source for source in cfg.eval_data.split(",") if source not in ("", "none")]
+    held_out = load_benchmarks(sources, tokenizer, prompt)
     sampler: Sampler = NoSampler()
     if cfg.samples:
         kind, eos = sampler_kind(cfg.sampler), tokenizer.eos_token_id
@@ -570,7 +576,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def check(cfg: Config, ranks: int) -> None:
-    """Raise InputError on a config that cannot run, before anything is loaded."""
+    """flags.check, and whether the sampler is installed: InputErrors before anything is loaded."""
     tables: dict[str, Iterable[str]] = dict(algo=ALGORITHMS, shaping=SHAPINGS)
     flags.check(cfg, ranks, tables | dict(route=ROUTES, schedule=SCHEDULES))
     if cfg.samples and not cfg.dry_run:

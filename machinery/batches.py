@@ -20,14 +20,14 @@ class Trajectory:
     problem: Any  # data.Problem
     response: Sequence[int]  # ends in EOS unless truncated
     off_policy: bool = False  # a trace
-    logp_sampler: list[float] | None = None  # of a rollout, as the sampler saw it: for a metric
+    logp_sampler: list[float] | None = None  # of a rollout, by the sampler: metrics, --tis_cap
     # set by score()
     right: float = math.nan  # the verifier's word, 1 or 0
     reward: float = math.nan
     advantage: float | Tensor = math.nan  # one number, or (response,)
     learns: bool = True  # or counts in the metrics alone
-    # set by update(), on its way: (response,) but for the first
-    inv_z: float = math.nan  # 1/Z of each of its tokens
+    # set by update(), tensors (response,)
+    inv_z: float = math.nan  # coefficient / Z of each of its tokens; 0 if it does not learn
     logp_old: Tensor | None = None  # of a rollout: log π_old, where the policy has moved since
     logp: Tensor | None = None  # log π_θ
     logp_behavior: Tensor | None = None  # log π_old or, on a trace, log π_φ
@@ -53,7 +53,7 @@ class MicroBatch:
     off_policy: Tensor  # (N,) bool
     advantage: Tensor  # (N,)
     inv_z: Tensor  # (N,)
-    logp_old: Tensor | None  # (N,), 0 on traces; None where the policy still is the old one
+    logp_old: Tensor | None  # (N,), 0 on traces; None if a rollout has none: then it is π_θ itself
     logp_sampler: Tensor  # (N,), 0 on traces
 
     def give(self, **values: Tensor) -> None:

@@ -26,7 +26,7 @@ def flag(
 
 
 def parse(config: type, argv: list[str] | None, description: str) -> dict[str, Any]:
-    """The flags that are given -> field -> value. Leaves with a message if one is malformed."""
+    """The flags that are given -> field -> value. Exits with a message if one is malformed."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for f in fields(config):
         kind = {bool: truth, float | None: float_or_none}.get(f.type, f.type)
@@ -83,7 +83,7 @@ def check(cfg: Config, ranks: int, tables: dict[str, Iterable[str]]) -> None:
         )
     if ranks % cfg.tensor_parallel:
         raise InputError(
-            f"--tensor_parallel {cfg.tensor_parallel}: {ranks} processes cannot be shared out by it"
+            f"--tensor_parallel {cfg.tensor_parallel}: must divide the number of processes, {ranks}"
         )
 
 

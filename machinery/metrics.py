@@ -44,7 +44,7 @@ class Means:
 def trajectory_metrics(trajectories: list[Trajectory], rollouts: int, eos: int) -> dict[str, float]:
     """Means over all ranks' trajectories, traces apart from rollouts, `rollouts` in a group.
 
-    What is solved is the verifier's word. A reward may be something else.
+    Groups are solved by the verifier's word, whatever the reward.
     """
     means = Means()
     for t in trajectories:

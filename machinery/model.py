@@ -50,7 +50,7 @@ def find(name: str) -> str:
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """What a model wants to differ from luffy.py's defaults: `luffy_recipe` in its config.json.
+    """The defaults of luffy.py that a model overrides: `luffy_recipe` in its config.json.
 
     Checkpoints have it from the model that they were trained from.
     """
@@ -131,7 +131,7 @@ def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_t
 
 # ------------------------------------------------------------------ the policy
 class Policy(nn.Module):
-    """The language model as DDP wraps it: micro-batch -> log-probs and entropies of its tokens."""
+    """The language model as DDP wraps it: -> log-probs and entropies of response tokens."""
 
     def __init__(self, model: PreTrainedModel, temperature: float):
         super().__init__()

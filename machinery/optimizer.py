@@ -12,10 +12,10 @@ from machinery.processes import rank, world_size
 class ShardedAdamW:
     """AdamW on float32 masters of the parameters; each rank keeps the state of its share of them.
 
-    The gradients must be the same on all ranks, as after DDP's all-reduce. Memory of a rank: 12
-    bytes x parameters / ranks. On float32 parameters the masters are the parameters themselves,
-    and with one rank this is torch.optim.AdamW. Pure bfloat16 AdamW is wrong at lr 1e-6: most of
-    its updates round to nothing. For another optimizer override `optimizer_of`.
+    The gradients must be the same on all ranks, as after DDP's all-reduce. A rank keeps whole
+    tensors, about 1/ranks of 12 bytes a parameter. Float32 parameters are their own masters (8
+    bytes), and with one rank this is then torch.optim.AdamW. Pure bfloat16 AdamW is wrong at lr
+    1e-6: most of its updates round to nothing. For another optimizer override `optimizer_of`.
     """
 
     def __init__(

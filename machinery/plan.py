@@ -113,7 +113,7 @@ def memory(
     if config.num_attention_heads % cfg.tensor_parallel:
         raise InputError(
             f"--tensor_parallel {cfg.tensor_parallel}: the model's "
-            f"{config.num_attention_heads} attention heads cannot be shared out by it"
+            f"{config.num_attention_heads} attention heads cannot be divided by it"
         )
     on_gpu = capacity is not None
     sizes, dtype = parameter_sizes(config), torch.bfloat16 if on_gpu else torch.float32
@@ -277,8 +277,8 @@ def show_batches(cfg: Config, ranks: int) -> None:
         responses = cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]
         tokens = share * (mean["prompt"] + responses / group)
         say(
-            f"            expected: {rollouts * mean['rollout']:,}, and {tokens:,.0f} in "
-            f"{ceil(tokens / cfg.token_budget)} micro-batches\n            (rollouts of "
+            f"            expected: {rollouts * mean['rollout']:,} sampled; {tokens:,.0f} trained "
+            f"on, in {ceil(tokens / cfg.token_budget)} micro-batches\n            (rollouts of "
             f"{mean['rollout']:,} and traces of {mean['trace']:,} tokens, arXiv:2604.23747)"
         )
 

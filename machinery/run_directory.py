@@ -1,11 +1,12 @@
 """The run directory: its log, checkpoints and resumption. Rank 0 writes all but optimizer shards.
 
 config.json            what was asked for; the same command with the same --out resumes
-metrics.jsonl          one object a step; on a CPU the same bits if the run was interrupted
+metrics.jsonl          one object a step; on a CPU the same bits if the run was interrupted,
+                       and went on with as many processes
 timing.jsonl           one object a step: seconds and tokens per second of each phase
 evals.jsonl            one object for each evaluation
 samples/               groups of trajectories with what was computed of their tokens
-watched.jsonl          the same of the first groups' traces, always the same, every few steps
+watched.jsonl          the same values for a fixed set of traces, every few steps
 checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's shards
 curves.png             drawn at the end and on Ctrl-C
 report.html            made at the end and on Ctrl-C: a page to look into all of this
@@ -36,7 +37,7 @@ from machinery.metrics import one_line
 from machinery.optimizer import ShardedAdamW
 from machinery.processes import InputError, all_reduce, barrier, rank, say
 
-# A finished or interrupted run may go on with these changed: they do not change the mathematics.
+# A finished or interrupted run may go on with these changed: they do not change the objective.
 MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "sample_groups", "note"}
 MAY_CHANGE |= {"graders", "token_budget", "sampler", "tensor_parallel", "cache_gib"}
 MAY_CHANGE |= {"checkpointing", "dry_run"}
@@ -134,11 +135,14 @@ class Run:
         if number == signal.SIGINT and 0 < self.asked_to_stop < time.monotonic() - 2:
             raise KeyboardInterrupt
         if not self.asked_to_stop and rank() == 0:  # os.write: print may be what was interrupted
-            os.write(2, b"\nstopping after this step, with a checkpoint (again: now, without)\n")
+            os.write(
+                2,
+                b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)\n",
+            )
         self.asked_to_stop = self.asked_to_stop or time.monotonic()
 
     def due(self, step: int) -> Due:
-        """When so many steps are done. All ranks ask together, and stop together."""
+        """After `step` steps. It all-reduces, so that all ranks stop together."""
         cfg, last = self.cfg, step == self.cfg.steps
         self.stopped = all_reduce(self.asked_to_stop, dist.ReduceOp.MAX) > 0
         return Due(

@@ -38,7 +38,10 @@ class Sample:
 
 
 class Sampler(Protocol):
-    """Samples from what was pushed last; after `sleep`, `generate` raises RuntimeError."""
+    """Samples from what was pushed last (TorchSampler at first from the model that it loaded).
+
+    After `sleep`, `generate` raises RuntimeError.
+    """
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Wake up, and sample from these parameters from now on."""
@@ -46,9 +49,10 @@ class Sampler(Protocol):
     def generate(
         self, prompts: list, n: int, *, seeds: list[int], temperature: float, max_tokens: int
     ) -> list[list[Sample]]:
-        """n samples for each prompt (token ids). A prompt's samples depend on its seed alone.
+        """n samples for each prompt (token ids).
 
-        temperature 0 is greedy. The log-probs are those of the distribution sampled from.
+        Of the batch they depend on their own prompt and seed alone, but for rounding. temperature
+        0 is greedy. The log-probs are those of the distribution sampled from.
         """
 
     def sleep(self) -> None:
@@ -199,7 +203,7 @@ def sampler_kind(kind: str) -> str:
 
 @contextmanager
 def vllm_environment() -> Iterator[None]:
-    """What vLLM's engine has to find when it starts, and what it must not leave behind."""
+    """Set the environment that vLLM starts in; undo its change of torch.set_num_threads."""
     for name, value in {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
@@ -211,11 +215,13 @@ def vllm_environment() -> Iterator[None]:
     }.items():
         os.environ.setdefault(name, value)
     set_num_threads = torch.set_num_threads
-    yield
-    torch.set_num_threads = set_num_threads  # the CPU build takes it away
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads  # the CPU build takes it away
 
 
-def engine_group() -> Any:
+def engine_ranks() -> Any:
     """The ranks that share this one's engine, as a process group of gloo."""
     from vllm.distributed.parallel_state import get_tp_group
 
@@ -223,7 +229,7 @@ def engine_group() -> Any:
 
 
 def jobs_of_engine(mine: list, group: Any) -> tuple[list, int]:
-    """The ranks of an engine must ask it for the same: -> all their jobs, where mine begin."""
+    """The ranks of an engine must submit the same jobs: -> all of them, the index of my first."""
     if group is None:
         return mine, 0
     everyones: list[list] = [[] for _ in range(dist.get_world_size(group))]

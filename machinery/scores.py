@@ -84,8 +84,8 @@ def respond(
 ) -> list[dict]:
     """Graded responses to problems[i], i in numbers: a row for each, in order.
 
-    reward: as the grader was created to judge, strict in this program; lenient: also the official
-    grading.
+    reward: by the grader's own setting (in training, --lenient); lenient: also by the official
+    code's reward.
     """
     prompts = [problems[i].prompt_ids for i in numbers]
     seeds = [seed_of("evaluation", seed, i) for i in numbers]
@@ -117,7 +117,7 @@ def respond(
 def evaluate(
     sampler: Sampler, problems: list[Problem], grader: Grader, tokenizer: Tokenizer, cfg: Config
 ) -> dict[str, dict]:
-    """A training run's own evaluation: source -> scores, sharded over the ranks.
+    """A training run's own evaluation, problems shared out among the ranks: -> source -> scores.
 
     The scores depend on the number of ranks by rounding only.
     """

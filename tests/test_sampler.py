@@ -119,7 +119,7 @@ def engine(monkeypatch):
     """VLLMSampler on a GPU, with an engine that writes down what it is told."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
     sampler = object.__new__(VLLMSampler)
-    sampler.llm, sampler.group, sampler.frees_memory, sampler.eos = Engine(), None, True, 1
+    sampler.llm, sampler.ranks, sampler.frees_memory, sampler.eos = Engine(), None, True, 1
     sampler.awake = False
     return sampler
 
