@@ -258,20 +258,20 @@ def test_a_reader_looks_around(browser, tmp_path):
     at.wait("1+10?", "#question")
     at.press("ARROW_LEFT")
     assert "✗ wrong, reward 0, advantage -0.125, 1/Z\u00a00.00123, 2" in at.text("#cards")
-    # tokens of probability .02 and .92; without shaping the push of both is .875 π (1 - π)
+    # tokens of probability .02 and .92; without shaping the pull of both is .875 π (1 - π)
     assert at.lines(".card.trace") == [4, 6]  # for .017 and .064
     shares = "this run 89\u00a0%, without shaping 21\u00a0%, SFT 92\u00a0%"
-    assert "1 of 2 tokens; their share of the push: " + shares in at.text(".card.trace")
+    assert "1 of 2 tokens; their share of the pull: " + shares in at.text(".card.trace")
     at.js("document.querySelector('#cards .trace .token').click()")
     assert at.text("#detail").startswith(
-        "“a”, token 1 of 2: π = 0.02, f = 0.42\npush = slope × (1 − π)\n"
+        "“a”, token 1 of 2: π = 0.02, f = 0.42\npull = slope × (1 − π)\n"
         "this run: 0.28 × 0.98 = 0.274\n"
         "▸ without shaping: 0.0175 × 0.98 = 0.0172\nSFT: 0.875 × 0.98 = 0.85"
     )
     at.press("s")
     assert "shaping=run" in at.link()
     assert at.lines(".card.trace") == [7, 5]  # .274 and .034
-    assert at.lines(".card") == [-7, 0]  # a wrong rollout, pushed down: striped
+    assert at.lines(".card") == [-7, 0]  # a wrong rollout, pulled down: striped
     assert "\n▸ this run: 0.28 × 0.98 = 0.274" in at.text("#detail")  # the same token still
     at.js("document.querySelector('#shapings [value=log]').click()")
     assert "shaping=log" in at.link() and "▸ SFT" in at.text("#detail")
@@ -284,10 +284,10 @@ def test_a_reader_looks_around(browser, tmp_path):
     assert "step=10" in at.link() and "π =" not in at.text("#detail")
     at.js("document.querySelector('#cards .text').focus()")
     at.press("ENTER")
-    rollout = "token 1 of 2: π = 0.02, ratio = 2\npush = slope × (1 − π) = -0.25 × 0.98 = -0.245"
+    rollout = "token 1 of 2: π = 0.02, ratio = 2\npull = slope × (1 − π) = -0.25 × 0.98 = -0.245"
     assert at.text("#detail").endswith(rollout)
     at.press("ARROW_RIGHT")
-    assert "ratio = 2\npush = slope × (1 − π) = 0 × 0.08 = 0 (clipped)" in at.text("#detail")
+    assert "ratio = 2\npull = slope × (1 − π) = 0 × 0.08 = 0 (clipped)" in at.text("#detail")
     at.js("document.querySelector('#watched .token').click()")
     assert "π = 0.02, f = 0.42\nπ after step 0: 0.02, 1: 0.141, 10: 0.701\n" in at.text("#detail")
     assert "\nthis run: 0.32 × 0.98 = 0.314\n" in at.text("#detail")  # as if A were 1
@@ -305,7 +305,7 @@ def test_the_weights_that_were_recorded_are_drawn(browser, tmp_path):
     run = write_run(tmp_path / "run", (1,), response, p=p, weights=[weight(x) for x in p])
     page.write_page([run, write_run(tmp_path / "other")], tmp_path / "report.html")
     at = Page(browser, tmp_path / "report.html", "#run=0")
-    for plot, rest in (("weight", lambda x: 1), ("push", lambda x: 1 - x)):
+    for plot, rest in (("weight", lambda x: 1), ("pull", lambda x: 1 - x)):
         dots, none, sft = at.js("return document.getElementById(arguments[0]).data", plot)
         assert dots["name"] == "this run, recorded"
         assert 300 < len(dots["x"]) <= 500 and len([x for x in dots["x"] if x < 1e-4]) > 50
