@@ -97,8 +97,8 @@ class Config:
     # the optimizer
     updates_per_step: int = flag(2, "optimizer steps on a rollout batch, each on its problems", 1)
     lr: float = flag(1e-6, "AdamW's", above=0)
-    beta1: float = flag(0.9, "AdamW's", 0, 1)
-    beta2: float = flag(0.999, "AdamW's", 0, 1)
+    beta1: float = flag(0.9, "AdamW's", 0, below=1)
+    beta2: float = flag(0.999, "AdamW's", 0, below=1)
     weight_decay: float = flag(0.01, "AdamW's", 0)
     max_grad_norm: float = flag(1.0, "a longer gradient is scaled down to it", above=0)
     # the machine
@@ -151,7 +151,7 @@ SCHEDULES: dict[str, Callable[[Config, int], dict[str, Any]]] = {"constant": lam
 
 
 def at_step(cfg: Config, step: int) -> Config:
-    return replace(cfg, **SCHEDULES[cfg.schedule](cfg, step))
+    return replace(cfg, **SCHEDULES[cfg.schedule](cfg, min(step, cfg.steps - 1)))
 
 
 # ============================================================================ the algorithm
@@ -278,7 +278,7 @@ def train(cfg: Config, base: str) -> None:
             optimizer.set_lr(now.lr)
             batch = batch_at(problems, step, cfg.problems_per_step, cfg.seed)
             with run.clock("sync"):
-                if now.rollouts:  # SFT has none
+                if cfg.rollouts:  # SFT has none
                     sampler.push(model.named_parameters())
             with run.clock("sample"):
                 trajectories = rollout(sampler, batch, step, now)
@@ -311,7 +311,7 @@ class VLLMSampler:
         longest: tokens of a prompt and its response; cache: bytes of keys and values, on each GPU;
         tp: consecutive ranks that share an engine, and sample for each other.
         """
-        self.eos, self.frees_memory = eos, torch.cuda.is_available()
+        self.eos, self.frees_memory, self.awake = eos, torch.cuda.is_available(), True
         with vllm_environment():
             from vllm import LLM  # slow to import, and only here
 
@@ -364,7 +364,7 @@ class VLLMSampler:
 
     def sleep(self) -> None:
         """Leave the memory to the trainer. `generate` then needs another `push`."""
-        if self.frees_memory:
+        if self.frees_memory and self.awake:
             self.llm.sleep(level=2)
         self.awake = False
 
@@ -417,7 +417,7 @@ def set_advantages(trajectories: list[Trajectory], cfg: Config) -> None:
     advantages = group_advantages(rewards, normalize_std=cfg.normalize_std, count=count)
     if cfg.trace_advantage is not None:
         advantages[:, cfg.rollouts :] = cfg.trace_advantage
-    learns = ROUTES[cfg.route](right, cfg.rollouts)
+    learns = ROUTES[cfg.route](right, cfg.rollouts) & torch.ones_like(right, dtype=torch.bool)
     for i, t in enumerate(trajectories):
         t.advantage, t.learns = advantages.view(-1)[i].item(), bool(learns.view(-1)[i])
 
@@ -479,7 +479,7 @@ def add_up_gradients(
     """The gradient of one update, micro-batch by micro-batch; the ranks all-reduce it once."""
 
     def has_gradient(t: Trajectory) -> bool:
-        return t.signal or t.learns and cfg.entropy_coef != 0
+        return t.signal or t.inv_z != 0 and cfg.entropy_coef != 0
 
     # Apart, so that what has none is spared the backward pass; the metrics need it, too.
     micro_batches = pack([t for t in mini_batch if not has_gradient(t)], cfg.token_budget)
@@ -577,8 +577,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 def check(cfg: Config, ranks: int) -> None:
     """flags.check, and whether the sampler is installed: InputErrors before anything is loaded."""
-    tables: dict[str, Iterable[str]] = dict(algo=ALGORITHMS, shaping=SHAPINGS)
-    flags.check(cfg, ranks, tables | dict(route=ROUTES, schedule=SCHEDULES))
+    tables: Any = dict(algo=ALGORITHMS, shaping=SHAPINGS, route=ROUTES, schedule=SCHEDULES)
+    flags.check(cfg, ranks, tables)
+    flags.check_schedule(cfg, {at_step(cfg, step) for step in range(cfg.steps)}, tables)
     if cfg.samples and not cfg.dry_run:
         sampler_kind(cfg.sampler)  # is it installed?
 

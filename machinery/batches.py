@@ -36,8 +36,8 @@ class Trajectory:
 
     @property
     def signal(self) -> bool:
-        """Has it an advantage to learn from?"""
-        return self.learns and bool(torch.as_tensor(self.advantage).any())
+        """Has it an advantage that counts? After set_normaliser()."""
+        return self.inv_z != 0 and bool(torch.as_tensor(self.advantage).any())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any
 
@@ -18,10 +18,11 @@ def flag(
     high: float = math.inf,
     *,
     above: float = -math.inf,
+    below: float = math.inf,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A field of a config: low <= value <= high, value > above, or one of `choices`."""
-    limits = {"low": low, "high": high, "above": above, "choices": choices}
+    """A field of a config: low <= value <= high, above < value < below, or one of `choices`."""
+    limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
     return field(default=default, metadata={"help": help} | limits)
 
 
@@ -33,7 +34,7 @@ def parse(config: type, argv: list[str] | None, description: str) -> dict[str, A
         parser.add_argument(
             f"--{f.name}",
             type=kind,
-            metavar=kind.__name__,
+            metavar=getattr(f.type, "__name__", str(f.type)),
             default=argparse.SUPPRESS,
             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"),
             **(dict(nargs="?", const="this") if f.name == "dry_run" else {}),
@@ -51,7 +52,7 @@ def float_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
 
-def check_values(cfg: Config, tables: dict[str, Iterable[str]]) -> None:
+def check_values(cfg: Config, tables: Mapping[str, Iterable[str]]) -> None:
     """Raise InputError on a value out of its range. tables: field -> the names it may have."""
     for f in fields(cfg):
         value, m = getattr(cfg, f.name), f.metadata
@@ -60,13 +61,15 @@ def check_values(cfg: Config, tables: dict[str, Iterable[str]]) -> None:
             raise InputError(f"--{f.name} {value}: expected one of {', '.join(choices)}")
         if isinstance(value, bool | str) or value is None:
             continue
-        if not (m["low"] <= value <= m["high"] and value > m["above"] and math.isfinite(value)):
-            bounds = {"at least": m["low"], "at most": m["high"], "above": m["above"]}
-            words = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
-            raise InputError(f"--{f.name} {value}: must be {' and '.join(words or ['finite'])}")
+        in_range = m["low"] <= value <= m["high"] and m["above"] < value < m["below"]
+        if not in_range or value in (math.inf, -math.inf):
+            names = {"at least": "low", "at most": "high", "above": "above", "below": "below"}
+            bounds = {word: m[name] for word, name in names.items() if math.isfinite(m[name])}
+            words = [f"{word} {bound:g}" for word, bound in bounds.items()] or ["finite"]
+            raise InputError(f"--{f.name} {value}: must be {' and '.join(words)}")
 
 
-def check(cfg: Config, ranks: int, tables: dict[str, Iterable[str]]) -> None:
+def check(cfg: Config, ranks: int, tables: Mapping[str, Iterable[str]]) -> None:
     """Raise InputError on a config that cannot run, before anything is loaded."""
     check_values(cfg, tables)
     shards = cfg.updates_per_step * ranks
@@ -85,6 +88,23 @@ def check(cfg: Config, ranks: int, tables: dict[str, Iterable[str]]) -> None:
         raise InputError(
             f"--tensor_parallel {cfg.tensor_parallel}: must divide the number of processes, {ranks}"
         )
+
+
+# What a schedule may change: read anew in each step. The rest is read once, when a run starts.
+SCHEDULED = {"route", "shaping", "gamma", "clip", "shape_rollouts", "tis_cap", "baseline"}
+SCHEDULED |= {"trace_advantage", "normalize_std", "token_mean", "rl_coef", "sft_coef"}
+SCHEDULED |= {"entropy_coef", "lr", "max_grad_norm"}
+
+
+def check_schedule(
+    cfg: Config, steps: Iterable[Config], tables: Mapping[str, Iterable[str]]
+) -> None:
+    """Raise InputError if a config of a step has a value that it cannot have."""
+    for now in steps:
+        check_values(now, tables)
+        for f in fields(cfg):
+            if getattr(now, f.name) != getattr(cfg, f.name) and f.name not in SCHEDULED:
+                raise InputError(f"--schedule {cfg.schedule}: cannot change {f.name} in a run")
 
 
 def differences(cfg: Config, plain: Config) -> str:

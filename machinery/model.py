@@ -52,11 +52,13 @@ def find(name: str) -> str:
 def recipe(name: str) -> dict[str, Any]:
     """The defaults of luffy.py that a model overrides: `luffy_recipe` in its config.json.
 
-    Checkpoints have it from the model that they were trained from.
+    Checkpoints have it from the model that they were trained from. `luffy_toy` is an earlier mark.
     """
     config = Path(name, "config.json")
     own = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    return toy.RECIPE if name == "toy" else own.get("luffy_recipe", {})
+    if name == "toy" or "luffy_toy" in own:
+        return toy.RECIPE
+    return own.get("luffy_recipe", {})
 
 
 def shape_of(name: str) -> PretrainedConfig:

@@ -108,7 +108,8 @@ def by_halves(n: int) -> list[int]:
 
 def trajectory(row: dict) -> dict:
     """A row of samples/."""
-    shown = {"off_policy": row["off_policy"], "learns": row["learns"]}
+    learns = row["learns"] and row["inv_z"] != 0
+    shown = {"off_policy": row["off_policy"], "learns": learns}
     shown |= {"right": short(row["right"]), "reward": short(row["reward"])}
     advantage = row["advantage"]
     if isinstance(advantage, list):  # one a token: their mean, and each of them

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 import luffy
-from machinery.processes import init_processes
+from machinery.processes import InputError, init_processes
 from machinery.samplers import TorchSampler
 
 
@@ -80,7 +80,7 @@ def test_every_algorithm_runs(tiny_model, tmp_path, monkeypatch, algo):
         assert {len(s[name]) for name in ("logp", "logp_behavior", "factor", "slope")} == {
             len(s["tokens"])
         }
-        assert s["right"] in (0, 1) and s["inv_z"] > 0 and s["learns"]
+        assert s["right"] in (0, 1) and (s["inv_z"] > 0) == s["learns"]
         assert not s["off_policy"] or set(s["logp_behavior"]) == {luffy.LOG_PI_PHI}
     watched = [json.loads(line) for line in (out / "watched.jsonl").read_text().splitlines()]
     assert [row["step"] for row in watched] == [0, 1, 2]
@@ -164,8 +164,11 @@ def test_a_schedule_changes_what_is_computed_and_what_is_recorded(
 ):
     """A γ that falls: slopes are of the step's γ, not of config.json's; so are watched traces'."""
     monkeypatch.setattr(luffy, "Grader", LuckyGrader)
-    falling = {0: 0.5, 1: 0.1, 2: 0.01}
-    monkeypatch.setitem(luffy.SCHEDULES, "falling", lambda cfg, step: {"gamma": falling[step]})
+    falling = [0.5, 0.1]
+    schedule = lambda cfg, step: {"gamma": falling[step], "lr": 1e-3 * falling[step]}  # noqa: E731
+    monkeypatch.setitem(luffy.SCHEDULES, "falling", schedule)
+    rates = []
+    monkeypatch.setattr(luffy.ShardedAdamW, "set_lr", lambda self, lr: rates.append(lr))
     out = tmp_path / "run"
     arguments = ["--model", str(tiny_model), "--out", str(out), "--schedule", "falling"]
     sizes = ["--steps", "2", "--problems_per_step", "2", "--sample_every", "1", "--eval_data", ""]
@@ -188,4 +191,20 @@ def test_a_schedule_changes_what_is_computed_and_what_is_recorded(
                 check(row, falling[step - 1], row["advantage"])
     for row in rows("watched.jsonl"):
         for trace in row["traces"]:
-            check(trace, falling[row["step"]], 1.0)
+            check(trace, falling[min(row["step"], 1)], 1.0)  # after the last step as in it
+    assert rates == [5e-4, 1e-4]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"temperature": 0.5}, "cannot change temperature"),
+        ({"updates_per_step": 3}, "cannot change updates_per_step"),
+        ({"gamma": -0.1}, "--gamma -0.1"),
+    ],
+)
+def test_a_schedule_of_what_cannot_change_is_refused(monkeypatch, changes, words):
+    late = lambda cfg, step: changes if step == 150 else {}  # noqa: E731
+    monkeypatch.setitem(luffy.SCHEDULES, "late", late)
+    with pytest.raises(InputError, match=words):
+        luffy.check(luffy.parse_args(["--schedule", "late"]), ranks=1)

