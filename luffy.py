@@ -402,7 +402,7 @@ def score(
     for t in trajectories:
         if t.off_policy:
             t.right = t.problem.trace_reward  # verified once, by load_training_set
-        t.reward = t.right
+        t.reward = t.right  # rule-based: 1 if right, else 0
     set_advantages(trajectories, cfg)
     failures = failure_metrics(grader.failures - failed_before)
     return failures | trajectory_metrics(trajectories, cfg.rollouts, tokenizer.eos_token_id)
