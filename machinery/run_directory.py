@@ -37,7 +37,8 @@ from machinery.metrics import one_line
 from machinery.optimizer import ShardedAdamW
 from machinery.processes import InputError, all_reduce, barrier, rank, say
 
-# A finished or interrupted run may go on with these changed: they do not change the objective.
+# A finished or interrupted run may go on with these changed: they do not change the objective,
+# but for `steps` where a schedule may use it.
 MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "sample_groups", "note"}
 MAY_CHANGE |= {"graders", "token_budget", "sampler", "tensor_parallel", "cache_gib"}
 MAY_CHANGE |= {"checkpointing", "dry_run"}
@@ -91,10 +92,11 @@ class Run:
             return
         new = asdict(self.cfg)
         old = {f.name: f.default for f in fields(self.cfg)} | old  # of a version with fewer fields
+        may_change = MAY_CHANGE - ({"steps"} if new["schedule"] != "constant" else set())
         differ = [
             f"{name} was {old[name]!r}, now {new[name]!r}"
             for name in new
-            if name not in MAY_CHANGE and old[name] != new[name]
+            if name not in may_change and old[name] != new[name]
         ]
         if differ and read_jsonl(self.out / "metrics.jsonl"):  # else there is nothing to lose
             raise InputError(

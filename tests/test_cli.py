@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from conftest import run
 import luffy
 from machinery import toy
 from machinery.processes import InputError
+from machinery.run_directory import Run
 from luffy import ALGORITHMS, Config, check, parse_args
 from machinery.flags import differences
 
@@ -208,3 +209,22 @@ def test_the_directory_of_something_else_is_refused(refused, tiny_model, tmp_pat
     error = refused("--model", tiny_model, "--out", tmp_path)
     assert "--out" in error and "not a run" in error
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_runs_of_earlier_versions_go_on_and_runs_with_a_schedule_keep_their_steps(tmp_path):
+    cfg = parse_args(["--out", str(tmp_path), "--steps", "9"])
+
+    def resumed(cfg, **old):
+        config = asdict(cfg) | {"steps": 8} | old
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+        return Run(cfg)
+
+    before = {k: v for k, v in asdict(cfg).items() if k not in ("route", "rl_coef")}
+    (tmp_path / "config.json").write_text(json.dumps(before | {"steps": 8}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    Run(cfg)  # fields that it had not are what they are by default; and there may be more steps
+    with pytest.raises(InputError, match="rl_coef was 1.0, now 2.0"):
+        resumed(replace(cfg, rl_coef=2.0), rl_coef=1.0)
+    with pytest.raises(InputError, match="steps was 8, now 9"):
+        resumed(replace(cfg, schedule="falling"))
