@@ -245,6 +245,7 @@ def test_our_grading_agrees_with_recorded_labels():
 
 
 # ------------------------------------------------------------------ the command
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     """And the command, its tables and its picture."""
     arguments = [

@@ -357,7 +357,10 @@ def cases(name: str) -> list[tuple[str, str, str, bool | None]]:
 
 @pytest.mark.parametrize(
     "name, tier, accuracy, times",
-    [("verify_cases.jsonl", "core", 0.991, 1), ("verify_adversarial.jsonl", "all", 1.0, 2)],
+    [
+        ("verify_cases.jsonl", "core", 0.991, 1),
+        pytest.param("verify_adversarial.jsonl", "all", 1.0, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_public_cases(name, tier, accuracy, times, tmp_path, monkeypatch):
     """Accuracy, no false positive, no file made; right verdicts on normal answers in between."""
