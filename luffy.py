@@ -150,7 +150,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 SCHEDULES: dict[str, Callable[[Config, int], dict[str, Any]]] = {"constant": lambda cfg, step: {}}
 
 
-def at_step(cfg: Config, step: int) -> Config:
+def at_step(cfg: Config, step: int) -> Config:  # after the last step: as in it
     return replace(cfg, **SCHEDULES[cfg.schedule](cfg, min(step, cfg.steps - 1)))
 
 
