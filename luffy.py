@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,19 +43,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from data import Problem, batch_at, load_benchmarks, load_training_set, text_of
-from machinery import flags, plan
-from machinery.batches import MicroBatch, Trajectory, pack
+from machinery import flags, plan, rivals, samplers
+from machinery.batches import MicroBatch, Tokens, Trajectory, pack
 from machinery.flags import flag
 from machinery.metrics import Means, add_token_metrics, failure_metrics, trajectory_metrics
 from machinery.model import Policy, find, fit_context, load_config, load_model, load_tokenizer
 from machinery.model import recipe, token_logprobs as token_logprobs  # log π_θ and its entropy
 from machinery.optimizer import ShardedAdamW
-from machinery.processes import all_reduce, init_processes, launch, progress, rank, say, seed_of
-from machinery.processes import world_size
+from machinery.prefixes import continue_prefixes, keep_uncertain
+from machinery.processes import all_reduce, gather, init_processes, launch, progress, rank, say
+from machinery.processes import seed_of, world_size
 from machinery.run_directory import Due, Run
-from machinery.samplers import NoSampler, Sample, Sampler, TorchSampler, check_awake, sampler_kind
-from machinery.samplers import engine_ranks, jobs_of_engine, to_sample, vllm_environment
-from machinery.samplers import vllm_options
+from machinery.samplers import NoSampler, Sample, Sampler, TorchSampler
 from machinery.scores import evaluate, report
 from verify import Grader
 
@@ -75,21 +75,28 @@ class Config:
     problems_per_step: int = flag(128, "P, problems of a rollout batch", 1)
     rollouts: int = flag(7, "on-policy trajectories of a problem", 0)
     traces: int = flag(1, "off-policy ones: 0 or 1", 0, 1)
+    continuations: int = flag(0, "rollouts that go on from a prefix of the problem's trace", 0)
+    prefix: str = flag("none", "how much of the trace, a row of PREFIXES")
     max_prompt_tokens: int = flag(1024, "a problem with a longer prompt is left out", 1)
     max_response_tokens: int = flag(8192, "of rollouts and of traces, EOS included", 1)
     temperature: float = flag(1.0, "of the rollouts; top_p is 1", above=0)
     lenient: bool = flag(False, "the official code's reward: a right answer needs no box")
     # the objective
     route: str = flag("all", "who learns, a row of ROUTES")
+    advantage: str = flag("group", "from the group's, a row of ADVANTAGES")
     shaping: str = flag("luffy", "f on trace tokens, a row of SHAPINGS")
+    objective: str = flag("mixed", "of a token, a row of OBJECTIVES")
     gamma: float = flag(0.1, "the paper's γ in f(x) = x / (x + γ), not a discount", above=0)
     clip: float | None = flag(None, "PPO's ε on rollout tokens; none: no clipping", above=0)
+    clip_high: float | None = flag(None, "ε above 1, where it differs; none: as clip", above=0)
     shape_rollouts: bool = flag(False, "the ratio f(π_θ) / f(π_old) in place of π_θ / π_old")
     tis_cap: float | None = flag(None, "factor min(π_old / π_sampler, cap); none: 1", above=0)
     baseline: str = flag("group", "whose mean reward", choices=("group", "rollouts"))
     trace_advantage: float | None = flag(None, "a trace's; none: from the group, as any other's")
     normalize_std: bool = flag(False, "advantages / std of the group: GRPO, not Dr. GRPO")
     token_mean: bool = flag(False, "Z: tokens, not trajectories x max_response_tokens")
+    sequence_mean: bool = flag(False, "Z: trajectories x their own tokens")
+    prefix_learns: float = flag(1.0, "share of prefix tokens that learn, by entropy", 0, 1)
     rl_coef: float = flag(1.0, "of all tokens but the SFT loss's: times 1/Z", 0)
     sft_coef: float = flag(1.0, "of the SFT loss's tokens: times 1 / their number", 0)
     entropy_coef: float = flag(2.5e-4, "c; the official 0.001 in our units, x 8192 / 32768", 0)
@@ -100,6 +107,7 @@ class Config:
     beta1: float = flag(0.9, "AdamW's", 0, below=1)
     beta2: float = flag(0.999, "AdamW's", 0, below=1)
     weight_decay: float = flag(0.01, "AdamW's", 0)
+    scale: float = flag(64.0, "of the loss, before the clip: the official sum's, 512 / 8", above=0)
     max_grad_norm: float = flag(1.0, "a longer gradient is scaled down to it", above=0)
     # the machine
     sampler: str = flag("auto", "auto: vllm on a GPU", choices=("auto", "vllm", "torch"))
@@ -118,18 +126,14 @@ class Config:
     dry_run: str = flag("", "print the plan for this machine, or for GPUSxGIB (8x80), and stop")
 
     @property
-    def betas(self) -> tuple[float, float]:
-        return self.beta1, self.beta2
-
-    @property
     def samples(self) -> bool:
         """Does a run need a sampler? SFT without evaluation does not."""
         return bool(self.rollouts or self.eval_data)
 
 
-# The arms of the paper, as changes of Config's defaults. Each ablation differs in one field from
-# another row: mixed_shaped from luffy (clip), mixed from mixed_shaped (shaping), on_policy_noclip
-# and on_policy_shaped from on_policy.
+# The arms of the paper, as changes of Config's defaults; other papers' rows are rivals.ROWS. Each
+# ablation differs in one field from another row: mixed_shaped from luffy (clip), mixed from
+# mixed_shaped (shaping), on_policy_noclip and on_policy_shaped from on_policy.
 # fmt: off
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "luffy": dict(rollouts=7, traces=1, shaping="luffy", clip=None),
@@ -138,16 +142,19 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "on_policy": dict(rollouts=8, traces=0, clip=0.2),
     "on_policy_noclip": dict(rollouts=8, traces=0, clip=None),
     "on_policy_shaped": dict(rollouts=8, traces=0, clip=0.2, shape_rollouts=True),
-    "grpo": dict(rollouts=8, traces=0, clip=0.2, normalize_std=True, token_mean=True),
+    "grpo": dict(rollouts=8, traces=0, clip=0.2, normalize_std=True, token_mean=True, scale=1.0),
     "rl_sft": dict(rollouts=7, traces=1, shaping="log", clip=None, trace_advantage=1.0,
                    baseline="rollouts", sft_coef=0.1),
     "sft": dict(rollouts=0, traces=1, shaping="log", trace_advantage=1.0, entropy_coef=0.0,
-                lr=5e-5, problems_per_step=64, updates_per_step=1, steps=2150),
+                lr=5e-5, problems_per_step=64, updates_per_step=1, steps=2150, scale=1.0),
 }
+ALGORITHMS |= rivals.ROWS
 # fmt: on
 
 # Values that depend on the step: (config, steps done) -> the fields that are different then.
-SCHEDULES: dict[str, Callable[[Config, int], dict[str, Any]]] = {"constant": lambda cfg, step: {}}
+SCHEDULES: dict[str, Callable[[Config, int], dict[str, Any]]] = {
+    "constant": lambda cfg, step: {}
+} | rivals.SCHEDULES
 
 
 def at_step(cfg: Config, step: int) -> Config:  # after the last step: as in it
@@ -173,7 +180,10 @@ def group_advantages(
 # Who learns: (P, G) right or wrong, number of rollouts -> (P, G) bool. The others count 0 in J.
 ROUTES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "all": lambda right, rollouts: torch.ones_like(right, dtype=torch.bool)
-}
+} | rivals.ROUTES
+
+# Advantages of own tokens and of trace tokens, from group_advantages' and more: see rivals.
+ADVANTAGES = {"group": lambda group, *_: (group, group)} | rivals.ADVANTAGES
 
 
 def shape(x: Tensor, gamma: float) -> Tensor:
@@ -182,17 +192,18 @@ def shape(x: Tensor, gamma: float) -> Tensor:
 
 
 class Shaping(NamedTuple):
-    """What a trace token's advantage is multiplied by, from log x = log π_θ - log π_φ and γ."""
+    """What a trace token's advantage is multiplied by."""
 
-    f: Callable[[Tensor, float], Tensor]
+    f: Callable[[Tensor, float, Tensor], Tensor]  # of log x = log π_θ - log π_φ, γ, detached π_θ
     is_sft: bool = False  # normalised as the SFT loss is: a mean over the trace tokens
+    log_pi_phi: Callable[[Tensor], Tensor] | None = None  # of log π_old; None: LOG_PI_PHI
 
 
 SHAPINGS = {
-    "luffy": Shaping(lambda log_x, gamma: shape(log_x.exp(), gamma)),  # Eq. 6
-    "none": Shaping(lambda log_x, gamma: log_x.exp()),  # Eq. 5
-    "log": Shaping(lambda log_x, gamma: log_x, is_sft=True),  # with A = 1: minus the SFT loss
-}
+    "luffy": Shaping(lambda log_x, gamma, pi: shape(log_x.exp(), gamma)),  # Eq. 6
+    "none": Shaping(lambda log_x, gamma, pi: log_x.exp()),  # Eq. 5
+    "log": Shaping(lambda log_x, gamma, pi: log_x, is_sft=True),  # with A = 1: minus the SFT loss
+} | {name: Shaping(**row) for name, row in rivals.SHAPINGS.items()}
 LOG_PI_PHI = 0.0  # of every trace token: the paper sets the teacher's probability π_φ := 1
 
 
@@ -212,7 +223,7 @@ def token_factors(
     x = log_x.exp()
     if shape_rollouts:
         x = shape(logp.exp(), gamma) / shape(logp_behavior.exp(), gamma)
-    return torch.where(off_policy, SHAPINGS[shaping].f(log_x, gamma), x)
+    return torch.where(off_policy, SHAPINGS[shaping].f(log_x, gamma, logp.detach().exp()), x)
 
 
 def mixed_policy_objective(
@@ -224,6 +235,7 @@ def mixed_policy_objective(
     shaping: str = "luffy",
     gamma: float = 0.1,
     clip: float | None = None,
+    clip_high: float | None = None,
     shape_rollouts: bool = False,
 ) -> Tensor:
     """Eq. 6 without its 1/Z: the objective of each token, to be maximised. All tensors (N,).
@@ -235,10 +247,16 @@ def mixed_policy_objective(
     """
     x = token_factors(logp, logp_behavior, off_policy, shaping, gamma, shape_rollouts)
     objective = x * advantage
-    if clip is not None:
-        clipped = torch.min(objective, x.clamp(1 - clip, 1 + clip) * advantage)
+    if clip is not None or clip_high is not None:
+        low, high = rivals.epsilons(clip, clip_high)
+        clipped = torch.min(objective, x.clamp(1 - low, 1 + high) * advantage)
         objective = torch.where(off_policy, objective, clipped)
     return objective
+
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "mixed": lambda mixed, tokens, clip, clip_high: mixed
+} | rivals.OBJECTIVES
 
 
 def inverse_z(
@@ -260,8 +278,10 @@ def train(cfg: Config, base: str) -> None:
     with Grader(cfg.graders, cfg.grade_timeout, cfg.lenient) as grader:
         tokenizer, problems, watched, held_out, sampler, model = load(cfg, run, base, grader)
         policy = DDP(Policy(model, cfg.temperature), gradient_as_bucket_view=True)
-        optimizer = ShardedAdamW(policy.parameters(), cfg.lr, cfg.betas, cfg.weight_decay)
-        run.restore(optimizer)
+        # A factor on the loss is its inverse on the clip, in `update`, and on AdamW's eps.
+        settings = cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, 1e-8 / cfg.scale
+        optimizer = ShardedAdamW(policy.parameters(), *settings)
+        run.keep("optimizer", optimizer)
 
         def look(step: int, due: Due) -> None:
             if due.show:
@@ -277,11 +297,12 @@ def train(cfg: Config, base: str) -> None:
             now = at_step(cfg, step)
             optimizer.set_lr(now.lr)
             batch = batch_at(problems, step, cfg.problems_per_step, cfg.seed)
+            mine = dict(list(enumerate(batch))[rank() :: world_size()])  # by position in the batch
             with run.clock("sync"):
                 if cfg.rollouts:  # SFT has none
                     sampler.push(model.named_parameters())
             with run.clock("sample"):
-                trajectories = rollout(sampler, batch, step, now)
+                trajectories = rollout(sampler, mine, step, now)
             with run.clock("sync"):
                 sampler.sleep()
             with run.clock("score"):
@@ -292,7 +313,7 @@ def train(cfg: Config, base: str) -> None:
             run.log_step(step + 1, metrics, trajectories, tokenizer, due.show)
             look(step + 1, due)
             if due.save:
-                run.save(step + 1, model, tokenizer, optimizer)
+                run.save(step + 1, model, tokenizer)
     report(run.out)
 
 
@@ -312,7 +333,7 @@ class VLLMSampler:
         tp: consecutive ranks that share an engine, and sample for each other.
         """
         self.eos, self.frees_memory, self.awake = eos, torch.cuda.is_available(), True
-        with vllm_environment():
+        with samplers.vllm_environment():
             from vllm import LLM  # slow to import, and only here
 
             self.llm = LLM(
@@ -324,9 +345,9 @@ class VLLMSampler:
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                 tensor_parallel_size=tp,
                 distributed_executor_backend="external_launcher",
-                **vllm_options(config, longest),
+                **samplers.vllm_options(config, longest),
             )
-        self.ranks = engine_ranks() if tp > 1 else None  # those that share this engine
+        self.ranks = samplers.engine_ranks() if tp > 1 else None  # those that share this engine
         self.sleep()
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -348,10 +369,10 @@ class VLLMSampler:
         """n samples for each prompt (token ids): see Sampler.generate."""
         from vllm import SamplingParams
 
-        jobs, first = jobs_of_engine(list(zip(prompts, seeds)), self.ranks)
+        jobs, first = samplers.jobs_of_engine(list(zip(prompts, seeds)), self.ranks)
         if n == 0 or not jobs:
             return [[] for _ in prompts]
-        check_awake(self.awake)
+        samplers.check_awake(self.awake)
         options = dict(temperature=temperature, max_tokens=max_tokens, stop_token_ids=[self.eos])
         options |= dict(n=n if temperature else 1, logprobs=0, detokenize=False)
         outputs = self.llm.generate(
@@ -359,7 +380,7 @@ class VLLMSampler:
             [SamplingParams(seed=seed, **options) for _, seed in jobs],
             use_tqdm=partial(tqdm, leave=False, delay=2) if rank() == 0 else False,
         )
-        mine = [list(map(to_sample, o.outputs)) for o in outputs[first : first + len(prompts)]]
+        mine = map(samplers.to_samples, outputs[first : first + len(prompts)])
         return [(samples * n)[:n] for samples in mine]  # a greedy response was asked for once
 
     def sleep(self) -> None:
@@ -369,40 +390,47 @@ class VLLMSampler:
         self.awake = False
 
 
-def rollout(sampler: Sampler, batch: list[Problem], step: int, cfg: Config) -> list[Trajectory]:
-    """This rank's share of the step's P groups: the policy's rollouts, then the trace.
+def rollout(
+    sampler: Sampler, batch: dict[int, Problem], step: int, cfg: Config
+) -> list[Trajectory]:
+    """The groups of problems, by their position: the policy's rollouts, then the trace.
 
     A trace never goes through the sampler, and the policy does not see it while it rolls out.
     """
-    mine = range(rank(), len(batch), world_size())
-    prompts = [batch[i].prompt_ids for i in mine]
-    seeds = [seed_of(cfg.seed, step, i) for i in mine]
-    length = cfg.max_response_tokens
-    groups = sampler.generate(
-        prompts, cfg.rollouts, seeds=seeds, temperature=cfg.temperature, max_tokens=length
-    )
+    prompts = [problem.prompt_ids for problem in batch.values()]
+    seeds = [seed_of(cfg.seed, step, i) for i in batch]
+    how: Any = dict(temperature=cfg.temperature, max_tokens=cfg.max_response_tokens)
+    groups = sampler.generate(prompts, cfg.rollouts - cfg.continuations, seeds=seeds, **how)
+    continued = continue_prefixes(sampler, batch, step, cfg)  # none, but for some rivals
     trajectories = []
-    for i, group in zip(mine, groups):
-        trajectories += [Trajectory(i, batch[i], s.tokens, logp_sampler=s.logps) for s in group]
+    for (i, problem), group in zip(batch.items(), groups):
+        trajectories += [Trajectory(i, problem, s.tokens, logp_sampler=s.logps) for s in group]
+        trajectories += continued[i]
         if cfg.traces:
-            trajectories.append(Trajectory(i, batch[i], batch[i].trace_ids, off_policy=True))
+            trajectories.append(Trajectory(i, problem, problem.trace_ids, off_policy=True))
     return trajectories
+
+
+def grade(trajectories: list[Trajectory], grader: Grader, tokenizer: Tokenizer) -> None:
+    """Eq. 1: the verdict and the reward of each trajectory that has none yet."""
+    new = [t for t in trajectories if isnan(t.right)]
+    rollouts = [t for t in new if not t.off_policy]
+    texts = [t.problem.opened + text_of(t.response, tokenizer) for t in rollouts]
+    jobs = [(text, t.problem.answer) for text, t in zip(texts, rollouts)]
+    for t, right in zip(rollouts, grader(jobs)):
+        t.right = right  # 0 where the grader failed
+    for t in new:
+        if t.off_policy:
+            t.right = t.problem.trace_reward  # verified once, by load_training_set
+        t.reward = t.right  # rule-based: 1 if right, else 0
 
 
 def score(
     trajectories: list[Trajectory], grader: Grader, tokenizer: Tokenizer, cfg: Config
 ) -> dict[str, float]:
-    """Eq. 1: set each trajectory's verdict and reward, then its advantage; -> metrics."""
+    """Rewards, advantages, and who learns; -> metrics."""
     failed_before = grader.failures.copy()
-    rollouts = [t for t in trajectories if not t.off_policy]
-    texts = [t.problem.opened + text_of(t.response, tokenizer) for t in rollouts]
-    jobs = [(text, t.problem.answer) for text, t in zip(texts, rollouts)]
-    for t, right in zip(rollouts, grader(jobs)):
-        t.right = right  # 0 where the grader failed
-    for t in trajectories:
-        if t.off_policy:
-            t.right = t.problem.trace_reward  # verified once, by load_training_set
-        t.reward = t.right  # rule-based: 1 if right, else 0
+    grade(trajectories, grader, tokenizer)
     set_advantages(trajectories, cfg)
     failures = failure_metrics(grader.failures - failed_before)
     return failures | trajectory_metrics(trajectories, cfg.rollouts, tokenizer.eos_token_id)
@@ -410,83 +438,91 @@ def score(
 
 def set_advantages(trajectories: list[Trajectory], cfg: Config) -> None:
     """Eq. 4, and who learns: this rank's groups, each with all of its trajectories in a row."""
-    rows = -1, cfg.rollouts + cfg.traces  # (P / ranks, G)
-    rewards = torch.tensor([t.reward for t in trajectories]).view(rows)
-    right = torch.tensor([t.right for t in trajectories]).view(rows)
+    rows = -1, cfg.rollouts + cfg.traces  # (P, G): of all ranks, for some rules see the batch
+    everyones = gather([(t.reward, t.right, len(t.response)) for t in trajectories])
+    rewards, right, lengths = torch.tensor(sum(everyones, [])).T.reshape(3, *rows)
     count = cfg.rollouts if cfg.baseline == "rollouts" else None
-    advantages = group_advantages(rewards, normalize_std=cfg.normalize_std, count=count)
+    group = group_advantages(rewards, normalize_std=cfg.normalize_std, count=count)
+    plain_all = cfg.rollouts - cfg.continuations, cfg.rollouts
+    own, of_trace = ADVANTAGES[cfg.advantage](group, rewards, lengths, plain_all)
     if cfg.trace_advantage is not None:
-        advantages[:, cfg.rollouts :] = cfg.trace_advantage
-    learns = ROUTES[cfg.route](right, cfg.rollouts) & torch.ones_like(right, dtype=torch.bool)
-    for i, t in enumerate(trajectories):
-        t.advantage, t.learns = advantages.view(-1)[i].item(), bool(learns.view(-1)[i])
+        of_trace = torch.full_like(group, cfg.trace_advantage)
+    learns = ROUTES[cfg.route](right, cfg.rollouts).expand_as(right)
+    for i, t in enumerate(trajectories, sum(map(len, everyones[: rank()]))):
+        t.learns = bool(learns.reshape(-1)[i])
+        t.advantage = t.by_token(of_trace.reshape(-1)[i].item(), own.reshape(-1)[i].item())
 
 
 def update(
     policy: DDP, optimizer: ShardedAdamW, trajectories: list[Trajectory], cfg: Config
 ) -> dict[str, float]:
     """`updates_per_step` updates by AdamW, each on its share of the problems; -> metrics."""
-    n = cfg.updates_per_step
+    n, max_norm = cfg.updates_per_step, cfg.max_grad_norm / cfg.scale
     share = cfg.problems_per_step // n  # problems of an update
     mini_batches = [[t for t in trajectories if t.position // share == i] for i in range(n)]
-    later = [t for mini_batch in mini_batches[1:] for t in mini_batch]
-    record_old_logprobs(policy, [t for t in later if not t.off_policy], cfg)
+    record_old_logprobs(policy, mini_batches, cfg)
     means, norms = Means(), []
     with progress("update", sum(len(t.response) for t in trajectories)) as bar:
         for mini_batch in mini_batches:
+            keep_uncertain(mini_batch, cfg.prefix_learns)
             set_normaliser(mini_batch, cfg)
             add_up_gradients(policy, mini_batch, cfg, means, bar)
             # Without any advantage only the entropy bonus is left. Adam normalises even a tiny
             # gradient, so that an update of full size would come of it.
             if all_reduce(any(t.signal for t in mini_batch)):
-                norms.append(optimizer.step(cfg.max_grad_norm))
+                norms.append(optimizer.step(max_norm))
             optimizer.zero_grad()
-    mean_norm = sum(norms) / max(1, len(norms))
-    return means.reduce() | {"grad_norm": mean_norm, "skipped_updates": n - len(norms)}
+    means.add("grad_norm", norms)  # the same on every rank, before the clip
+    means.add("clipped", [norm > max_norm for norm in norms])
+    return {"grad_norm": 0.0} | means.reduce() | {"skipped_updates": n - len(norms)}
 
 
-def record_old_logprobs(policy: DDP, rollouts: list[Trajectory], cfg: Config) -> None:
+def record_old_logprobs(policy: DDP, mini_batches: list[list[Trajectory]], cfg: Config) -> None:
     """log π_old of rollouts that are trained on later in the step, when the policy has moved.
 
     In a step's first mini-batch π_old is the policy itself, and needs no pass of its own. The
-    trainer computes it, for the sampler's numerics differ. Traces need none: π_φ := 1.
+    trainer computes it, for the sampler's numerics differ. Traces need none: π_φ := 1, unless their
+    shaping asks for it. (Prefixes of which a part learns need their entropies at once.)
     """
-    for micro_batch in pack(rollouts, cfg.token_budget):
+    needs_old = SHAPINGS[cfg.shaping].log_pi_phi is not None
+    later = [t for t in sum(mini_batches[1:], []) if not t.off_policy or needs_old]
+    first = [t for t in mini_batches[0] if t.prefix and cfg.prefix_learns < 1]
+    for micro_batch in pack([t for t in first + later if t.logp_old is None], cfg.token_budget):
         with torch.no_grad():
-            logp, _ = policy.module(micro_batch)
-        micro_batch.give(logp_old=logp)
+            logp, entropy = policy.module(micro_batch)
+        micro_batch.give(logp_old=logp, entropy_old=entropy)
 
 
 def set_normaliser(mini_batch: list[Trajectory], cfg: Config) -> None:
-    """inv_z of each trajectory: coefficient / Z, or 0 if it does not learn.
+    """inv_z of each trajectory: coefficient / Z, or 0 if it does not learn; and entropy's c / Z.
 
     It is fixed before the first backward pass, so that micro-batches and ranks just add up. What a
     route leaves out counts in the RL part's Z, and so makes the others no heavier.
     """
-    sft = [t.off_policy and SHAPINGS[cfg.shaping].is_sft for t in mini_batch]
-    rl = [len(t.response) for t, is_sft in zip(mini_batch, sft) if not is_sft]
-    sft_length = sum(len(t.response) for t, is_sft in zip(mini_batch, sft) if is_sft and t.learns)
-    count, tokens, sft_tokens = map(all_reduce, (len(rl), sum(rl), sft_length))
-    max_tokens = cfg.max_response_tokens
-    inv_z, sft_inv_z = inverse_z(count, tokens, sft_tokens, max_tokens, cfg.token_mean)
-    for t, is_sft in zip(mini_batch, sft):
-        t.inv_z = t.learns * (cfg.sft_coef * sft_inv_z if is_sft else cfg.rl_coef * inv_z)
+    is_sft = SHAPINGS[cfg.shaping].is_sft
+    of_rl = [len(t.response) - t.trace_tokens * is_sft for t in mini_batch]  # tokens
+    of_traces = sum(t.trace_tokens for t in mini_batch if t.learns)
+    count, tokens, sft_tokens = map(all_reduce, (sum(map(bool, of_rl)), sum(of_rl), of_traces))
+    longest = 1 if cfg.sequence_mean else cfg.max_response_tokens
+    inv_z, sft_inv_z = inverse_z(count, tokens, sft_tokens, longest, cfg.token_mean)
+    rl, sft = cfg.rl_coef * inv_z, cfg.sft_coef * sft_inv_z
+    bonus = cfg.entropy_coef * (inv_z if tokens else sft_inv_z)
+    for t in mini_batch:
+        own = rl / len(t.response) if cfg.sequence_mean else rl
+        t.inv_z = t.learns * t.by_token(sft if is_sft else own, own)
+        t.bonus, t.sft_ratio = t.learns * bonus, sft / max(rl, 1e-30)
 
 
 def add_up_gradients(
     policy: DDP, mini_batch: list[Trajectory], cfg: Config, means: Means, bar: tqdm
 ) -> None:
     """The gradient of one update, micro-batch by micro-batch; the ranks all-reduce it once."""
-
-    def has_gradient(t: Trajectory) -> bool:
-        return t.signal or t.inv_z != 0 and cfg.entropy_coef != 0
-
     # Apart, so that what has none is spared the backward pass; the metrics need it, too.
-    micro_batches = pack([t for t in mini_batch if not has_gradient(t)], cfg.token_budget)
-    micro_batches += pack([t for t in mini_batch if has_gradient(t)], cfg.token_budget)
+    micro_batches = pack([t for t in mini_batch if not t.has_gradient], cfg.token_budget)
+    micro_batches += pack([t for t in mini_batch if t.has_gradient], cfg.token_budget)
     for micro_batch in micro_batches:
         last = micro_batch is micro_batches[-1]  # with a backward pass on every rank: they meet
-        backward = last or has_gradient(micro_batch.trajectories[0])
+        backward = last or micro_batch.trajectories[0].has_gradient
         # Without a backward pass DDP is bypassed: its forward may start a collective that the
         # other ranks do not make.
         forward = policy if backward else policy.module
@@ -503,18 +539,22 @@ def token_loss(
     logp: Tensor, entropy: Tensor, micro_batch: MicroBatch, cfg: Config, means: Means
 ) -> Tensor:
     """Its part of -J, from log π_θ (N,) and entropies (N,) of response tokens; keeps a record."""
-    off_policy = micro_batch.off_policy
+    off_policy, log_pi_phi = micro_batch.off_policy, SHAPINGS[cfg.shaping].log_pi_phi
     # π_old: in a step's first update it is the policy itself
-    logp_old = logp.detach() if micro_batch.logp_old is None else micro_batch.logp_old
-    logp_behavior = logp_old.masked_fill(off_policy, LOG_PI_PHI)
+    logp_old = torch.where(micro_batch.logp_old.isnan(), logp.detach(), micro_batch.logp_old)
+    logp_behavior = torch.where(off_policy, LOG_PI_PHI, logp_old)
+    if log_pi_phi:  # not the paper's
+        logp_behavior = torch.where(off_policy, log_pi_phi(logp_old), logp_old)
     tokens = logp.requires_grad_(), logp_behavior, micro_batch.advantage, off_policy
-    how: dict[str, Any] = dict(shaping=cfg.shaping, gamma=cfg.gamma)
-    how |= dict(shape_rollouts=cfg.shape_rollouts)
-    objective = mixed_policy_objective(*tokens, clip=cfg.clip, **how)
+    how: Any = {name: getattr(cfg, name) for name in ("shaping", "gamma", "shape_rollouts")}
+    clips = cfg.clip, cfg.clip_high
+    mixed = mixed_policy_objective(*tokens, clip=clips[0], clip_high=clips[1], **how)
+    more = entropy.detach(), micro_batch.segment, micro_batch.sft_ratio
+    objective = OBJECTIVES[cfg.objective](mixed, Tokens(*tokens, *more), *clips)
     if cfg.tis_cap is not None:  # π_old is not quite what the sampler sampled from
         tis = (logp_old - micro_batch.logp_sampler).exp().clamp(max=cfg.tis_cap)
         objective = torch.where(off_policy, objective, tis * objective)
-    loss = -(micro_batch.inv_z * (objective + cfg.entropy_coef * entropy)).sum()
+    loss = -(micro_batch.inv_z * objective + micro_batch.bonus * entropy).sum()
     # What report.html shows of a token is recorded here, from the tensors of this very objective.
     factor = token_factors(logp.detach(), logp_behavior, off_policy, **how)
     (slope,) = torch.autograd.grad(objective.sum(), logp, retain_graph=True)
@@ -536,18 +576,18 @@ def watch(policy: DDP, traces: list[Trajectory], cfg: Config) -> list[Trajectory
 def load(
     cfg: Config, run: Run, base: str, grader: Grader
 ) -> tuple[Tokenizer, list[Problem], list[Trajectory], list[Problem], Sampler, PreTrainedModel]:
-    """-> tokenizer, problems, traces to watch, problems to evaluate on, sampler, model."""
+    """-> tokenizer, problems, the first groups' traces, problems to evaluate on, sampler, model."""
     path = str(run.checkpoint or base)
     tokenizer, config = load_tokenizer(path), load_config(path)
     prompt, response = cfg.max_prompt_tokens, cfg.max_response_tokens
     fit_context(config, prompt, response)
-    kept = run.out / "trace_rewards.json", cfg.traces > 0, prompt, response
+    kept = run.out / "trace_rewards.json", cfg.traces + cfg.continuations > 0, prompt, response
     problems = load_training_set(cfg.data, tokenizer, grader, *kept)
     sources = [source for source in cfg.eval_data.split(",") if source not in ("", "none")]
     held_out = load_benchmarks(sources, tokenizer, prompt)
     sampler: Sampler = NoSampler()
     if cfg.samples:
-        kind, eos = sampler_kind(cfg.sampler), tokenizer.eos_token_id
+        kind, eos = samplers.sampler_kind(cfg.sampler), tokenizer.eos_token_id
         say(f"sampler     {kind}")
         if kind == "vllm":
             cache = plan.cache_bytes(cfg, config, world_size())
@@ -556,20 +596,16 @@ def load(
             sampler = TorchSampler(path, config, eos)
     # The trainer's model comes last, for vLLM looks at what the GPU has free.
     model = load_model(path, config, cfg.checkpointing)
-    return tokenizer, problems, first_traces(problems, cfg), held_out, sampler, model
-
-
-def first_traces(problems: list[Problem], cfg: Config) -> list[Trajectory]:
-    """The traces of the first groups, to watch what the policy makes of them as it learns."""
     first = batch_at(problems, 0, cfg.problems_per_step, cfg.seed)[: cfg.sample_groups]
-    groups = [(i, p) for i, p in enumerate(first) if p.trace_ids]
-    return [Trajectory(i, p, p.trace_ids, off_policy=True, advantage=1.0) for i, p in groups]
+    traces = [(i, p) for i, p in enumerate(first) if p.trace_ids]
+    watched = [Trajectory(i, p, p.trace_ids, off_policy=True, advantage=1.0) for i, p in traces]
+    return tokenizer, problems, watched, held_out, sampler, model
 
 
-def parse_args(argv: list[str] | None = None) -> Config:
+def parse_args(argv: list[str] | None = None, algo: str = "luffy") -> Config:
     """Config's defaults, then the row of --algo, then the model's own recipe, then flags."""
-    given = flags.parse(Config, argv, (__doc__ or "").split("\n")[0])
-    algo, model = given.get("algo", "luffy"), given.get("model", "toy")
+    given = {"algo": algo} | flags.parse(Config, argv, (__doc__ or "").split("\n")[0])
+    algo, model = given["algo"], given.get("model", "toy")
     cfg = Config(**ALGORITHMS.get(algo, {}) | recipe(model) | given)
     path = "-".join(Path(cfg.model).parts[-2:]).removeprefix("/")
     return replace(cfg, out=cfg.out or f"runs/{path}-{algo}-seed{cfg.seed}")
@@ -578,14 +614,16 @@ def parse_args(argv: list[str] | None = None) -> Config:
 def check(cfg: Config, ranks: int) -> None:
     """flags.check, and whether the sampler is installed: InputErrors before anything is loaded."""
     tables: Any = dict(algo=ALGORITHMS, shaping=SHAPINGS, route=ROUTES, schedule=SCHEDULES)
-    flags.check(cfg, ranks, tables)
-    flags.check_schedule(cfg, {at_step(cfg, step) for step in range(cfg.steps)}, tables)
+    tables |= dict(advantage=ADVANTAGES, objective=OBJECTIVES, prefix=rivals.PREFIXES)
+    flags.check(cfg, ranks, tables, {at_step(cfg, step) for step in range(cfg.steps)})
     if cfg.samples and not cfg.dry_run:
-        sampler_kind(cfg.sampler)  # is it installed?
+        samplers.sampler_kind(cfg.sampler)  # is it installed?
 
 
-def main() -> None:
-    cfg = parse_args()
+def main(algo: str = "luffy", **replaced: Any) -> None:
+    """algo: the row that is trained by default. replaced: functions of a fork, by their names."""
+    globals().update(replaced)
+    cfg = parse_args(algo=algo)
     if cfg.dry_run:
         plan.show(cfg, partial(check, cfg), flags.differences(cfg, Config()))
         return

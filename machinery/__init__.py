@@ -5,6 +5,8 @@ files           .jsonl logs, and text that is written whole or not at all
 flags           a dataclass as a command line; values that cannot be
 model           models found and loaded; log-probs of packed rows, attention, the vocabulary head
 batches         trajectories, and micro-batches of them
+rivals          other papers' methods, as rows of luffy.py's tables
+prefixes        rollouts that go on from a prefix of their trace
 optimizer       AdamW, its state shared out among the ranks
 samplers        what samples: the protocol, transformers alone, options of vLLM's engine
 metrics         what is measured of a step

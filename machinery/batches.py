@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Trajectory:
     problem: Any  # data.Problem
     response: Sequence[int]  # ends in EOS unless truncated
     off_policy: bool = False  # a trace
+    prefix: int = 0  # so many leading tokens of a rollout are the trace's
     logp_sampler: list[float] | None = None  # of a rollout, by the sampler: metrics, --tis_cap
     # set by score()
     right: float = math.nan  # the verifier's word, 1 or 0
@@ -27,8 +28,11 @@ class Trajectory:
     advantage: float | Tensor = math.nan  # one number, or (response,)
     learns: bool = True  # or counts in the metrics alone
     # set by update(), tensors (response,)
-    inv_z: float = math.nan  # coefficient / Z of each of its tokens; 0 if it does not learn
-    logp_old: Tensor | None = None  # of a rollout: log π_old, where the policy has moved since
+    inv_z: float | Tensor = math.nan  # coefficient / Z of each of its tokens; 0: does not learn
+    bonus: float = 0.0  # what the entropy of each of its tokens is multiplied by
+    sft_ratio: float = 0.0  # of a trace that learns in both ways: SFT's inv_z / RL's
+    logp_old: Tensor | None = None  # log π_old, where the policy has moved since
+    entropy_old: Tensor | None = None  # and its entropies
     logp: Tensor | None = None  # log π_θ
     logp_behavior: Tensor | None = None  # log π_old or, on a trace, log π_φ
     factor: Tensor | None = None  # x or, on a trace, f(x)
@@ -37,7 +41,23 @@ class Trajectory:
     @property
     def signal(self) -> bool:
         """Has it an advantage that counts? After set_normaliser()."""
-        return self.inv_z != 0 and bool(torch.as_tensor(self.advantage).any())
+        return bool((torch.as_tensor(self.inv_z) * torch.as_tensor(self.advantage)).any())
+
+    @property
+    def has_gradient(self) -> bool:
+        return self.signal or self.bonus != 0
+
+    @property
+    def trace_tokens(self) -> int:
+        return len(self.response) if self.off_policy else self.prefix
+
+    def by_token(self, of_trace: float, own: float) -> float | Tensor:
+        """One value for the trace's tokens, another for its own; (response,) if it has both."""
+        if 0 < self.prefix < len(self.response) and of_trace != own:
+            return torch.tensor(
+                [of_trace] * self.prefix + [own] * (len(self.response) - self.prefix)
+            )
+        return of_trace if self.trace_tokens else own
 
 
 @dataclass(frozen=True)
@@ -50,10 +70,13 @@ class MicroBatch:
     lengths: list[int]  # (B,), sum S
     ends: Tensor  # (B + 1,) int32, their cumulative sums from 0 on
     response_index: Tensor  # (N,), where the response tokens stand in the row
-    off_policy: Tensor  # (N,) bool
+    segment: Tensor  # (N,) int, the trajectory that a response token belongs to
+    off_policy: Tensor  # (N,) bool: the trace's tokens
     advantage: Tensor  # (N,)
     inv_z: Tensor  # (N,)
-    logp_old: Tensor | None  # (N,), 0 on traces; None if a rollout has none: then it is π_θ itself
+    bonus: Tensor  # (N,)
+    sft_ratio: Tensor  # (N,)
+    logp_old: Tensor  # (N,), NaN where it is π_θ itself
     logp_sampler: Tensor  # (N,), 0 on traces
 
     def give(self, **values: Tensor) -> None:
@@ -62,6 +85,18 @@ class MicroBatch:
             parts = value.detach().split([len(t.response) for t in self.trajectories])
             for t, part in zip(self.trajectories, parts):
                 setattr(t, name, part)
+
+
+class Tokens(NamedTuple):
+    """What an objective may depend on, of each response token of a micro-batch: all (N,)."""
+
+    logp: Tensor  # log π_θ, with gradient
+    logp_behavior: Tensor  # log π_old, or log π_φ on the trace's tokens
+    advantage: Tensor
+    off_policy: Tensor  # bool
+    entropy: Tensor  # without gradient
+    segment: Tensor  # int, its trajectory
+    sft_ratio: Tensor
 
 
 def pack(trajectories: list[Trajectory], token_budget: int) -> list[MicroBatch]:
@@ -92,8 +127,7 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
         parts = (torch.as_tensor(value, device=device()) for value in values)
         return torch.cat([p.expand(len(t.response)) for p, t in zip(parts, trajectories)])
 
-    moved = all(t.logp_old is not None for t in trajectories if not t.off_policy)
-    logp_old = [0.0 if t.logp_old is None else t.logp_old for t in trajectories]
+    logp_old = [math.nan if t.logp_old is None else t.logp_old for t in trajectories]
     return MicroBatch(
         trajectories=trajectories,
         input_ids=tensor(sequences)[None],
@@ -103,9 +137,14 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
         response_index=tensor(
             [range(i, i + len(t.response)) for i, t in zip(starts, trajectories)]
         ),
-        off_policy=per_token([t.off_policy for t in trajectories]),
+        segment=per_token(list(range(len(trajectories)))),
+        off_policy=tensor(
+            [[i < t.trace_tokens for i in range(len(t.response))] for t in trajectories]
+        ),
         advantage=per_token([t.advantage for t in trajectories]),
         inv_z=per_token([t.inv_z for t in trajectories]),
-        logp_old=per_token(logp_old) if moved else None,
+        bonus=per_token([t.bonus for t in trajectories]),
+        sft_ratio=per_token([t.sft_ratio for t in trajectories]),
+        logp_old=per_token(logp_old),
         logp_sampler=tensor([t.logp_sampler or [0.0] * len(t.response) for t in trajectories]),
     )

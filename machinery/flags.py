@@ -69,9 +69,15 @@ def check_values(cfg: Config, tables: Mapping[str, Iterable[str]]) -> None:
             raise InputError(f"--{f.name} {value}: must be {' and '.join(words)}")
 
 
-def check(cfg: Config, ranks: int, tables: Mapping[str, Iterable[str]]) -> None:
-    """Raise InputError on a config that cannot run, before anything is loaded."""
+def check(
+    cfg: Config, ranks: int, tables: Mapping[str, Iterable[str]], steps: Iterable[Config]
+) -> None:
+    """Raise InputError on a config that cannot run, before anything is loaded.
+
+    tables: field -> the names it may have; steps: the config of each step, as a schedule has it.
+    """
     check_values(cfg, tables)
+    check_schedule(cfg, steps, tables)
     shards = cfg.updates_per_step * ranks
     rows = cfg.rollouts + (cfg.traces if cfg.baseline == "group" else 0)
     if rows < 2 and not (cfg.rollouts == 0 and cfg.trace_advantage is not None):
@@ -79,6 +85,13 @@ def check(cfg: Config, ranks: int, tables: Mapping[str, Iterable[str]]) -> None:
             f"--rollouts {cfg.rollouts} --traces {cfg.traces} --baseline {cfg.baseline}: an "
             "advantage needs at least two rewards"
         )
+    if cfg.continuations > cfg.rollouts:
+        raise InputError(
+            f"--continuations {cfg.continuations}: they are some of the rollouts, so at most "
+            f"--rollouts {cfg.rollouts}"
+        )
+    if cfg.token_mean and cfg.sequence_mean:
+        raise InputError("--token_mean and --sequence_mean: Z can be one of them only")
     if cfg.problems_per_step % shards:
         raise InputError(
             f"--problems_per_step {cfg.problems_per_step}: must be a multiple of {shards} "
@@ -93,7 +106,8 @@ def check(cfg: Config, ranks: int, tables: Mapping[str, Iterable[str]]) -> None:
 # What a schedule may change: read anew in each step. The rest is read once, when a run starts.
 SCHEDULED = {"route", "shaping", "gamma", "clip", "shape_rollouts", "tis_cap", "baseline"}
 SCHEDULED |= {"trace_advantage", "normalize_std", "token_mean", "rl_coef", "sft_coef"}
-SCHEDULED |= {"entropy_coef", "lr", "max_grad_norm"}
+SCHEDULED |= {"entropy_coef", "lr", "max_grad_norm", "advantage", "objective", "clip_high"}
+SCHEDULED |= {"sequence_mean", "prefix_learns"}
 
 
 def check_schedule(

@@ -62,12 +62,18 @@ class ShardedAdamW:
             master.grad = self.params[i].grad.float() * scale
             self.optimizers[i].step()
             master.grad = None
+        self.share()
+        return norm.item()
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """Round this rank's masters into their parameters, and give them to the other ranks."""
+        for i, master in self.mine.items():
             self.params[i].copy_(master)
         if world_size() > 1:
             shares = [(p.detach(), owner) for p, owner in zip(self.params, self.owner)]
             for work in [dist.broadcast(p, owner, async_op=True) for p, owner in shares]:
                 work.wait()
-        return norm.item()
 
     def zero_grad(self) -> None:
         for p in self.params:

@@ -108,14 +108,16 @@ def by_halves(n: int) -> list[int]:
 
 def trajectory(row: dict) -> dict:
     """A row of samples/."""
-    learns = row["learns"] and row["inv_z"] != 0
-    shown = {"off_policy": row["off_policy"], "learns": learns}
+    inv_z = row["inv_z"]  # one a token, where a prefix has its own: then the last one's
+    inv_z = inv_z[-1] if isinstance(inv_z, list) else inv_z
+    learns = row["learns"] and inv_z != 0
+    shown = {"off_policy": row["off_policy"], "learns": learns, "prefix": row.get("prefix", 0)}
     shown |= {"right": short(row["right"]), "reward": short(row["reward"])}
     advantage = row["advantage"]
     if isinstance(advantage, list):  # one a token: their mean, and each of them
         shown["advantages"] = numbers(advantage)
         advantage = sum(advantage) / len(advantage)
-    shown |= {"advantage": short(advantage), "inv_z": short(row["inv_z"])}
+    shown |= {"advantage": short(advantage), "inv_z": short(inv_z)}
     return shown | {"tokens": cut(row["tokens"]), "length": len(row["tokens"])} | of_tokens(row)
 
 

@@ -34,7 +34,6 @@ from machinery.batches import Trajectory
 from machinery.files import append, read_jsonl, to_jsonl, write
 from machinery.flags import Config
 from machinery.metrics import one_line
-from machinery.optimizer import ShardedAdamW
 from machinery.processes import InputError, all_reduce, barrier, rank, say
 
 # A finished or interrupted run may go on with these changed: they do not change the objective,
@@ -61,6 +60,7 @@ class Run:
     def __init__(self, cfg: Config):
         self.cfg, self.out = cfg, Path(cfg.out)
         self.seconds: dict[str, float] = defaultdict(float)
+        self.kept: dict[str, Any] = {}  # what checkpoints hold besides the model
         self.check()
         done = checkpoints(self.out)
         self.checkpoint = done[-1] if done else None
@@ -91,7 +91,8 @@ class Run:
                 )
             return
         new = asdict(self.cfg)
-        old = {f.name: f.default for f in fields(self.cfg)} | old  # of a version with fewer fields
+        # of a version with fewer fields; none had a scale
+        old = {f.name: f.default for f in fields(self.cfg)} | {"scale": 1.0} | old
         may_change = MAY_CHANGE - ({"steps"} if new["schedule"] != "constant" else set())
         differ = [
             f"{name} was {old[name]!r}, now {new[name]!r}"
@@ -208,9 +209,7 @@ class Run:
             append(self.out / "evals.jsonl", {"step": step, "scores": scores})
 
     # -------------------------------------------------------------- checkpoints
-    def save(
-        self, step: int, model: PreTrainedModel, tokenizer: Tokenizer, optimizer: ShardedAdamW
-    ) -> None:
+    def save(self, step: int, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         """A complete checkpoint or none: written under another name, then renamed."""
         final = self.out / f"checkpoint-{step:06d}"
         half_written = self.out / f".{final.name}.tmp"
@@ -219,26 +218,32 @@ class Run:
             model.save_pretrained(half_written)
             tokenizer.save_pretrained(half_written)
         barrier()
-        torch.save(optimizer.state_dict(), half_written / f"optimizer-{rank()}.pt")
+        for name, kept in self.kept.items():
+            torch.save(kept.state_dict(), half_written / f"{name}-{rank()}.pt")
         barrier()
         if rank() == 0:
             half_written.rename(final)
-            for old in self.out.glob("checkpoint-[0-9]*/optimizer-*.pt"):  # only the newest resumes
+            for old in self.out.glob("checkpoint-[0-9]*/*-*.pt"):  # only the newest resumes
                 if old.parent != final:
                     old.unlink()
         barrier()
 
-    def restore(self, optimizer: ShardedAdamW) -> None:
-        """The optimizer's state from the checkpoint, whatever number of ranks wrote it."""
+    def keep(self, name: str, kept: Any) -> None:
+        """Save this with each checkpoint, and take it from the one that the run goes on from.
+
+        kept: state_dict() -> this rank's share, a dict; load_state_dict(the shares of all ranks, in
+        one dict), which raises KeyError if they are not all there.
+        """
+        self.kept[name] = kept
         if self.checkpoint:
             state = {}
-            for shard in self.checkpoint.glob("optimizer-*.pt"):
+            for shard in self.checkpoint.glob(f"{name}-[0-9]*.pt"):
                 state |= torch.load(shard, map_location="cpu", mmap=True)
             try:
-                optimizer.load_state_dict(state)
+                kept.load_state_dict(state)
             except KeyError as error:
                 raise InputError(
-                    f"{self.checkpoint}: no optimizer state for parameter {error}; only the newest "
+                    f"{self.checkpoint}: its {name} has no state for {error}; only the newest "
                     "checkpoint keeps it. Start a new run with --model from this one"
                 ) from None
 
@@ -255,6 +260,7 @@ def described(t: Trajectory, tokenizer: Tokenizer) -> dict[str, Any]:
         "position": t.position,
         "source": t.problem.source,
         "off_policy": t.off_policy,
+        "prefix": t.prefix,
         "prompt": tokenizer.decode(t.problem.prompt_ids),
         "answer": t.problem.answer,
         "response": tokenizer.decode(t.response),

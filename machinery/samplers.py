@@ -265,7 +265,9 @@ def vllm_options(config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
     )
 
 
-def to_sample(output: Any) -> Sample:
-    """From vLLM's CompletionOutput."""
-    logps = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs)]
-    return Sample(list(output.token_ids), logps)
+def to_samples(output: Any) -> list[Sample]:
+    """From vLLM's RequestOutput."""
+    return [
+        Sample(list(o.token_ids), [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)])
+        for o in output.outputs
+    ]

@@ -42,6 +42,7 @@ RECIPE = dict(
     data="toy", eval_data="toy/val", steps=200, problems_per_step=16, max_prompt_tokens=32,
     max_response_tokens=96, lr=3e-4, beta2=0.95, weight_decay=0.0, entropy_coef=0.0,
     updates_per_step=2, token_budget=4096, save_every=50, sampler="torch", checkpointing=False,
+    scale=1.0,
     note='The toy: each value is the sum (or difference) of the two before it, modulo 7. From the '
          'two that are given the policy has to go on until the letter that is asked for; the '
          'answer is the last three values. The base model boxes after two steps, and hard problems '

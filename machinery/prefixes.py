@@ -1,0 +1,84 @@
+"""Rollouts that go on from a prefix of their problem's trace. The rules are in rivals.py."""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from machinery.batches import Trajectory
+from machinery.flags import Config
+from machinery.processes import gather, rank, seed_of
+from machinery.rivals import PREFIXES, most_uncertain
+from machinery.samplers import Sampler
+
+
+def prefix_of(trace: Sequence[int], ratio: float) -> Sequence[int]:
+    """The leading tokens of a trace that a rollout is given; never its EOS."""
+    return trace[: int(ratio * (len(trace) - 1))]
+
+
+def continue_prefixes(
+    sampler: Sampler, batch: Mapping[int, Any], step: int, cfg: Config
+) -> dict[int, list[Trajectory]]:
+    """Position -> `continuations` rollouts of its problem, from one prefix of its trace.
+
+    The response is the prefix and what follows it, cut at max_response_tokens. How much is given is
+    a function of seed, step and position.
+    """
+    if not cfg.continuations:
+        return {i: [] for i in batch}
+    seeds = {i: seed_of(cfg.seed, step, i, "prefix") for i in batch}
+    draw, progress = PREFIXES[cfg.prefix], step / cfg.steps
+    ratios = {i: draw(progress, random.Random(seeds[i])) for i in batch}
+    return continue_from(sampler, batch, ratios, seeds, cfg.continuations, cfg)
+
+
+def continue_from(
+    sampler: Sampler,
+    batch: Mapping[int, Any],
+    ratios: Mapping[int, float],
+    seeds: Mapping[int, int],
+    n: int,
+    cfg: Config,
+) -> dict[int, list[Trajectory]]:
+    """Position -> n rollouts that go on from this ratio of the trace of its problem."""
+    heads = {i: list(prefix_of(p.trace_ids, ratios[i])) for i, p in batch.items()}
+    length = cfg.max_response_tokens
+    samples = sampler.generate(
+        [[*p.prompt_ids, *heads[i]] for i, p in batch.items()],
+        n,
+        seeds=[seeds[i] for i in batch],
+        temperature=cfg.temperature,
+        max_tokens=length,
+    )
+    return {
+        i: [
+            Trajectory(
+                i,
+                problem,
+                [*heads[i], *s.tokens][:length],
+                prefix=len(heads[i]),
+                logp_sampler=[*[0.0] * len(heads[i]), *s.logps][:length],
+            )
+            for s in group
+        ]
+        for (i, problem), group in zip(batch.items(), samples)
+    }
+
+
+def keep_uncertain(mini_batch: list[Trajectory], share: float) -> None:
+    """Of the update's prefix tokens, on all ranks, only this share keeps its advantage.
+
+    The most uncertain ones, by the old policy's entropy: see rivals.most_uncertain.
+    """
+    if share == 1:
+        return
+    given = [t for t in mini_batch if t.prefix]
+    entropies = [torch.as_tensor(t.entropy_old)[: t.prefix].cpu() for t in given]
+    everyones = gather(torch.cat([torch.empty(0), *entropies]))
+    kept = most_uncertain(torch.cat(everyones), share).split([len(x) for x in everyones])[rank()]
+    for t, keep in zip(given, kept.split([t.prefix for t in given])):
+        advantage = torch.as_tensor(t.advantage).expand(len(t.response)).clone()
+        advantage[: t.prefix] *= keep
+        t.advantage = advantage
