@@ -120,6 +120,17 @@ def batch_std(group: Tensor, rewards: Tensor, lengths: Tensor, plain_all: tuple)
     return (group / (rewards.std() + 1e-4),) * 2
 
 
+def others(
+    group: Tensor, rewards: Tensor, lengths: Tensor, plain_all: tuple, whiten: bool = False
+) -> tuple:
+    """RLOO: r - mean of the group's others; a lone one keeps its reward. TRL may whiten them."""
+    n = rewards.shape[1]
+    advantages = rewards if n == 1 else group * n / (n - 1)
+    if whiten:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-4)
+    return advantages, advantages
+
+
 def by_prefix(
     group: Tensor, rewards: Tensor, lengths: Tensor, plain_all: tuple, lone_is_0: bool = False
 ) -> tuple:
@@ -146,6 +157,8 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor, Tensor, tuple], tuple[Tensor, Te
     "verdict": verdict,
     "batch": batch,
     "batch_std": batch_std,
+    "others": others,
+    "others_white": partial(others, whiten=True),
     "prefix": by_prefix,
     "prefix_v2": partial(by_prefix, lone_is_0=True),
 }
