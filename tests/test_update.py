@@ -13,6 +13,7 @@ from data import Problem
 from luffy import ALGORITHMS, Config, ShardedAdamW, Trajectory
 from luffy import group_advantages, mixed_policy_objective, pack, record_old_logprobs
 from luffy import score, set_normaliser, update
+from machinery import rivals
 from machinery.batches import collate
 from machinery.model import Policy, from_pretrained
 
@@ -75,6 +76,10 @@ def make_trajectories(cfg: Config, problems: int = 4) -> list[Trajectory]:
                     advantage=advantage or 0.5,
                 )
             )
+            if cfg.rollouts - cfg.continuations <= i < cfg.rollouts:  # it continues a prefix
+                made[-1].prefix = len(response) // 2
+                if cfg.trace_advantage is not None:
+                    made[-1].advantage = made[-1].by_token(cfg.trace_advantage, advantage or 0.5)
     return made
 
 
@@ -142,33 +147,82 @@ def plain_logps(model, t):
     return log_p.gather(1, torch.tensor(t.response)[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
+def plain_f(pi, pi_old, cfg):
+    """What multiplies the advantage of a trace token."""
+    logp, fixed = pi.log(), pi.detach()
+    return {
+        "luffy": lambda: pi / (pi + cfg.gamma),
+        "none": lambda: pi,
+        "log": lambda: logp,
+        "phi": lambda: fixed * (1 - fixed) * logp,
+        "trsft": lambda: pi / fixed.clamp(min=cfg.gamma),
+        "rl_plus": lambda: 4 * pi / (3 * pi_old + 1) * (1 - fixed) ** 0.5,
+        "old": lambda: pi / pi_old,
+    }[cfg.shaping]()
+
+
+def plain_rollout(pi, pi_old, advantage, entropy, cfg):
+    """The objective of a rollout's own tokens: all of them, for some rules have one ratio."""
+    ratio, low, high = pi / pi_old, 1 - (cfg.clip or 9.0), 1 + (cfg.clip_high or cfg.clip or 9e9)
+    if cfg.objective == "cispo":
+        return ratio.clamp(0, high).detach() * advantage * pi.log()
+    if cfg.objective.startswith("srft"):
+        scale = torch.where(advantage > 0, 0.1 * entropy.mean().exp(), 1.0)
+        return scale.detach() * advantage * pi.log()
+    if cfg.objective == "gmpo":
+        log_ratio = ratio.log()
+        one_sided = torch.where(
+            advantage > 0, log_ratio.clamp(max=cfg.clip), log_ratio.clamp(min=-cfg.clip)
+        )
+        return advantage * one_sided.mean().exp()
+    if cfg.objective == "gspo":
+        ratio = ratio.log().mean().exp()
+    if cfg.shape_rollouts:
+        ratio = (pi / (pi + cfg.gamma)) / (pi_old / (pi_old + cfg.gamma))
+    clipped = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    if cfg.objective.startswith("dual_clip"):
+        clipped = torch.where(advantage < 0, clipped.maximum(3 * advantage), clipped)
+    return clipped
+
+
 def plain_loss(model, old_model, trajectories, cfg):
-    """The paper's loss of one update, a trajectory at a time."""
-    sft = [t for t in trajectories if t.off_policy and cfg.shaping == "log"]
-    rl = [t for t in trajectories if not (t.off_policy and cfg.shaping == "log")]
-    z = sum(len(t.response) for t in rl) if cfg.token_mean else len(rl) * cfg.max_response_tokens
-    sft_z = sum(len(t.response) for t in sft)
-    loss = 0.0
-    for t in trajectories:
+    """The loss of one update, a trajectory at a time."""
+    is_sft = cfg.shaping in ("log", "phi")
+    given = [len(t.response) if t.off_policy else t.prefix for t in trajectories]  # trace tokens
+    rl_tokens = [len(t.response) - n * is_sft for t, n in zip(trajectories, given)]
+    z = sum(map(bool, rl_tokens)) * (1 if cfg.sequence_mean else cfg.max_response_tokens)
+    z = sum(rl_tokens) if cfg.token_mean else z
+    sft_z, loss = max(1, sum(given)), 0.0
+    with torch.no_grad():
+        olds = [plain_logps(old_model, t) for t in trajectories]
+    bar = -1.0  # entropy of prefix tokens that learn
+    if cfg.prefix_learns < 1:
+        entropies = sorted(
+            h for t, n, o in zip(trajectories, given, olds) for h in o[1][:n].tolist()
+        )
+        bar = entropies[int((1 - cfg.prefix_learns) * len(entropies))]
+    for t, n, (logp_old, entropy_old) in zip(trajectories, given, olds):
         logp, entropy = plain_logps(model, t)
-        pi, weight = logp.exp(), 1 / z if z else 0.0
-        if t.off_policy:
-            f = {"luffy": pi / (pi + cfg.gamma), "none": pi, "log": logp}[cfg.shaping]
-            weight, objective = cfg.sft_coef / sft_z if t in sft else weight, t.advantage * f
-        else:
-            with torch.no_grad():
-                pi_old = plain_logps(old_model, t)[0].exp()
-            ratio = pi / pi_old
-            if cfg.shape_rollouts:
-                ratio = (pi / (pi + cfg.gamma)) / (pi_old / (pi_old + cfg.gamma))
-            objective = t.advantage * ratio
-            if cfg.clip is not None:
-                clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip)
-                objective = torch.minimum(objective, t.advantage * clipped)
+        advantage, fixed = torch.as_tensor(t.advantage).expand(len(logp)), entropy.detach()
+        rl, sft = cfg.rl_coef / z if z else 0.0, cfg.sft_coef / sft_z
+        rl = rl / len(logp) if cfg.sequence_mean else rl
+        pi, pi_old = logp.exp(), logp_old.exp()
+        on_trace = advantage * plain_f(pi, pi_old, cfg)
+        if cfg.objective == "dual_clip_all":
+            learns = entropy_old >= bar
+            on_trace = plain_rollout(pi, pi_old, advantage * learns, fixed, cfg)
+        loss = loss - (sft if is_sft else rl) * on_trace[:n].sum()
+        if cfg.objective.startswith("srft"):
+            sign = 1 if cfg.objective.endswith("plus") else -1
+            loss = loss - sft * 0.5 * ((sign * fixed.mean()).exp() * logp)[:n].sum()
+        if n < len(logp):
+            own = plain_rollout(pi[n:], pi_old[n:], advantage[n:], fixed[n:], cfg)
             if cfg.tis_cap is not None:
                 trust = pi_old / torch.tensor(t.logp_sampler).exp()
-                objective = trust.clamp(max=cfg.tis_cap) * objective
-        loss = loss - weight * (objective + cfg.entropy_coef * entropy).sum()
+                own = trust[n:].clamp(max=cfg.tis_cap) * own
+            own = own.expand(len(logp) - n) if own.dim() else own * (len(logp) - n)
+            loss = loss - rl * own.sum()
+        loss = loss - cfg.entropy_coef / (z or sft_z) * entropy.sum()
     return loss
 
 
@@ -257,7 +311,7 @@ def test_old_logprobs_are_recorded_before_the_policy_moves(policy):
     trajectories = make_trajectories(cfg)
     later = [t for t in trajectories if t.position >= 2]
     expected = copy.deepcopy(later)
-    record_old_logprobs(policy, expected, cfg)
+    record_old_logprobs(policy, [[], expected], cfg)
     metrics = update(policy, ShardedAdamW(policy.parameters(), lr=1e-2), trajectories, cfg)
     for t, e in zip(later, expected):
         if t.off_policy:
@@ -331,7 +385,7 @@ def test_the_objectives_default_arguments_are_luffys():
 # ------------------------------------------------------------------ what forks lean on
 def test_what_is_recorded_is_what_was_computed(policy):
     """The slope of each token, and what its advantage was multiplied by: clip, cap and all."""
-    for algo in ALGORITHMS:
+    for algo in set(ALGORITHMS) - set(rivals.ROWS):
         cfg = config(algo, updates_per_step=2, lr=3e-2, max_grad_norm=1e9, tis_cap=1.5)
         trajectories = make_trajectories(cfg)
         for t in trajectories:
@@ -376,7 +430,7 @@ def test_who_does_not_learn_moves_nothing_but_counts_in_z(policy):
             objective = t.advantage * (pi / (pi + cfg.gamma) if t.off_policy else pi / pi.detach())
             if t.off_policy and algo == "rl_sft":
                 objective, inv_z = t.advantage * logp, cfg.sft_coef / sft
-            loss = loss - inv_z * (objective + cfg.entropy_coef * entropy).sum()
+            loss = loss - (inv_z * objective + cfg.entropy_coef / rl * entropy).sum()
         loss.backward()
         expected = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert (found - expected).norm() <= 1e-4 * expected.norm(), algo
