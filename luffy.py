@@ -507,10 +507,11 @@ def set_normaliser(mini_batch: list[Trajectory], cfg: Config) -> None:
     inv_z, sft_inv_z = inverse_z(count, tokens, sft_tokens, longest, cfg.token_mean)
     rl, sft = cfg.rl_coef * inv_z, cfg.sft_coef * sft_inv_z
     bonus = cfg.entropy_coef * (inv_z if tokens else sft_inv_z)
+    ratio = sft / (rl or 1.0) if cfg.objective in rivals.WITH_SFT else 0.0
     for t in mini_batch:
         own = rl / len(t.response) if cfg.sequence_mean else rl
         t.inv_z = t.learns * t.by_token(sft if is_sft else own, own)
-        t.bonus, t.sft_ratio = t.learns * bonus, sft / max(rl, 1e-30)
+        t.bonus, t.sft_ratio = t.learns * bonus, ratio
 
 
 def add_up_gradients(
@@ -539,18 +540,18 @@ def token_loss(
     logp: Tensor, entropy: Tensor, micro_batch: MicroBatch, cfg: Config, means: Means
 ) -> Tensor:
     """Its part of -J, from log π_θ (N,) and entropies (N,) of response tokens; keeps a record."""
-    off_policy, log_pi_phi = micro_batch.off_policy, SHAPINGS[cfg.shaping].log_pi_phi
+    off_policy, rivals_pi_phi = micro_batch.off_policy, SHAPINGS[cfg.shaping].log_pi_phi
     # π_old: in a step's first update it is the policy itself
     logp_old = torch.where(micro_batch.logp_old.isnan(), logp.detach(), micro_batch.logp_old)
     logp_behavior = torch.where(off_policy, LOG_PI_PHI, logp_old)
-    if log_pi_phi:  # not the paper's
-        logp_behavior = torch.where(off_policy, log_pi_phi(logp_old), logp_old)
+    if rivals_pi_phi:
+        logp_behavior = torch.where(off_policy, rivals_pi_phi(logp_old), logp_old)
     tokens = logp.requires_grad_(), logp_behavior, micro_batch.advantage, off_policy
     how: Any = {name: getattr(cfg, name) for name in ("shaping", "gamma", "shape_rollouts")}
-    clips = cfg.clip, cfg.clip_high
-    mixed = mixed_policy_objective(*tokens, clip=clips[0], clip_high=clips[1], **how)
+    clip, clip_high = cfg.clip, cfg.clip_high
+    objective = mixed_policy_objective(*tokens, clip=clip, clip_high=clip_high, **how)
     more = entropy.detach(), micro_batch.segment, micro_batch.sft_ratio
-    objective = OBJECTIVES[cfg.objective](mixed, Tokens(*tokens, *more), *clips)
+    objective = OBJECTIVES[cfg.objective](objective, Tokens(*tokens, *more), clip, clip_high)
     if cfg.tis_cap is not None:  # π_old is not quite what the sampler sampled from
         tis = (logp_old - micro_batch.logp_sampler).exp().clamp(max=cfg.tis_cap)
         objective = torch.where(off_policy, objective, tis * objective)

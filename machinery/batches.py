@@ -30,7 +30,7 @@ class Trajectory:
     # set by update(), tensors (response,)
     inv_z: float | Tensor = math.nan  # coefficient / Z of each of its tokens; 0: does not learn
     bonus: float = 0.0  # what the entropy of each of its tokens is multiplied by
-    sft_ratio: float = 0.0  # of a trace that learns in both ways: SFT's inv_z / RL's
+    sft_ratio: float = 0.0  # where a trace learns by RL and by SFT: SFT's inv_z / RL's
     logp_old: Tensor | None = None  # log π_old, where the policy has moved since
     entropy_old: Tensor | None = None  # and its entropies
     logp: Tensor | None = None  # log π_θ
@@ -40,8 +40,13 @@ class Trajectory:
 
     @property
     def signal(self) -> bool:
-        """Has it an advantage that counts? After set_normaliser()."""
-        return bool((torch.as_tensor(self.inv_z) * torch.as_tensor(self.advantage)).any())
+        """Has it an advantage that counts, or an SFT part? After set_normaliser()."""
+        inv_z, advantage = torch.as_tensor(self.inv_z), torch.as_tensor(self.advantage)
+        return (
+            bool((inv_z * advantage).any())
+            or self.learns
+            and self.sft_ratio * self.trace_tokens > 0
+        )
 
     @property
     def has_gradient(self) -> bool:

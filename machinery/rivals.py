@@ -259,6 +259,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "srft": srft,
     "srft_plus": partial(srft, sign=1.0),
 }
+WITH_SFT = {"srft", "srft_plus"}  # their traces learn by SFT even where the advantage is 0
 
 
 # ------------------------------------------------------------------ values over the run

@@ -5,6 +5,7 @@ import re
 from functools import partial
 
 import pytest
+import torch
 from conftest import ROOT
 
 import luffy
@@ -70,27 +71,27 @@ def test_links_lead_to_files_and_headings(document):
             assert anchor in anchors, f"{document.name}: {link}"
 
 
-def test_the_table_of_algorithms_is_the_one_in_the_code():
-    """For the rows that the README has; a fork's own row need not be there."""
-    section = README.split("## Algorithms")[1].split("\n## ")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.M))
-    assert len(rows) >= 9
-    for name, row in rows.items():
-        cfg = Config(**ALGORITHMS[name])
-        shaping = {"luffy": "x/(x+γ)", "none": "x", "log": "log x"}[cfg.shaping]
-        advantage = "group" if cfg.trace_advantage is None else f"{cfg.trace_advantage:g}"
-        assert row.split(" | ")[1:6] == [
-            f"{cfg.rollouts}+{cfg.traces}",
-            shaping if cfg.traces else "-",
-            "none" if cfg.clip is None else f"{cfg.clip:g}",
-            advantage if cfg.traces else "-",
-            cfg.baseline,
-        ], name
+def test_the_table_of_methods_is_the_one_that_the_code_gives():
+    from results import methods
+
+    assert methods.table() in README and methods.fill(README) == README
+    assert set(methods.NAMES) == set(ALGORITHMS)
+
+
+def test_the_formulas_of_w_are_the_slopes_of_the_objective():
+    from results.methods import W, w_of
+
+    pi = torch.tensor([1e-3, 0.05, 0.1, 0.3, 0.9], dtype=torch.float64)
+    assert set(W) == set(luffy.SHAPINGS)
+    for shaping, (_, formula) in W.items():
+        for gamma in (0.1, 0.3):
+            torch.testing.assert_close(w_of(shaping, pi, gamma), formula(pi, gamma))
 
 
 PLANS = [
     (document, command.strip())
     for document in DOCUMENTS
+    if document.name != "README.md"  # it has the sum alone
     for command in re.findall(r"^python luffy.py (.*--dry_run [^#\n]*)", document.read_text(), re.M)
 ]
 counted = {}  # activations: the slow part of a plan, and the same in several
@@ -111,6 +112,9 @@ def test_the_plans_are_what_the_program_prints(capsys, monkeypatch, document, co
         assert "DOES NOT FIT" in printed  # as the text says
     else:
         assert f"```\n{printed}```\n" in document.read_text()
+    if "8x80" in command:
+        needed = re.search(r"updating +([\d.]+)\n *in all", printed)[1]
+        assert f"{needed} of 80 GiB" in README
 
 
 def test_the_core_that_is_quoted_is_the_one_in_the_code():

@@ -139,6 +139,14 @@ def test_of_a_prefix_only_the_uncertain_tokens_learn():
     assert made[1].advantage.tolist() == [-0.5] * 6 and made[2].advantage == 1.0
 
 
+def test_srfts_trace_is_learnt_by_sft_where_all_are_right():
+    """Its advantage is 0 there; and in no other row does a trace without an advantage learn."""
+    for algo, learns in (("srft", True), ("luffy", False)):
+        t = Trajectory(0, None, [0, 0], off_policy=True, advantage=0.0)
+        luffy.set_normaliser([t], Config(**ALGORITHMS[algo]))
+        assert t.signal == learns
+
+
 ROWS = textwrap.dedent("""
     import copy, sys
     sys.path[:0] = [".", "tests"]

@@ -1,0 +1,189 @@
+"""What each row of ALGORITHMS does with a token: README's table and docs/methods.png.
+
+    python results/methods.py
+
+w(π) is ∂ objective / ∂ log π of a trace token with advantage 1, by automatic differentiation of the
+objective that trains. The formulas in the table are checked against it in tests/test_methods.py.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from luffy import ALGORITHMS, LOG_PI_PHI, SHAPINGS, Config, mixed_policy_objective  # noqa: E402
+from machinery import rivals  # noqa: E402
+
+# Shaping -> w(π) in words, and as a function of π and γ, with π_old = π (a step's first update)
+W: dict[str, tuple[str, Callable]] = {
+    "log": ("1", lambda p, g: p / p),
+    "none": ("π", lambda p, g: p),
+    "luffy": ("γπ/(π+γ)²", lambda p, g: g * p / (p + g) ** 2),
+    "trsft": ("min(1, π/γ)", lambda p, g: (p / g).clamp(max=1)),
+    "phi": ("π(1-π)", lambda p, g: p * (1 - p)),
+    "rl_plus": ("4π√(1-π)/(3π_old+1)", lambda p, g: 4 * p * (1 - p) ** 0.5 / (3 * p + 1)),
+    "old": ("π/π_old", lambda p, g: p / p),
+}
+ROUTES = {
+    "all": "all",
+    "hpt": "trace if no rollout is right, else rollouts",
+    "hpt_2": "trace if at most 2 are right, else rollouts",
+}
+ROLLOUTS = {  # objective -> what a rollout's token counts, where it is not the ratio with a clip
+    "cispo": "sg(min(x, 5))·log π",
+    "gspo": "x of the whole response, clip 3e-4/4e-4",
+    "gmpo": "x of the whole response, log x clipped at .4",
+    "srft": "log π: .1e^H if right, -1 if wrong",
+    "srft_plus": "log π: .1e^H if right, -1 if wrong",
+}
+ADVANTAGES = {"batch": ", then / std of the batch", "verdict": ""}
+# Row -> the method's name, and its published average of the six benchmarks (Qwen2.5-Math-7B)
+NAMES = {
+    "luffy": ("**LUFFY**", "50.1"),
+    "mixed_shaped": ("Mixed-Policy + shaping", "47.8"),
+    "mixed": ("Mixed-Policy GRPO (Eq. 5)", "44.4"),
+    "on_policy": ("On-Policy RL (Dr. GRPO); RLOO", "45.5"),
+    "on_policy_noclip": ("on-policy, no clip", "44.9"),
+    "on_policy_shaped": ("on-policy + shaping: f(π)/f(π_old)", "42.0"),
+    "grpo": ("GRPO (Eq. 3, without its KL)", "-"),
+    "rl_sft": ("RL w/ SFT loss", "40.1"),
+    "sft": ("SFT on the traces", "44.1"),
+    "sft_2604": ("SFT, corrected (2604.23747)", "52.2"),
+    "rl_2604": ("RL from its checkpoint (2604.23747)", "57.0"),
+    "dft": ("DFT (2508.05629)", "-"),
+    "trsft": ("TrSFT, TRAPO's weight", "-"),
+    "sft_shaped": ("SFT with LUFFY's weight", "-"),
+    "hpt": ("HPT (2509.04419); SuperRL", "52.7"),
+    "hpt_2": ("HPT for Llama", "-"),
+    "chord_phi": ("CHORD-φ (2508.11408)", "-"),
+    "chord_mu": ("CHORD-μ", "-"),
+    "rl_plus": ("RL-PLUS (2508.00222)", "53.4"),
+    "srft": ("SRFT (2506.19767)", "53.2"),
+    "srft_plus": ("SRFT with e^+H", "-"),
+    "dapo": ("DAPO (2503.14476), no refill", "-"),
+    "cispo": ("CISPO (2506.13585)", "-"),
+    "gspo": ("GSPO (2507.18071)", "-"),
+    "gmpo": ("GMPO (2507.20673)", "-"),
+    "reinforce_pp": ("REINFORCE++ baseline (2501.03262)", "-"),
+    "prefix_rft": ("Prefix-RFT (2507.01679)", "51.8"),
+    "uft": ("UFT (2505.16984), without its KL", "-"),
+}
+
+
+# ------------------------------------------------------------------ the table
+def table() -> str:
+    """One line for each row of ALGORITHMS, from its fields."""
+    head = "`--algo`", "method", "group", "who learns", "A of trace tokens", "w of a trace token"
+    head += "rollout tokens", "Z of RL", "Z of trace tokens", "published"
+    lines = [head, ["---"] * len(head)]
+    lines += [[f"`{algo}`", NAMES[algo][0], *cells(algo), NAMES[algo][1]] for algo in ALGORITHMS]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(algo: str) -> list[str]:
+    cfg = Config(**ALGORITHMS[algo])
+    traces = cfg.traces or cfg.continuations
+    shaping = SHAPINGS[cfg.shaping]
+    group = f"{cfg.rollouts - cfg.continuations}+{cfg.traces}"
+    group += f", {cfg.continuations} from a prefix" if cfg.continuations else ""
+    given = cfg.trace_advantage
+    rule = ADVANTAGES.get(cfg.advantage, "")
+    std = ", / std" if cfg.normalize_std else ""
+    z = "tokens" if cfg.token_mean else "N x own length" if cfg.sequence_mean else "N x L"
+    own = "their tokens" if shaping.is_sft else z
+    own = f"{own} (SFT's and RL's)" if cfg.objective.startswith("srft") else own
+    return [
+        group,
+        ROUTES[cfg.route],
+        "-" if not traces else f"{given:g}" if given is not None else f"r - mean{std}{rule}",
+        "-" if not traces else weight(cfg),
+        "-" if not cfg.rollouts else rollout_rule(cfg) + (rule or std),
+        z if cfg.rollouts else "-",
+        own if traces else "-",
+    ]
+
+
+def weight(cfg: Config) -> str:
+    words = W[cfg.shaping][0]
+    if cfg.objective.startswith("srft"):
+        words = f"½e^{'+' if cfg.objective.endswith('plus') else '-'}H, and {words}"
+    if cfg.prefix_learns < 1:
+        words += f", the {cfg.prefix_learns:.0%} most uncertain"
+    return words
+
+
+def rollout_rule(cfg: Config) -> str:
+    if cfg.objective in ROLLOUTS:
+        return ROLLOUTS[cfg.objective]
+    ratio = "f(π)/f(π_old)" if cfg.shape_rollouts else "x"
+    if cfg.clip is None:
+        return ratio
+    both = f"{cfg.clip:g}" if cfg.clip_high is None else f"{cfg.clip:g}/{cfg.clip_high:g}"
+    return f"{ratio}, clip {both}{', dual 3' if 'dual' in cfg.objective else ''}"
+
+
+# ------------------------------------------------------------------ the picture
+def w_of(shaping: str, pi: torch.Tensor, gamma: float = 0.1) -> torch.Tensor:
+    """w(π) of a trace token by the objective itself, where π_old = π."""
+    logp = pi.log().requires_grad_()
+    log_pi_phi = SHAPINGS[shaping].log_pi_phi
+    behavior = log_pi_phi(logp.detach()) if log_pi_phi else torch.full_like(logp, LOG_PI_PHI)
+    ones = torch.ones_like(logp)
+    how: Any = dict(shaping=shaping, gamma=gamma)
+    mixed_policy_objective(logp, behavior, ones, ones.bool(), **how).sum().backward()
+    return logp.grad
+
+
+def draw(file: Path) -> None:
+    curves = {
+        "luffy": "LUFFY:  γπ/(π+γ)²",
+        "none": "no shaping; DFT:  π",
+        "log": "SFT, HPT, CHORD-μ, UFT; Prefix-RFT's 20 %:  1",
+        "trsft": "TrSFT, TRAPO:  min(1, π/γ)",
+        "phi": "CHORD-φ:  π(1-π)",
+        "rl_plus": "RL-PLUS:  4π√(1-π)/(3π+1)",
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    grids = torch.linspace(1e-4, 1 - 1e-6, 2000), torch.logspace(-4, -1e-6, 2000)
+    colours = ["#c0392b", "#2471a3", "#222222", "#1e8449", "#b9770e", "#7d3c98"]
+    styles = ["-", "--", "-.", (0, (5, 1)), ":", (0, (3, 1, 1, 1))]
+    for axis, pi in zip(axes, (grid.double() for grid in grids)):
+        for (shaping, label), colour, style in zip(curves.items(), colours, styles):
+            width = 2.8 if shaping == "luffy" else 1.8
+            how = dict(color=colour, label=label, linewidth=width, linestyle=style)
+            axis.plot(pi, w_of(shaping, pi), **how)
+        axis.set_xlabel("π, the policy's probability of the trace's token")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_title("w(π): what a trace token's ∇log π is multiplied by", fontsize=10, loc="left")
+    axes[1].set_title(
+        "the same on logarithmic axes: right but unlikely tokens", fontsize=10, loc="left"
+    )
+    axes[0].set_ylim(-0.02, 1.05)
+    axes[1].set(xscale="log", yscale="log", ylim=(5e-5, 1.6))
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, frameon=False, fontsize=9, loc="outside lower center", ncol=3)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def fill(readme: str) -> str:
+    block = f"<!-- methods -->\n\n{table()}\n<!-- end methods -->"
+    return re.sub(r"<!-- methods -->.*<!-- end methods -->", lambda _: block, readme, flags=re.S)
+
+
+if __name__ == "__main__":
+    assert set(NAMES) == set(ALGORITHMS) and set(rivals.ROWS) < set(NAMES)
+    (ROOT / "README.md").write_text(fill((ROOT / "README.md").read_text()))
+    draw(ROOT / "docs" / "methods.png")
+    print(table())
