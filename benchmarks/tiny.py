@@ -119,6 +119,7 @@ class Ours:
             Problem(p, "", prompt_ids=self.tokenizer(p)["input_ids"])
             for p in prompts(self.cfg.problems_per_step)
         ]
+        self.mine = dict(list(enumerate(self.problems))[luffy.rank() :: luffy.world_size()])
         self.sampler = TorchSampler(model, config, EOS)
         self.model = load_model(model, config, self.cfg.checkpointing)
         self.policy = luffy.DDP(luffy.Policy(self.model, 1.0), gradient_as_bucket_view=True)
@@ -128,7 +129,7 @@ class Ours:
         """-> seconds of each phase, sampled tokens of all ranks, and `trajectories`."""
         start = time.perf_counter()
         self.sampler.push(self.model.named_parameters())
-        trajectories = luffy.rollout(self.sampler, self.problems, number, self.cfg)
+        trajectories = luffy.rollout(self.sampler, self.mine, number, self.cfg)
         barrier()  # sampling takes as long as on the slowest rank
         sampled = time.perf_counter()
         luffy.score(trajectories, Lengths(), self.tokenizer, self.cfg)

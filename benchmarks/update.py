@@ -86,7 +86,7 @@ def main() -> None:
         ours = Ours(path)
         model = from_pretrained(path, attn_implementation="sdpa").train()
     ours.sampler.push(ours.model.named_parameters())
-    trajectories = luffy.rollout(ours.sampler, ours.problems, 0, ours.cfg)
+    trajectories = luffy.rollout(ours.sampler, ours.mine, 0, ours.cfg)
     luffy.score(trajectories, Lengths(), ours.tokenizer, ours.cfg)
     assert all(t.advantage for t in trajectories)  # else ours would save their backward pass
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-6)

@@ -56,8 +56,11 @@ def trajectory_metrics(trajectories: list[Trajectory], rollouts: int, eos: int) 
             means.add(f"reward/{t.problem.source}", [t.reward])
             means.add("truncated", [t.response[-1] != eos])
     if rollouts:
-        right = [t.right for t in trajectories if not t.off_policy]
-        solved = torch.tensor(right).view(-1, rollouts).mean(dim=1)
+        groups: dict[int, list[float]] = defaultdict(list)
+        for t in trajectories:
+            if not t.off_policy:
+                groups[t.position].append(t.right)
+        solved = torch.tensor([sum(group) / len(group) for group in groups.values()])
         means.add("groups/none", solved == 0)
         means.add("groups/mixed", (solved > 0) & (solved < 1))
         means.add("groups/all", solved == 1)

@@ -40,9 +40,9 @@ ROUTES = {
     "hpt_2": "trace if at most 2 are right, else rollouts",
 }
 ROLLOUTS = {  # objective -> what a rollout's token counts, where it is not the ratio with a clip
-    "cispo": "sg(min(x, 5))·log π",
-    "gspo": "x of the whole response, clip 3e-4/4e-4",
-    "gmpo": "x of the whole response, log x clipped at .4",
+    "cispo": "sg(min(x, {cap:g}))·log π",
+    "gspo": "x of the whole response, clip {low:g}/{high:g}",
+    "gmpo": "x of the whole response, log x clipped at {low:g}",
     "srft": "log π: .1e^H if right, -1 if wrong",
     "srft_plus": "log π: .1e^H if right, -1 if wrong",
 }
@@ -86,7 +86,7 @@ def table() -> str:
     head = "`--algo`", "method", "group", "who learns", "A of trace tokens", "w of a trace token"
     head += "rollout tokens", "Z of RL", "Z of trace tokens", "published"
     lines = [head, ["---"] * len(head)]
-    lines += [[f"`{algo}`", NAMES[algo][0], *cells(algo), NAMES[algo][1]] for algo in ALGORITHMS]
+    lines += [[f"`{algo}`", NAMES[algo][0], *cells(algo), NAMES[algo][1]] for algo in NAMES]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -124,7 +124,8 @@ def weight(cfg: Config) -> str:
 
 def rollout_rule(cfg: Config) -> str:
     if cfg.objective in ROLLOUTS:
-        return ROLLOUTS[cfg.objective]
+        low, high = rivals.epsilons(cfg.clip, cfg.clip_high)
+        return ROLLOUTS[cfg.objective].format(low=low, high=high, cap=1 + high)
     ratio = "f(π)/f(π_old)" if cfg.shape_rollouts else "x"
     if cfg.clip is None:
         return ratio

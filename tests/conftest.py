@@ -12,6 +12,11 @@ SHARED = ROOT.parent / "shared" / "data"  # real data, where there is some
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 sys.path.insert(0, str(ROOT))
 
+from luffy import ALGORITHMS  # noqa: E402
+from machinery.rivals import ROWS  # noqa: E402
+
+ALL_ROWS = tuple(ALGORITHMS)  # a fork adds its own when a test imports it
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
@@ -23,6 +28,12 @@ def tiny_model(tmp_path_factory) -> Path:
     toy.make_model(tokenizer, seed=0).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def rows(*quick: str) -> list:
+    """Parameters: the paper's rows and the named ones of others; the rest is slow."""
+    slow = set(ROWS) - set(quick)
+    return [pytest.param(a, marks=[pytest.mark.slow] * (a in slow)) for a in ALL_ROWS]
 
 
 def command(*args, ranks: int = 1) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ALL_ROWS
 
 from luffy import ALGORITHMS, Config, group_advantages, mixed_policy_objective, shape
 from luffy import token_logprobs
@@ -44,7 +45,7 @@ def test_value_and_gradient_equal_the_official_code(case):
     )
 
 
-@pytest.mark.parametrize("algo", [algo for algo in ALGORITHMS if algo not in ROWS])
+@pytest.mark.parametrize("algo", [algo for algo in ALL_ROWS if algo not in ROWS])
 def test_every_arm_equals_a_plain_loop_over_tokens(algo):
     cfg = Config(**ALGORITHMS[algo])
     rng = random.Random(algo)

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import ALL_ROWS, rows
 
 import luffy
 from data import Problem
@@ -98,7 +99,7 @@ def one_gradient(policy, trajectories, cfg):
     return optimizer.gradients[0]
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("algo", rows("hpt", "srft", "gspo", "prefix_rft", "uft"))
 def test_gradient_is_the_same_for_any_token_budget_and_order(policy, algo):
     cfg = config(algo, token_budget=10_000)
     trajectories = make_trajectories(cfg)
@@ -227,7 +228,7 @@ def plain_loss(model, old_model, trajectories, cfg):
 
 
 @pytest.mark.parametrize(
-    "algo, tis_cap", [(algo, None) for algo in ALGORITHMS] + [("luffy", 1.5), ("on_policy", 1.5)]
+    "algo, tis_cap", [(algo, None) for algo in ALL_ROWS] + [("luffy", 1.5), ("on_policy", 1.5)]
 )
 def test_both_updates_of_a_step_by_hand(policy, algo, tis_cap):
     """In the second one the policy has moved: ratios, clips and shaped ratios act."""
@@ -385,7 +386,7 @@ def test_the_objectives_default_arguments_are_luffys():
 # ------------------------------------------------------------------ what forks lean on
 def test_what_is_recorded_is_what_was_computed(policy):
     """The slope of each token, and what its advantage was multiplied by: clip, cap and all."""
-    for algo in set(ALGORITHMS) - set(rivals.ROWS):
+    for algo in set(ALL_ROWS) - set(rivals.ROWS):
         cfg = config(algo, updates_per_step=2, lr=3e-2, max_grad_norm=1e9, tis_cap=1.5)
         trajectories = make_trajectories(cfg)
         for t in trajectories:
