@@ -52,7 +52,7 @@ from machinery.model import recipe, token_logprobs as token_logprobs  # log Ï€_Î
 from machinery.optimizer import ShardedAdamW
 from machinery.prefixes import continue_prefixes, keep_uncertain
 from machinery.processes import all_reduce, gather, init_processes, launch, progress, rank, say
-from machinery.processes import seed_of, world_size
+from machinery.processes import my_share, seed_of, world_size
 from machinery.run_directory import Due, Run
 from machinery.samplers import NoSampler, Sample, Sampler, TorchSampler
 from machinery.scores import evaluate, report
@@ -278,10 +278,8 @@ def train(cfg: Config, base: str) -> None:
     with Grader(cfg.graders, cfg.grade_timeout, cfg.lenient) as grader:
         tokenizer, problems, watched, held_out, sampler, model = load(cfg, run, base, grader)
         policy = DDP(Policy(model, cfg.temperature), gradient_as_bucket_view=True)
-        # A factor on the loss is its inverse on the clip, in `update`, and on AdamW's eps.
         settings = cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, 1e-8 / cfg.scale
-        optimizer = ShardedAdamW(policy.parameters(), *settings)
-        run.keep("optimizer", optimizer)
+        optimizer = run.keep("optimizer", ShardedAdamW(policy.parameters(), *settings))
 
         def look(step: int, due: Due) -> None:
             if due.show:
@@ -296,8 +294,7 @@ def train(cfg: Config, base: str) -> None:
         for step in run.steps():  # from the last checkpoint on
             now = at_step(cfg, step)
             optimizer.set_lr(now.lr)
-            batch = batch_at(problems, step, cfg.problems_per_step, cfg.seed)
-            mine = dict(list(enumerate(batch))[rank() :: world_size()])  # by position in the batch
+            mine = my_share(batch_at(problems, step, cfg.problems_per_step, cfg.seed))
             with run.clock("sync"):
                 if cfg.rollouts:  # SFT has none
                     sampler.push(model.named_parameters())
@@ -457,6 +454,7 @@ def update(
     policy: DDP, optimizer: ShardedAdamW, trajectories: list[Trajectory], cfg: Config
 ) -> dict[str, float]:
     """`updates_per_step` updates by AdamW, each on its share of the problems; -> metrics."""
+    # scale: a factor on the loss is its inverse on the clip here, and on AdamW's eps in `train`.
     n, max_norm = cfg.updates_per_step, cfg.max_grad_norm / cfg.scale
     share = cfg.problems_per_step // n  # problems of an update
     mini_batches = [[t for t in trajectories if t.position // share == i] for i in range(n)]
@@ -616,7 +614,7 @@ def check(cfg: Config, ranks: int) -> None:
     """flags.check, and whether the sampler is installed: InputErrors before anything is loaded."""
     tables: Any = dict(algo=ALGORITHMS, shaping=SHAPINGS, route=ROUTES, schedule=SCHEDULES)
     tables |= dict(advantage=ADVANTAGES, objective=OBJECTIVES, prefix=rivals.PREFIXES)
-    flags.check(cfg, ranks, tables, {at_step(cfg, step) for step in range(cfg.steps)})
+    flags.check(cfg, ranks, tables, (at_step(cfg, step) for step in range(cfg.steps)))
     if cfg.samples and not cfg.dry_run:
         samplers.sampler_kind(cfg.sampler)  # is it installed?
 

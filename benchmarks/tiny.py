@@ -119,7 +119,7 @@ class Ours:
             Problem(p, "", prompt_ids=self.tokenizer(p)["input_ids"])
             for p in prompts(self.cfg.problems_per_step)
         ]
-        self.mine = dict(list(enumerate(self.problems))[luffy.rank() :: luffy.world_size()])
+        self.mine = luffy.my_share(self.problems)
         self.sampler = TorchSampler(model, config, EOS)
         self.model = load_model(model, config, self.cfg.checkpointing)
         self.policy = luffy.DDP(luffy.Policy(self.model, 1.0), gradient_as_bucket_view=True)

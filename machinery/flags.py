@@ -114,7 +114,7 @@ def check_schedule(
     cfg: Config, steps: Iterable[Config], tables: Mapping[str, Iterable[str]]
 ) -> None:
     """Raise InputError if a config of a step has a value that it cannot have."""
-    for now in steps:
+    for now in set(steps):
         check_values(now, tables)
         for f in fields(cfg):
             if getattr(now, f.name) != getattr(cfg, f.name) and f.name not in SCHEDULED:

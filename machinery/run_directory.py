@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,9 @@ MAY_CHANGE |= {"checkpointing", "dry_run"}
 # Fields of a Trajectory that report.html shows: of the whole, of each token.
 VERDICTS = "right", "reward", "advantage", "learns", "inv_z"
 TOKENS = "logp", "logp_behavior", "factor", "slope"
+
+
+Kept = TypeVar("Kept")
 
 
 class Due(NamedTuple):
@@ -228,7 +231,7 @@ class Run:
                     old.unlink()
         barrier()
 
-    def keep(self, name: str, kept: Any) -> None:
+    def keep(self, name: str, kept: Kept) -> Kept:
         """Save this with each checkpoint, and take it from the one that the run goes on from.
 
         kept: state_dict() -> this rank's share, a dict; load_state_dict(the shares of all ranks, in
@@ -246,6 +249,7 @@ class Run:
                     f"{self.checkpoint}: its {name} has no state for {error}; only the newest "
                     "checkpoint keeps it. Start a new run with --model from this one"
                 ) from None
+        return kept
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -2,25 +2,32 @@
 
 `evaluate` takes a case: a micro-batch with the loss, gradients and advantages that an official
 function returned for it. It returns the fields that our code computes. Each rule is called by the
-row that it has in machinery/rivals.py, as the trainer calls it: set_advantages, set_normaliser,
-token_loss. What is set here is the case's parameters, and the units. An official sum is divided by
-T alone, where ours is a mean over N trajectories, so rl_coef = N. An official mean of micro-batches
-is had by calling ours for each. A coefficient c of a mean entropy over M tokens is c N T / M.
+row that it has in machinery/rivals.py or forks/, as the trainer calls it: set_advantages,
+set_normaliser, token_loss. What is set here is the case's parameters, and the units. An official
+sum is divided by T alone, where ours is a mean over N trajectories, so rl_coef = N. An official
+mean of micro-batches is had by calling ours for each. A coefficient c of a mean entropy over M
+tokens is c N T / M.
 """
 
+import sys
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
-import luffy
-from luffy import ALGORITHMS, Config, Trajectory
-from machinery import rivals
-from machinery.batches import collate
-from machinery.metrics import Means
-from machinery.prefixes import keep_uncertain
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import luffy  # noqa: E402
+from forks import orz, prime, relift, trapo  # noqa: E402
+from luffy import ALGORITHMS, Config, Trajectory  # noqa: E402
+from machinery import rivals  # noqa: E402
+from machinery.batches import collate  # noqa: E402
+from machinery.metrics import Means  # noqa: E402
+from machinery.prefixes import keep_uncertain  # noqa: E402
 
 
 def evaluate(case: dict) -> dict:
@@ -42,14 +49,14 @@ class Rows:
         self.logp, self.entropy = (self.leaf(name) for name in ("log_prob", "entropy"))
         self.trajectories = [self.trajectory(b) for b in range(len(self.lengths))]
 
-    def leaf(self, name: str) -> torch.Tensor:
+    def leaf(self, name: str) -> Tensor:
         values = self.case.get(name) or [[0.0] * self.width] * len(self.lengths)
         return torch.tensor(values, dtype=torch.float64, requires_grad=True)
 
     def trajectory(self, b: int) -> Trajectory:
         case, length = self.case, self.lengths[b]
         of_trace = sum(case["off_policy_mask"][b]) if "off_policy_mask" in case else 0
-        reward = case["rewards"][b]
+        reward = case["rewards"][b] if "rewards" in case else 1.0  # traces alone
         t = Trajectory(
             0, SimpleNamespace(prompt_ids=[0]), [0] * length, right=reward, reward=reward
         )
@@ -77,7 +84,7 @@ class Rows:
             for group in by_problem.values()
         ]
 
-    def loss(self, cfg: Config, rows: list[int] | None = None) -> torch.Tensor:
+    def loss(self, cfg: Config, rows: list[int] | None = None) -> Tensor:
         """Of one micro-batch, as if it were the update."""
         rows = range(len(self.lengths)) if rows is None else rows
         trajectories = [self.trajectories[b] for b in rows]
@@ -87,12 +94,14 @@ class Rows:
         )
         return luffy.token_loss(logp, entropy, collate(trajectories), cfg, Means())
 
-    def result(self, loss: torch.Tensor, **fields) -> dict:
+    def result(self, loss: Tensor, **fields) -> dict:
         loss.backward()
         found = {"loss": loss.item(), "grad_log_prob": self.logp.grad.tolist()}
         if "grad_entropy" in self.case:
             found["grad_entropy"] = self.entropy.grad.tolist()
-        return found | {"advantages": self.advantages()} | fields
+        if "advantages" in self.case and "advantages" not in fields:
+            found["advantages"] = self.advantages()
+        return found | fields
 
     def advantages(self) -> list:
         """(B) or (B, T), as in the case."""
@@ -271,6 +280,119 @@ def rloo(case: dict) -> dict:
     return advantages_alone(case, "on_policy", "others_white" if whitened else "others")
 
 
+# ------------------------------------------------------------------ forks
+def relift_step(case: dict) -> dict:
+    how, rows = case["params"], Rows(case)
+    for t in rows.trajectories:
+        t.advantage = 1.0
+    cfg = relift.as_sft(relift.Config(sft_entropy=how["entropy_coef"]))
+    sft_alone, entropy_alone = dict(entropy_coef=0.0), dict(sft_coef=0.0, entropy_coef=-1.0)
+    whole, sft, entropy = (
+        [rows.loss(replace(cfg, **changes), some) for some in case["micro_batches"]]
+        for changes in ({}, sft_alone, entropy_alone)
+    )
+    parts = dict(loss_sft=[x.item() for x in sft], loss_entropy=[x.item() for x in entropy])
+    return rows.result(sum(whole) / how["divisor"], **parts)
+
+
+def trapo_groups(case: dict) -> dict:
+    how, rows = case["params"], Rows(case)
+    group = len(rows.lengths) // len(set(case["problem"]))
+    for t, prefix in zip(rows.trajectories, map(sum, case["off_policy_mask"])):
+        t.off_policy, t.prefix = False, prefix  # also the whole trace is a rollout's prefix
+    cfg = config(case, "trapo", rollouts=group, continuations=0, entropy_coef=0.0)
+    cfg = replace(cfg, token_mean=how["token_mean"], trace_advantage=None)
+    luffy.set_advantages(rows.trajectories, cfg)
+    official = rows.advantages()  # of the continuations
+    trapo.set_advantages(rows.trajectories, replace(cfg, trace_advantage=1.0))
+    prefixes = [t.prefix for t in rows.trajectories]
+    counts = [trapo.prefix_counts(prefixes[i : i + group]) for i in range(0, len(prefixes), group)]
+    loss = rows.loss(cfg if how["token_mean"] else in_sums(cfg, rows))
+    return rows.result(loss, advantages=official, prefix_counts=sum(counts, []))
+
+
+class Packed:
+    """A case's (B, T) fields as (N,) tensors of its response tokens, in float64, and back."""
+
+    def __init__(self, case: dict):
+        self.case, self.mask = case, torch.tensor(case["mask"], dtype=torch.bool)
+        self.lengths = self.mask.sum(dim=1).tolist()
+        self.rewards = torch.tensor(case["rewards"], dtype=torch.float64)  # (B,)
+        self.segment = self.mask.nonzero()[:, 0]  # (N,), its row
+
+    def field(self, name: str) -> Tensor:
+        values = torch.tensor(self.case[name], dtype=torch.float64)[self.mask]
+        return values.requires_grad_()
+
+    def padded(self, values: Tensor) -> list[list[float]]:
+        full = torch.zeros(self.mask.shape, dtype=torch.float64)
+        full[self.mask] = values.detach()
+        return full.tolist()
+
+    def total(self, losses: Tensor, batches: list[list[int]], by_token: bool) -> Tensor:
+        """Official: the mean over micro-batches of the mean over their tokens (or rows)."""
+        total = torch.zeros((), dtype=torch.float64)
+        rows = self.segment if by_token else torch.arange(len(losses))
+        for batch in batches:
+            mine = losses[torch.isin(rows, torch.tensor(batch))]
+            inv_z, _ = luffy.inverse_z(len(batch), len(mine), 0, 1, token_mean=True)
+            total = total + inv_z * mine.sum() / len(batches)
+        return total
+
+    def policy(self, advantage: Tensor, batches: list[list[int]]) -> dict:
+        logp, old = self.field("log_prob"), self.field("old_log_prob").detach()
+        of_trace = torch.zeros(len(logp), dtype=torch.bool)
+        clip = self.case["params"]["clip"]
+        objective = luffy.mixed_policy_objective(logp, old, advantage, of_trace, clip=clip)
+        loss = self.total(-objective, batches, by_token=True)
+        (grad,) = torch.autograd.grad(loss, logp)
+        return {"loss": loss.item(), "grad_log_prob": self.padded(grad)}
+
+
+def orz_critic(case: dict) -> dict:
+    rows, packs = Packed(case), case["packs"]
+    returns, old = rows.rewards[rows.segment], rows.field("old_values").detach()
+    raw = orz.gae(returns, old)
+    advantage, values = orz.normalise(raw), rows.field("values")
+    losses = orz.value_loss(values, returns, old, case["params"]["value_clip"])
+    value_loss = rows.total(losses, packs, by_token=True)
+    (grad,) = torch.autograd.grad(value_loss, values)
+    return rows.policy(advantage, packs) | {
+        "advantages_raw": rows.padded(raw),
+        "returns": rows.padded(returns),
+        "advantages": rows.padded(advantage),
+        "value_loss": value_loss.item(),
+        "grad_values": rows.padded(grad),
+    }
+
+
+def prime_advantage(case: dict) -> dict:
+    rows = Packed(case)
+    q = (rows.field("prm_log_prob") - rows.field("ref_log_prob")).detach()
+    order = sorted(range(len(rows.lengths)), key=lambda b: case["problem"][b])  # groups in a row
+    qs = q.split(rows.lengths)
+    process = prime.process_rewards([qs[b] for b in order])
+    of_order = prime.returns(process, rows.rewards[order], case["params"]["group"])
+    place = [order.index(b) for b in range(len(order))]
+    returns = torch.cat([of_order[i] for i in place])
+    advantage = prime.whiten(returns)
+    return rows.policy(advantage, [list(range(len(order)))]) | {
+        "process_reward": rows.padded(torch.cat([process[i] for i in place])),
+        "returns": rows.padded(returns),
+        "advantages": rows.padded(advantage),
+    }
+
+
+def prime_bce(case: dict) -> dict:
+    rows, size = Packed(case), case["params"]["micro_batch"]
+    logp, ref = rows.field("prm_log_prob"), rows.field("ref_log_prob").detach()
+    losses = prime.verdict_loss(logp - ref, rows.segment, rows.rewards, case["params"]["beta"])
+    batches = torch.arange(len(losses)).split(size)
+    loss = rows.total(losses, [batch.tolist() for batch in batches], by_token=False)
+    (grad,) = torch.autograd.grad(loss, logp)
+    return {"loss": loss.item(), "grad_prm_log_prob": rows.padded(grad)}
+
+
 METHODS = {
     "hpt": hpt,
     "srft": srft,
@@ -286,4 +408,9 @@ METHODS = {
     "gmpo": gmpo,
     "reinforce_pp_baseline": reinforce_pp,
     "rloo": rloo,
+    "relift": relift_step,
+    "trapo": trapo_groups,
+    "orz": orz_critic,
+    "prime_advantage": prime_advantage,
+    "prime_bce": prime_bce,
 }

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHARED, run
-from trapo_cases import evaluate_trapo
+from conftest import run
 
 import luffy
 from data import Problem
@@ -15,21 +14,6 @@ from forks import trapo
 from machinery import toy
 from machinery.processes import InputError
 from machinery.samplers import Sample
-
-FILE = SHARED / "method_cases.json"
-CASES = json.loads(FILE.read_text()) if FILE.exists() else []
-CASES = [case for case in CASES if case["method"] == "trapo"]
-
-
-@pytest.mark.skipif(not CASES, reason="no method_cases.json")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_values_and_gradients_equal_the_official_code(case):
-    found = evaluate_trapo(case)
-    assert found.keys() >= {k for k in case if k.startswith(("loss", "grad", "adv"))}
-    for field, value in found.items():
-        exact = dict(rtol=0, atol=1e-9, msg=lambda m, field=field: f"{field}: {m}")
-        value, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (value, case[field]))
-        torch.testing.assert_close(value, expected, **exact)
 
 
 def test_help_by_the_rewards_so_far():
