@@ -13,8 +13,7 @@ AdamW (.9, .95) without decay, neither KL nor entropy bonus. Not as there:
 - The advantages are float32, not bfloat16. A right answer counts although its response was cut off.
 The toy's recipe comes before the row: two updates of the policy, lr 3e-4, 1.5e-3 for V, which
 is too much there (seed 0: V is hardly better than a constant); --critic_lr 3e-4 fits the rewards.
-The flags of group advantages change nothing. The critic takes as much memory as the policy, which
-the plan does not know: on a GPU give --cache_gib.
+The flags of group advantages change nothing. The critic takes as much memory as the policy.
 """
 
 import copy
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import luffy
-from forks.second_model import SecondModel
+from forks.second_model import SecondModel, memory
 from luffy import MicroBatch, Run, Trajectory, flag, gather, launch, pack, rank
 
 luffy.ALGORITHMS["orz"] = dict(rollouts=8, traces=0, clip=0.2, token_mean=True, scale=1.0)
@@ -38,6 +37,7 @@ class Config(luffy.Config):
     critic_updates: int = flag(12, "of the critic on a rollout batch, at most one for a problem", 1)
     critic_lr: float | None = flag(None, "of the critic's AdamW; none: 5 x --lr", above=0)
     value_clip: float = flag(0.2, "a value that moved further from V_old stops learning", above=0)
+    more_memory = memory
 
 
 def gae(returns: Tensor, old: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ learning rates 5e-7 and 1e-6, gradients clipped at 1 and 10, no KL, no entropy. 
 - q_t is divided by the largest |Σ_{u>=t} q_u| of the batch, not of a rank's part of it.
 - A problem with fewer than .2 or more than .8 right rollouts is not replaced by another one.
 The toy's recipe comes before the row: two updates, lr 3e-4, and so 6e-4 for φ. Flags of group
-advantages change nothing. φ takes as much memory as the policy, which the plan does not know: on a
-GPU give --cache_gib.
+advantages change nothing. φ takes as much memory as the policy.
 """
 
 import copy
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import luffy
-from forks.second_model import SecondModel, shares
+from forks.second_model import SecondModel, memory, shares
 from luffy import MicroBatch, Policy, Run, flag, gather, launch, rank
 from machinery.processes import InputError
 
@@ -41,6 +40,7 @@ class Config(luffy.Config):
     beta: float = flag(0.05, "of φ's log-odds, β Σ q", above=0)
     prm_lr: float | None = flag(None, "of φ's AdamW; none: 2 x --lr", above=0)
     prm_max_grad_norm: float = flag(10.0, "a longer gradient of φ is scaled down to it", above=0)
+    more_memory = memory
 
 
 def check(cfg: Config, ranks: int) -> None:

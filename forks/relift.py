@@ -12,7 +12,6 @@ Source: TheRoadQaQ/ReLIFT@eb95454, relift/trainer.py, actor.py, examples/math-7b
 - The SFT loss is one mean over the tokens of all its traces. There it is a mean of micro-batches'
   means, divided by 8 too often: --sft_max_grad_norm 8 clips as there; AdamW sees no difference.
 - Queue and second AdamW are resumed. Wrong traces are dropped. 500 steps, not three epochs.
-The plan (--dry_run) lacks the second AdamW: 8 bytes a parameter, shared out among the ranks.
 """
 
 from dataclasses import dataclass, replace
@@ -34,6 +33,9 @@ class Config(luffy.Config):
     sft_lr: float | None = flag(None, "of SFT's AdamW; none: --lr", above=0)
     sft_max_grad_norm: float = flag(1.0, "SFT's longer gradient is scaled down to it", above=0)
     sft_entropy: float = flag(1e-3, "coefficient of the mean entropy in an SFT step", 0)
+
+    def more_memory(self, weights: int, state: int, moments: int) -> list[tuple[str, str, int]]:
+        return [("always", "the state of SFT's AdamW", moments)]
 
 
 def as_sft(cfg: Config) -> Config:

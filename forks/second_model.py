@@ -21,6 +21,11 @@ def shares(trajectories: list[Trajectory], n: int, cfg: Config) -> list[list[Tra
     return [[t for t in trajectories if t.position * n // problems == i] for i in range(n)]
 
 
+def memory(cfg: Config, weights: int, state: int, moments: int) -> list[tuple[str, str, int]]:
+    """Rows of machinery.plan.memory for it, as a method of a fork's Config."""
+    return [("always", "the second model, its gradients and state", 2 * weights + state)]
+
+
 class SecondModel:
     """A module that takes a MicroBatch, and its optimizer; checkpoints hold it under `name`."""
 

@@ -130,6 +130,8 @@ def memory(
         ("updating", f"activations of {sum(row):,} tokens", activations),
         ("updating", "gradients again, in the first update", weights),  # DDP makes new buckets
     ]
+    if more := getattr(cfg, "more_memory", None):  # what a fork's Config says that it adds
+        table += more(weights, round(share * (12 if on_gpu else 8)), round(share * 8))
     rollouts = sampled(cfg, ranks)
     response = longest(cfg) * cache_bytes_per_token(cfg, config, dtype.itemsize)
     if not cfg.samples:

@@ -55,7 +55,7 @@ NAMES = {
     "on_policy": ("On-Policy RL (Dr. GRPO); RLOO", "45.5"),
     "on_policy_noclip": ("on-policy, no clip", "44.9"),
     "on_policy_shaped": ("on-policy + shaping: f(π)/f(π_old)", "42.0"),
-    "grpo": ("GRPO (Eq. 3, without its KL)", "-"),
+    "grpo": ("GRPO (token mean, no KL)", "-"),
     "rl_sft": ("RL w/ SFT loss", "40.1"),
     "sft": ("SFT on the traces", "44.1"),
     "sft_2604": ("SFT, corrected (2604.23747)", "52.2"),

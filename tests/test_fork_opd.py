@@ -98,6 +98,7 @@ def test_advantages_are_of_the_policy_before_the_first_update(tiny_model, teache
     assert metrics["teacher_kl"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_comes_nearer_to_the_teacher(tiny_model, teacher, tmp_path):
     run(*args(tiny_model, teacher, tmp_path / "run"))
     found = [row["teacher_kl"] for row in rows(tmp_path / "run")]

@@ -30,6 +30,7 @@ def test_the_rule_by_hand():
     torch.testing.assert_close(q.grad, 0.05 * torch.tensor([-0.5, 0.5, 0.5]))
 
 
+@pytest.mark.slow  # its quicker relative: the same for forks.orz
 def test_a_resumed_run_has_the_same_bits(tiny_model, tmp_path):
     whole, _, cut = train(tmp_path, "prime", tiny_model, ("whole", 4), ("cut", 2), ("cut", 4))
     assert len(whole) == 4 and whole == cut

@@ -40,6 +40,18 @@ def test_arrows_point_one_way():
     list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+def test_forks_are_short_and_stand_above():
+    """Nothing else imports them; each says in its head how it is run and what differs."""
+    for file in [*ROOT.glob("*.py"), *(ROOT / "machinery").glob("*.py")]:
+        assert not re.search(r"^\s*(from|import) forks", file.read_text(), re.M), file
+    forks = {file.stem: file.read_text() for file in (ROOT / "forks").glob("[a-z]*.py")}
+    assert len(forks) >= 8
+    for name, text in forks.items():
+        assert len(text.splitlines()) <= 150, name
+        if "second model" not in name.replace("_", " "):
+            assert f"python -m forks.{name}" in ast.get_docstring(ast.parse(text)), name
+
+
 def test_the_machinerys_docstring_names_each_file():
     named = re.findall(r"^([a-z_, ]+?)   ", machinery.__doc__, re.M)
     assert sorted(name for line in named for name in line.split(", ")) == MACHINERY
