@@ -9,8 +9,8 @@ group's r - mean. (NeMo RL 0.8's estimator opd; thinking-machines-lab/tinker-coo
     torchrun --nproc_per_node=8 -m forks.opd --model Qwen2.5-Math-7B --teacher DIR
 
 The teacher has the policy's vocabulary, reads its prompts, and is frozen: no checkpoint holds it.
-Each rank keeps it in the host's memory, and on the GPU while it scores: in the room that activations
-take later. A step has two forward passes more. The metric teacher_kl estimates the KL a token.
+Each rank keeps it in the host's memory, and on the GPU while it scores, where activations
+come later. A step has two forward passes more. The metric teacher_kl estimates the KL a token.
 
 What differs: Tinker's π_old is the sampler's. Its loss is a sum over tokens, without a clip; one
 update a step, 512 groups, lr 1e-4 (LoRA; 5e-5 for all weights). Here π_old is the trainer's, the

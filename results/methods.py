@@ -21,7 +21,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from luffy import ALGORITHMS, LOG_PI_PHI, SHAPINGS, Config, mixed_policy_objective  # noqa: E402
+from luffy import ALGORITHMS, LOG_PI_PHI, SHAPINGS, Config, at_step  # noqa: E402
+from luffy import mixed_policy_objective  # noqa: E402
 from machinery import rivals  # noqa: E402
 
 # Shaping -> w(π) in words, and as a function of π and γ, with π_old = π (a step's first update)
@@ -84,7 +85,7 @@ NAMES = {
 def table() -> str:
     """One line for each row of ALGORITHMS, from its fields."""
     head = "`--algo`", "method", "group", "who learns", "A of trace tokens", "w of a trace token"
-    head += "rollout tokens", "Z of RL", "Z of trace tokens", "published"
+    head += "rollout tokens", "Z of rollouts", "Z of trace tokens", "published"
     lines = [head, ["---"] * len(head)]
     lines += [[f"`{algo}`", NAMES[algo][0], *cells(algo), NAMES[algo][1]] for algo in NAMES]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -100,8 +101,10 @@ def cells(algo: str) -> list[str]:
     rule = ADVANTAGES.get(cfg.advantage, "")
     std = ", / std" if cfg.normalize_std else ""
     z = "tokens" if cfg.token_mean else "N x own length" if cfg.sequence_mean else "N x L"
-    own = "their tokens" if shaping.is_sft else z
-    own = f"{own} (SFT's and RL's)" if cfg.objective.startswith("srft") else own
+    z += factor(cfg, "rl_coef")
+    own = f"their tokens{factor(cfg, 'sft_coef')}" if shaping.is_sft else z
+    if cfg.objective in rivals.WITH_SFT:
+        own += f"; SFT's: their tokens{factor(cfg, 'sft_coef')}"
     return [
         group,
         ROUTES[cfg.route],
@@ -111,6 +114,12 @@ def cells(algo: str) -> list[str]:
         z if cfg.rollouts else "-",
         own if traces else "-",
     ]
+
+
+def factor(cfg: Config, name: str) -> str:
+    """A coefficient that is not 1, from the first step to the last."""
+    first, last = (f"{getattr(at_step(cfg, step), name):.2g}" for step in (0, cfg.steps - 1))
+    return f", times {first}" + f" to {last}" * (first != last) if {first, last} != {"1"} else ""
 
 
 def weight(cfg: Config) -> str:
