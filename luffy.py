@@ -73,34 +73,35 @@ class Config:
     steps: int = flag(500, "rollout batches", 1)
     # a group
     problems_per_step: int = flag(128, "P, problems of a rollout batch", 1)
-    rollouts: int = flag(7, "on-policy trajectories of a problem", 0)
+    rollouts: int = flag(7, "trajectories of a problem that the policy samples", 0)
     traces: int = flag(1, "off-policy ones: 0 or 1", 0, 1)
-    continuations: int = flag(0, "rollouts that go on from a prefix of the problem's trace", 0)
-    prefix: str = flag("none", "how much of the trace, a row of PREFIXES")
     max_prompt_tokens: int = flag(1024, "a problem with a longer prompt is left out", 1)
     max_response_tokens: int = flag(8192, "of rollouts and of traces, EOS included", 1)
     temperature: float = flag(1.0, "of the rollouts; top_p is 1", above=0)
     lenient: bool = flag(False, "the official code's reward: a right answer needs no box")
     # the objective
-    route: str = flag("all", "who learns, a row of ROUTES")
-    advantage: str = flag("group", "from the group's, a row of ADVANTAGES")
     shaping: str = flag("luffy", "f on trace tokens, a row of SHAPINGS")
-    objective: str = flag("mixed", "of a token, a row of OBJECTIVES")
     gamma: float = flag(0.1, "the paper's γ in f(x) = x / (x + γ), not a discount", above=0)
     clip: float | None = flag(None, "PPO's ε on rollout tokens; none: no clipping", above=0)
-    clip_high: float | None = flag(None, "ε above 1, where it differs; none: as clip", above=0)
     shape_rollouts: bool = flag(False, "the ratio f(π_θ) / f(π_old) in place of π_θ / π_old")
     tis_cap: float | None = flag(None, "factor min(π_old / π_sampler, cap); none: 1", above=0)
-    baseline: str = flag("group", "whose mean reward", choices=("group", "rollouts"))
+    baseline: str = flag("group", "whose mean is subtracted", choices=("group", "rollouts"))
     trace_advantage: float | None = flag(None, "a trace's; none: from the group, as any other's")
     normalize_std: bool = flag(False, "advantages / std of the group: GRPO, not Dr. GRPO")
     token_mean: bool = flag(False, "Z: tokens, not trajectories x max_response_tokens")
-    sequence_mean: bool = flag(False, "Z: trajectories x their own tokens")
-    prefix_learns: float = flag(1.0, "share of prefix tokens that learn, by entropy", 0, 1)
-    rl_coef: float = flag(1.0, "of all tokens but the SFT loss's: times 1/Z", 0)
     sft_coef: float = flag(1.0, "of the SFT loss's tokens: times 1 / their number", 0)
     entropy_coef: float = flag(2.5e-4, "c; the official 0.001 in our units, x 8192 / 32768", 0)
+    # other papers' rules, which LUFFY leaves alone
+    route: str = flag("all", "who learns, a row of ROUTES")
+    advantage: str = flag("group", "what the group's advantages become, a row of ADVANTAGES")
+    objective: str = flag("mixed", "of a token, a row of OBJECTIVES")
     schedule: str = flag("constant", "which fields change over the run, a row of SCHEDULES")
+    clip_high: float | None = flag(None, "ε above 1, where it differs; none: as clip", above=0)
+    sequence_mean: bool = flag(False, "Z: trajectories x their own tokens")
+    rl_coef: float = flag(1.0, "of the RL part; the entropy bonus does not have it", above=0)
+    continuations: int = flag(0, "so many of the rollouts go on from a prefix of the trace", 0)
+    prefix: str = flag("none", "how much of the trace, a row of rivals.PREFIXES")
+    prefix_learns: float = flag(1.0, "share of prefix tokens that learn, by entropy", 0, 1)
     # the optimizer
     updates_per_step: int = flag(2, "optimizer steps on a rollout batch, each on its problems", 1)
     lr: float = flag(1e-6, "AdamW's", above=0)
@@ -177,12 +178,12 @@ def group_advantages(
     return advantages
 
 
-# Who learns: (P, G) right or wrong, number of rollouts -> (P, G) bool. The others count 0 in J.
+# Who learns: (P, G) right or wrong, number of rollouts -> (P, G) bool. The others count in Z alone.
 ROUTES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "all": lambda right, rollouts: torch.ones_like(right, dtype=torch.bool)
 } | rivals.ROUTES
 
-# Advantages of own tokens and of trace tokens, from group_advantages' and more: see rivals.
+# From group_advantages' and more -> advantages of own tokens, of trace tokens: see rivals.
 ADVANTAGES = {"group": lambda group, *_: (group, group)} | rivals.ADVANTAGES
 
 
@@ -215,7 +216,7 @@ def token_factors(
     gamma: float,
     shape_rollouts: bool,
 ) -> Tensor:
-    """x on rollout tokens, f(x) on trace tokens: what multiplies A, before a clip. Tensors (N,).
+    """x on rollout tokens, f(x) on trace tokens: what multiplies A in Eq. 6. Tensors (N,).
 
     shape_rollouts: an ablation of the paper, rollouts with the ratio f(π_θ) / f(π_old).
     """
@@ -440,14 +441,14 @@ def set_advantages(trajectories: list[Trajectory], cfg: Config) -> None:
     rewards, right, lengths = torch.tensor(sum(everyones, [])).T.reshape(3, *rows)
     count = cfg.rollouts if cfg.baseline == "rollouts" else None
     group = group_advantages(rewards, normalize_std=cfg.normalize_std, count=count)
-    plain_all = cfg.rollouts - cfg.continuations, cfg.rollouts
-    own, of_trace = ADVANTAGES[cfg.advantage](group, rewards, lengths, plain_all)
+    sizes = cfg.rollouts - cfg.continuations, cfg.rollouts
+    own, of_trace = ADVANTAGES[cfg.advantage](group, rewards, lengths, *sizes)
     if cfg.trace_advantage is not None:
         of_trace = torch.full_like(group, cfg.trace_advantage)
     learns = ROUTES[cfg.route](right, cfg.rollouts).expand_as(right)
     for i, t in enumerate(trajectories, sum(map(len, everyones[: rank()]))):
         t.learns = bool(learns.reshape(-1)[i])
-        t.advantage = t.by_token(of_trace.reshape(-1)[i].item(), own.reshape(-1)[i].item())
+        t.advantage = t.by_token(own.reshape(-1)[i].item(), of_trace.reshape(-1)[i].item())
 
 
 def update(
@@ -480,7 +481,7 @@ def record_old_logprobs(policy: DDP, mini_batches: list[list[Trajectory]], cfg: 
 
     In a step's first mini-batch π_old is the policy itself, and needs no pass of its own. The
     trainer computes it, for the sampler's numerics differ. Traces need none: π_φ := 1, unless their
-    shaping asks for it. (Prefixes of which a part learns need their entropies at once.)
+    shaping asks for it. Of prefixes that learn in part it records the entropies, too, and at once.
     """
     needs_old = SHAPINGS[cfg.shaping].log_pi_phi is not None
     later = [t for t in sum(mini_batches[1:], []) if not t.off_policy or needs_old]
@@ -495,7 +496,8 @@ def set_normaliser(mini_batch: list[Trajectory], cfg: Config) -> None:
     """inv_z of each trajectory: coefficient / Z, or 0 if it does not learn; and entropy's c / Z.
 
     It is fixed before the first backward pass, so that micro-batches and ranks just add up. What a
-    route leaves out counts in the RL part's Z, and so makes the others no heavier.
+    route leaves out counts in the RL part's Z, and so makes the others no heavier; SFT's is a mean
+    of those that learn. With sequence_mean Z is M x the trajectory's own length, of M trajectories.
     """
     is_sft = SHAPINGS[cfg.shaping].is_sft
     of_rl = [len(t.response) - t.trace_tokens * is_sft for t in mini_batch]  # tokens
@@ -503,13 +505,12 @@ def set_normaliser(mini_batch: list[Trajectory], cfg: Config) -> None:
     count, tokens, sft_tokens = map(all_reduce, (sum(map(bool, of_rl)), sum(of_rl), of_traces))
     longest = 1 if cfg.sequence_mean else cfg.max_response_tokens
     inv_z, sft_inv_z = inverse_z(count, tokens, sft_tokens, longest, cfg.token_mean)
-    rl, sft = cfg.rl_coef * inv_z, cfg.sft_coef * sft_inv_z
-    bonus = cfg.entropy_coef * (inv_z if tokens else sft_inv_z)
-    ratio = sft / (rl or 1.0) if cfg.objective in rivals.WITH_SFT else 0.0
-    for t in mini_batch:
-        own = rl / len(t.response) if cfg.sequence_mean else rl
-        t.inv_z = t.learns * t.by_token(sft if is_sft else own, own)
-        t.bonus, t.sft_ratio = t.learns * bonus, ratio
+    sft = cfg.sft_coef * sft_inv_z
+    for t, length in zip(mini_batch, of_rl):
+        own = inv_z / max(length, 1) if cfg.sequence_mean else inv_z
+        rl, bonus = cfg.rl_coef * own, cfg.entropy_coef * (own if tokens else sft_inv_z)
+        t.inv_z, t.bonus = t.learns * t.by_token(rl, sft if is_sft else rl), t.learns * bonus
+        t.sft_ratio = sft / rl if cfg.objective in rivals.WITH_SFT else 0.0
 
 
 def add_up_gradients(
@@ -554,7 +555,7 @@ def token_loss(
         tis = (logp_old - micro_batch.logp_sampler).exp().clamp(max=cfg.tis_cap)
         objective = torch.where(off_policy, objective, tis * objective)
     loss = -(micro_batch.inv_z * objective + micro_batch.bonus * entropy).sum()
-    # What report.html shows of a token is recorded here, from the tensors of this very objective.
+    # What report.html shows of a token is recorded here; its slope is of this very objective.
     factor = token_factors(logp.detach(), logp_behavior, off_policy, **how)
     (slope,) = torch.autograd.grad(objective.sum(), logp, retain_graph=True)
     micro_batch.give(logp=logp, logp_behavior=logp_behavior, factor=factor, slope=slope)
@@ -563,7 +564,7 @@ def token_loss(
 
 
 def watch(policy: DDP, traces: list[Trajectory], cfg: Config) -> list[Trajectory]:
-    """Record what the policy makes of some traces, as `update` would; -> the traces."""
+    """Record what the policy makes of some traces, as `update` would, but SRFT's SFT; -> them."""
     for micro_batch in pack(traces, cfg.token_budget):
         with torch.no_grad():
             logp, entropy = policy.module(micro_batch)

@@ -1,8 +1,8 @@
-"""Variants that replace a function of luffy.py. Each file runs by itself:
+"""Variants that replace functions of luffy.py. Each file runs by itself:
 
     python -m forks.orz                                                     # on the toy
     torchrun --nproc_per_node=8 -m forks.orz --model Qwen2.5-Math-7B
 
-It imports luffy, has a row of its own and gives luffy.main what it replaces. All flags of luffy.py
-work, and its own are in --help.
+It imports luffy, has a row of its own and gives luffy.main what it replaces. It takes luffy.py's
+flags, but for those that it has to refuse, and its own: see --help. second_model is no fork.
 """

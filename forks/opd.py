@@ -52,6 +52,8 @@ def check(cfg: Config, ranks: int) -> None:
             "--teacher: name a model with the policy's vocabulary. For the toy, `python luffy.py` "
             "makes one: --teacher runs/toy-luffy-seed0/checkpoint-000200"
         )
+    if cfg.traces or cfg.continuations:
+        raise InputError("--traces, --continuations: must be 0; a teacher judges rollouts alone")
     plain["check"](cfg, ranks)
 
 

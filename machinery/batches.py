@@ -26,16 +26,17 @@ class Trajectory:
     right: float = math.nan  # the verifier's word, 1 or 0
     reward: float = math.nan
     advantage: float | Tensor = math.nan  # one number, or (response,)
-    learns: bool = True  # or counts in the metrics alone
-    # set by update(), tensors (response,)
-    inv_z: float | Tensor = math.nan  # coefficient / Z of each of its tokens; 0: does not learn
+    learns: bool = True  # or counts in the metrics and in RL's Z alone
+    # set by set_normaliser()
+    inv_z: float | Tensor = math.nan  # coefficient / Z of its tokens (response,); 0: does not learn
     bonus: float = 0.0  # what the entropy of each of its tokens is multiplied by
     sft_ratio: float = 0.0  # where a trace learns by RL and by SFT: SFT's inv_z / RL's
-    logp_old: Tensor | None = None  # log π_old, where the policy has moved since
-    entropy_old: Tensor | None = None  # and its entropies
+    # set by update() and watch(), tensors (response,)
+    logp_old: Tensor | None = None  # log π_old; None: π_θ itself, in a step's first update
+    entropy_old: Tensor | None = None  # the old policy's entropies, where logp_old is given
     logp: Tensor | None = None  # log π_θ
     logp_behavior: Tensor | None = None  # log π_old or, on a trace, log π_φ
-    factor: Tensor | None = None  # x or, on a trace, f(x)
+    factor: Tensor | None = None  # x or, on trace tokens, f(x)
     slope: Tensor | None = None  # ∂ objective / ∂ log π_θ
 
     @property
@@ -56,8 +57,8 @@ class Trajectory:
     def trace_tokens(self) -> int:
         return len(self.response) if self.off_policy else self.prefix
 
-    def by_token(self, of_trace: float, own: float) -> float | Tensor:
-        """One value for the trace's tokens, another for its own; (response,) if it has both."""
+    def by_token(self, own: float, of_trace: float) -> float | Tensor:
+        """One value for its own tokens, another for the trace's; (response,) if it has both."""
         if 0 < self.prefix < len(self.response) and of_trace != own:
             return torch.tensor(
                 [of_trace] * self.prefix + [own] * (len(self.response) - self.prefix)

@@ -2,16 +2,16 @@
 
 ROWS        fields of Config; the rest of this file is what they name
 ROUTES      who learns: (P, G) right, number of rollouts -> (P, G) bool
-ADVANTAGES  (P, G) of the group, (P, G) rewards, (P, G) lengths, (plain rollouts, all rollouts)
-            -> (P, G) of a trajectory's own tokens, (P, G) of its trace tokens
+ADVANTAGES  from the group's and more, of all ranks (P, G) -> of own tokens, of trace tokens (P, G)
 SHAPINGS    f on trace tokens, from log x, γ and π (without gradient)
 OBJECTIVES  what replaces the mixed-policy objective, from it, the tokens and the two clips
 SCHEDULES   (config, steps done) -> the fields that are different then
 PREFIXES    how much of its trace a rollout is given: steps done / steps, a generator -> a ratio
 
-P problems, G trajectories of a group (rollouts, then the trace), N response tokens. Each rule was
-compared with its official code, named at its row, in tests/method_cases.py. Coefficients are in our
-units; docs/methods.md converts them.
+P problems, G trajectories of a group (rollouts, then the trace), N response tokens. A row with a
+repository at a commit was compared with values of that code, in tests/method_cases.py. Coefficients
+are in our units; docs/methods.md converts them. What a row does not say is Config's default: no
+clip, no division by the standard deviation, all learn.
 """
 
 import math
@@ -26,8 +26,8 @@ from torch import Tensor
 from machinery.batches import Tokens
 from machinery.flags import Config
 
-# An official coefficient of 1 on a mean over a micro-batch's trace tokens, which is added up over
-# micro-batches: about 48 of them hold a trace in an update of 512 trajectories.
+# An official coefficient of 1 on a mean over a micro-batch's trace tokens, where micro-batches add
+# up: about 48 of them, taken to hold a trace each, in an update of 512 trajectories.
 MICRO_BATCH_MEAN = 48 / 512
 
 SFT = dict(rollouts=0, traces=1, shaping="log", trace_advantage=1.0, entropy_coef=0.0, lr=5e-5)
@@ -44,32 +44,37 @@ ROWS: dict[str, dict[str, Any]] = {
     "rl_2604": ON_POLICY | dict(normalize_std=False, clip_high=0.28),
     # SFT with another weight w of a trace token; the rest is sft's, a mean over the trace tokens
     "dft": SFT | dict(shaping="none", token_mean=True),  # w = π, arXiv:2508.05629
-    "trsft": SFT | dict(shaping="trsft", token_mean=True),  # w = min(1, π/γ), arXiv:2512.17636
+    # w = min(1, π/γ), arXiv:2512.17636, Su-my/TRAPO@982cb8f
+    "trsft": SFT | dict(shaping="trsft", token_mean=True),
     "sft_shaped": SFT | dict(shaping="luffy", token_mean=True),  # w = γπ/(π+γ)², LUFFY's
-    # arXiv:2509.04419, TsinghuaC3I/Unify-Post-Training@ae332f5: coefficient 1 (0.3 at 1.5B), gate 0
-    # (2 for Llama: hpt_2). Not here: skipping steps whose norm is above 80.
-    "hpt": BESIDE | dict(shaping="log", route="hpt", sft_coef=MICRO_BATCH_MEAN, lr=5e-6),
-    "hpt_2": BESIDE | dict(shaping="log", route="hpt_2", sft_coef=MICRO_BATCH_MEAN, lr=5e-6),
+    # arXiv:2509.04419, TsinghuaC3I/Unify-Post-Training@ae332f5. `gate`: the trace where no rollout
+    # is right (2 for Llama: hpt_2), else the rollouts; the others have 1/Z = 0 in set_normaliser.
+    # RL without clip and std; SFT with 1.0 (0.3 at 1.5B). No skip of steps with a norm above 80.
+    "hpt": BESIDE | dict(shaping="log", clip=None, route="hpt", sft_coef=MICRO_BATCH_MEAN, lr=5e-6),
+    "hpt_2": BESIDE | dict(shaping="log", clip=None, route="hpt_2", sft_coef=MICRO_BATCH_MEAN,
+                           lr=5e-6),
     # arXiv:2508.11408, modelscope/Trinity-RFT@0414330: (1 - μ) GRPO + μ SFT, on demonstrations of
     # other problems; here of the same. φ: μ = .1; without φ it falls from .9 to .05 in 200 steps.
     "chord_phi": CHORD | dict(shaping="phi", rl_coef=0.9, sft_coef=0.1),
     "chord_mu": CHORD | dict(shaping="log", schedule="chord_mu"),
-    # arXiv:2508.00222, YihongDong/RL-PLUS@eb4aa4d
+    # arXiv:2508.00222, YihongDong/RL-PLUS@eb4aa4d: LUFFY with another weight
     "rl_plus": dict(rollouts=7, traces=1, shaping="rl_plus", clip=None),
-    # arXiv:2506.19767, as in the replica of Unify-Post-Training: e^-H. srft_plus: e^+H, which the
-    # paper's own code has by three accounts.
-    "srft": dict(rollouts=7, traces=1, objective="srft", advantage="verdict", shaping="luffy",
+    # arXiv:2506.19767, by the replica in Unify-Post-Training@ae332f5: e^-H. srft_plus: e^+H, which
+    # the paper's own code has by three accounts. Rollouts: no ratio, no baseline. A trace learns by
+    # SFT, too, with a Z of its own: sft_ratio in set_normaliser.
+    "srft": dict(rollouts=7, traces=1, objective="srft", advantage="plus_minus", shaping="luffy",
                  clip=None, sft_coef=MICRO_BATCH_MEAN),
-    "srft_plus": dict(rollouts=7, traces=1, objective="srft_plus", advantage="verdict",
+    "srft_plus": dict(rollouts=7, traces=1, objective="srft_plus", advantage="plus_minus",
                       shaping="luffy", clip=None, sft_coef=MICRO_BATCH_MEAN),
-    # On-policy rules. RLOO is on_policy times G/(G-1), which AdamW does not see.
+    # On-policy rules: volcengine/verl@b178a3c, huggingface/trl@f2cd577. RLOO is on_policy times
+    # G/(G-1), which AdamW does not see.
     "dapo": ON_POLICY | dict(clip_high=0.28),  # arXiv:2503.14476; forks/dapo.py refills its groups
     "cispo": ON_POLICY | dict(objective="cispo", clip=None, clip_high=4.0),  # 2506.13585: cap 5
     "gspo": ON_POLICY | dict(objective="gspo", clip=3e-4, clip_high=4e-4, token_mean=False,
                              sequence_mean=True),  # 2507.18071
     "gmpo": ON_POLICY | dict(objective="gmpo", clip=0.4, token_mean=False,
                              sequence_mean=True),  # 2507.20673: the clip is of log x
-    "reinforce_pp": ON_POLICY | dict(normalize_std=False, advantage="batch"),  # 2501.03262
+    "reinforce_pp": ON_POLICY | dict(normalize_std=False, advantage="whitened"),  # 2501.03262
     # Rollouts that continue a prefix of their trace
     # arXiv:2507.01679, ZeroYuHuang/prefix_rft@5f5d2a1: x = π/π_old on the prefix, too, with the
     # dual clip; only its 20 % most uncertain tokens learn, of the update (there: of a micro-batch)
@@ -98,13 +103,18 @@ ROUTES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 # ------------------------------------------------------------------ advantages
-def verdict(group: Tensor, rewards: Tensor, lengths: Tensor, plain_all: tuple) -> tuple:
+# Each takes the group's advantages, rewards and lengths (P, G), the number of plain rollouts in a
+# group and that of all. -> advantages of own tokens (P, G), of trace tokens (P, G)
+Pair = tuple[Tensor, Tensor]
+
+
+def plus_minus(group: Tensor, rewards: Tensor, lengths: Tensor, plain: int, rollouts: int) -> Pair:
     """SRFT: rollouts have 1 if right, -1 if wrong, and no baseline; the trace has the group's."""
-    is_trace = torch.arange(rewards.shape[1]) >= plain_all[1]
+    is_trace = torch.arange(rewards.shape[1]) >= rollouts
     return torch.where(is_trace, group, 2 * rewards - 1), group
 
 
-def batch(group: Tensor, rewards: Tensor, lengths: Tensor, plain_all: tuple) -> tuple:
+def whitened(group: Tensor, rewards: Tensor, lengths: Tensor, plain: int, rollouts: int) -> Pair:
     """REINFORCE++ baseline as in verl: whitened over the batch's tokens.
 
     Their mean is subtracted, too. It is not 0 where lengths differ.
@@ -115,14 +125,14 @@ def batch(group: Tensor, rewards: Tensor, lengths: Tensor, plain_all: tuple) -> 
     return (centred * (variance + 1e-8).rsqrt(),) * 2
 
 
-def batch_std(group: Tensor, rewards: Tensor, lengths: Tensor, plain_all: tuple) -> tuple:
+def batch_std(group: Tensor, rewards: Tensor, lengths: Tensor, plain: int, rollouts: int) -> Pair:
     """REINFORCE++ baseline as in TRL: divided by the standard deviation of the batch's rewards."""
     return (group / (rewards.std() + 1e-4),) * 2
 
 
 def others(
-    group: Tensor, rewards: Tensor, lengths: Tensor, plain_all: tuple, whiten: bool = False
-) -> tuple:
+    group: Tensor, rewards: Tensor, lengths: Tensor, plain: int, rollouts: int, whiten: bool = False
+) -> Pair:
     """RLOO: r - mean of the group's others; a lone one keeps its reward. TRL may whiten them."""
     n = rewards.shape[1]
     advantages = rewards if n == 1 else group * n / (n - 1)
@@ -132,30 +142,33 @@ def others(
 
 
 def by_prefix(
-    group: Tensor, rewards: Tensor, lengths: Tensor, plain_all: tuple, lone_is_0: bool = False
-) -> tuple:
+    group: Tensor,
+    rewards: Tensor,
+    lengths: Tensor,
+    plain: int,
+    rollouts: int,
+    lone_is_0: bool = False,
+) -> Pair:
     """Prefix-RFT's dr_grpo_prefix, and _v2 with lone_is_0: continuations are a group of their own.
 
     A prefix is judged by its continuations (centred, if there are several) against the plain
     rollouts. A lone trajectory is not centred, but in _v2 its advantage is 0.
     """
-    plain, rollouts = plain_all
 
     def centre(r: Tensor) -> Tensor:
         return r if r.shape[1] == 1 and not lone_is_0 else r - r.mean(dim=1, keepdim=True)
 
     continued = centre(rewards[:, plain:rollouts])
     own = torch.cat([centre(rewards[:, :plain]), continued, group[:, rollouts:]], dim=1)
-    is_lone = plain == 1 and not lone_is_0
-    base = 0 if is_lone else rewards[:, :plain].mean(dim=1, keepdim=True)
-    return own, torch.cat(
-        [own[:, :plain], (continued - base) / (rollouts - plain), own[:, rollouts:]], dim=1
-    )
+    is_base = plain > (0 if lone_is_0 else 1)  # of a lone plain rollout: 0
+    base = rewards[:, :plain].mean(dim=1, keepdim=True) if is_base else 0
+    of_prefix = (continued - base) / (rollouts - plain)
+    return own, torch.cat([own[:, :plain], of_prefix, own[:, rollouts:]], dim=1)
 
 
-ADVANTAGES: dict[str, Callable[[Tensor, Tensor, Tensor, tuple], tuple[Tensor, Tensor]]] = {
-    "verdict": verdict,
-    "batch": batch,
+ADVANTAGES: dict[str, Callable[..., Pair]] = {
+    "plus_minus": plus_minus,
+    "whitened": whitened,
     "batch_std": batch_std,
     "others": others,
     "others_white": partial(others, whiten=True),
@@ -185,6 +198,12 @@ def epsilons(clip: float | None, clip_high: float | None) -> tuple[float, float]
     return low, low if clip_high is None else clip_high
 
 
+def ppo(x: Tensor, advantage: Tensor, clip: float | None, clip_high: float | None) -> Tensor:
+    """min(x A, clamp(x) A): PPO's clip."""
+    low, high = epsilons(clip, clip_high)
+    return torch.min(x * advantage, x.clamp(1 - low, 1 + high) * advantage)
+
+
 def mean_of_response(values: Tensor, segment: Tensor, counts: Tensor) -> Tensor:
     """Of each trajectory's tokens that count (1 or 0), at each of its tokens: (N,) -> (N,)."""
     zeros = values.new_zeros(int(segment[-1]) + 1)
@@ -204,9 +223,7 @@ def dual_clip(
 
     verl's default, and Trinity-RFT's since October 2025.
     """
-    low, high = epsilons(clip, clip_high)
-    x = (t.logp - t.logp_behavior).exp()
-    clipped = torch.min(x * t.advantage, x.clamp(1 - low, 1 + high) * t.advantage)
+    clipped = ppo((t.logp - t.logp_behavior).exp(), t.advantage, clip, clip_high)
     clipped = torch.where(t.advantage < 0, clipped.max(c * t.advantage), clipped)
     return clipped if on_traces else torch.where(t.off_policy, mixed, clipped)
 
@@ -222,9 +239,7 @@ def gspo(mixed: Tensor, t: Tokens, clip: float | None, clip_high: float | None) 
     """One ratio for a response: the geometric mean of its tokens'; clipped as one."""
     own = (~t.off_policy).to(t.logp.dtype)
     x = mean_of_response(t.logp - t.logp_behavior, t.segment, own).exp()
-    low, high = epsilons(clip, clip_high)
-    clipped = torch.min(x * t.advantage, x.clamp(1 - low, 1 + high) * t.advantage)
-    return torch.where(t.off_policy, mixed, clipped)
+    return torch.where(t.off_policy, mixed, ppo(x, t.advantage, clip, clip_high))
 
 
 def gmpo(mixed: Tensor, t: Tokens, clip: float | None, clip_high: float | None) -> Tensor:
@@ -242,7 +257,8 @@ def srft(
 ) -> Tensor:
     """Traces: ½ e^(sign H) log π, as SFT, and the mixed objective. Rollouts: log π, no ratio.
 
-    A right rollout's counts 0.1 e^H. H is the mean entropy of the response.
+    A = 1, a right rollout: 0.1 e^H log π; A = -1, a wrong one: -log π (see plus_minus). H is the
+    mean entropy of the response.
     """
     h = mean_of_response(t.entropy, t.segment, torch.ones_like(t.entropy))
     on_trace = mixed + t.sft_ratio * 0.5 * (sign * h).exp() * t.logp
@@ -268,7 +284,7 @@ def cosine(progress: float, high: float, low: float) -> float:
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def chord_mu(
+def mu_at(
     step: int, warmup: int = 0, decay: int = 200, peak: float = 0.9, valley: float = 0.05
 ) -> float:
     """CHORD's μ: linearly from 0 to the peak, then by a cosine to the valley."""
@@ -286,7 +302,7 @@ def warmup_cosine(cfg: Config, step: int) -> dict[str, float]:
 
 
 def mu_beside_rl(cfg: Config, step: int) -> dict[str, float]:
-    mu = chord_mu(step)
+    mu = mu_at(step)
     return {"sft_coef": mu, "rl_coef": 1 - mu}
 
 

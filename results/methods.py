@@ -3,7 +3,7 @@
     python results/methods.py
 
 w(π) is ∂ objective / ∂ log π of a trace token with advantage 1, by automatic differentiation of the
-objective that trains. The formulas in the table are checked against it in tests/test_methods.py.
+objective that trains. The formulas in the table are checked against it in tests/test_readme.py.
 """
 
 import re
@@ -41,13 +41,16 @@ ROUTES = {
     "hpt_2": "trace if at most 2 are right, else rollouts",
 }
 ROLLOUTS = {  # objective -> what a rollout's token counts, where it is not the ratio with a clip
-    "cispo": "sg(min(x, {cap:g}))·log π",
-    "gspo": "x of the whole response, clip {low:g}/{high:g}",
-    "gmpo": "x of the whole response, log x clipped at {low:g}",
-    "srft": "log π: .1e^H if right, -1 if wrong",
-    "srft_plus": "log π: .1e^H if right, -1 if wrong",
+    "cispo": "sg(min(x, {cap:g})) A log π",
+    "gspo": "x A, x of the whole response, clip {low:g}/{high:g}",
+    "gmpo": "x A, x of the whole response, log x clipped at {low:g}",
+    "srft": "A log π, times .1e^H if right",
+    "srft_plus": "A log π, times .1e^H if right",
 }
-ADVANTAGES = {"batch": ", then / std of the batch", "verdict": ""}
+ADVANTAGES = {  # advantages of rollouts that are not the group's
+    "whitened": "r - mean, whitened over the batch's tokens",
+    "plus_minus": "1 if right, -1 if wrong",
+}
 # Row -> the method's name, and its published average of the six benchmarks (Qwen2.5-Math-7B)
 NAMES = {
     "luffy": ("**LUFFY**", "50.1"),
@@ -64,7 +67,7 @@ NAMES = {
     "dft": ("DFT (2508.05629)", "-"),
     "trsft": ("TrSFT, TRAPO's weight", "-"),
     "sft_shaped": ("SFT with LUFFY's weight", "-"),
-    "hpt": ("HPT (2509.04419); SuperRL", "52.7"),
+    "hpt": ("HPT (2509.04419)", "52.7"),
     "hpt_2": ("HPT for Llama", "-"),
     "chord_phi": ("CHORD-φ (2508.11408)", "-"),
     "chord_mu": ("CHORD-μ", "-"),
@@ -84,8 +87,8 @@ NAMES = {
 # ------------------------------------------------------------------ the table
 def table() -> str:
     """One line for each row of ALGORITHMS, from its fields."""
-    head = "`--algo`", "method", "group", "who learns", "A of trace tokens", "w of a trace token"
-    head += "rollout tokens", "Z of rollouts", "Z of trace tokens", "published"
+    head = "`--algo`", "method", "group", "who learns", "A of a trace", "w of a trace token"
+    head += "A of a rollout", "objective of its token", "Z of rollouts", "Z of traces", "published"
     lines = [head, ["---"] * len(head)]
     lines += [[f"`{algo}`", NAMES[algo][0], *cells(algo), NAMES[algo][1]] for algo in NAMES]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -93,39 +96,42 @@ def table() -> str:
 
 def cells(algo: str) -> list[str]:
     cfg = Config(**ALGORITHMS[algo])
-    traces = cfg.traces or cfg.continuations
-    shaping = SHAPINGS[cfg.shaping]
-    group = f"{cfg.rollouts - cfg.continuations}+{cfg.traces}"
-    group += f", {cfg.continuations} from a prefix" if cfg.continuations else ""
+    has_trace, is_sft = cfg.traces or cfg.continuations, SHAPINGS[cfg.shaping].is_sft
+    plain = cfg.rollouts - cfg.continuations
+    group = f"{plain}+{cfg.traces}" if plain or cfg.traces else ""
+    group += ", " * bool(group and cfg.continuations)
+    group += f"{cfg.continuations} from a prefix" if cfg.continuations else ""
+    of_group = f"r - mean{', / std' if cfg.normalize_std else ''}"
     given = cfg.trace_advantage
-    rule = ADVANTAGES.get(cfg.advantage, "")
-    std = ", / std" if cfg.normalize_std else ""
-    z = "tokens" if cfg.token_mean else "N x own length" if cfg.sequence_mean else "N x L"
+    z = "tokens" if cfg.token_mean else "M x own length" if cfg.sequence_mean else "M x L"
     z += factor(cfg, "rl_coef")
-    own = f"their tokens{factor(cfg, 'sft_coef')}" if shaping.is_sft else z
+    sft_z = f"their tokens{factor(cfg, 'sft_coef')}"
+    of_trace = sft_z if is_sft else z if cfg.rollouts else "their tokens"
+    a_of_trace = f"{given:g}" if given is not None else of_group
     if cfg.objective in rivals.WITH_SFT:
-        own += f"; SFT's: their tokens{factor(cfg, 'sft_coef')}"
+        a_of_trace, of_trace = f"1 (SFT), {a_of_trace}", f"{sft_z} (SFT), {of_trace}"
     return [
         group,
         ROUTES[cfg.route],
-        "-" if not traces else f"{given:g}" if given is not None else f"r - mean{std}{rule}",
-        "-" if not traces else weight(cfg),
-        "-" if not cfg.rollouts else rollout_rule(cfg) + (rule or std),
+        a_of_trace if has_trace else "-",
+        weight(cfg) if has_trace else "-",
+        ADVANTAGES.get(cfg.advantage, of_group) if cfg.rollouts else "-",
+        rollout_rule(cfg) if cfg.rollouts else "-",
         z if cfg.rollouts else "-",
-        own if traces else "-",
+        of_trace if has_trace else "-",
     ]
 
 
 def factor(cfg: Config, name: str) -> str:
     """A coefficient that is not 1, from the first step to the last."""
     first, last = (f"{getattr(at_step(cfg, step), name):.2g}" for step in (0, cfg.steps - 1))
-    return f", times {first}" + f" to {last}" * (first != last) if {first, last} != {"1"} else ""
+    return f"; c = {first}" + f" to {last}" * (first != last) if {first, last} != {"1"} else ""
 
 
 def weight(cfg: Config) -> str:
     words = W[cfg.shaping][0]
     if cfg.objective.startswith("srft"):
-        words = f"½e^{'+' if cfg.objective.endswith('plus') else '-'}H, and {words}"
+        words = f"½e^{'+' if cfg.objective.endswith('plus') else '-'}H (SFT), {words}"
     if cfg.prefix_learns < 1:
         words += f", the {cfg.prefix_learns:.0%} most uncertain"
     return words
@@ -135,7 +141,7 @@ def rollout_rule(cfg: Config) -> str:
     if cfg.objective in ROLLOUTS:
         low, high = rivals.epsilons(cfg.clip, cfg.clip_high)
         return ROLLOUTS[cfg.objective].format(low=low, high=high, cap=1 + high)
-    ratio = "f(π)/f(π_old)" if cfg.shape_rollouts else "x"
+    ratio = "f(π)/f(π_old) A" if cfg.shape_rollouts else "x A"
     if cfg.clip is None:
         return ratio
     both = f"{cfg.clip:g}" if cfg.clip_high is None else f"{cfg.clip:g}/{cfg.clip_high:g}"

@@ -185,7 +185,7 @@ def rl_plus(case: dict) -> dict:
 def chord(case: dict) -> dict:
     """Its demonstrations are of other problems; each stands here as the trace of a group."""
     how, rows = case["params"], Rows(case)
-    mu = rivals.chord_mu(how["step"], **how["mu_schedule"])
+    mu = rivals.mu_at(how["step"], **how["mu_schedule"])
     cfg = config(
         case, "chord_phi" if how["phi"] else "chord_mu", clip=how["clip"], schedule="constant"
     )
@@ -211,7 +211,7 @@ def chord(case: dict) -> dict:
 
 def chord_schedule(case: dict) -> dict:
     columns = [row[:5] for row in case["rows"]]
-    return {"rows": [[*row, rivals.chord_mu(*row)] for row in columns]}
+    return {"rows": [[*row, rivals.mu_at(*row)] for row in columns]}
 
 
 def prefix_rft(case: dict) -> dict:
@@ -271,7 +271,7 @@ def advantages_alone(case: dict, row: str, advantage: str) -> dict:
 
 
 def reinforce_pp(case: dict) -> dict:
-    advantage = "batch" if case["params"]["shift_mean"] else "batch_std"
+    advantage = "whitened" if case["params"]["shift_mean"] else "batch_std"
     return advantages_alone(case, "reinforce_pp", advantage)
 
 

@@ -139,6 +139,21 @@ def test_of_a_prefix_only_the_uncertain_tokens_learn():
     assert made[1].advantage.tolist() == [-0.5] * 6 and made[2].advantage == 1.0
 
 
+def test_the_entropy_bonus_is_a_mean_as_the_rl_part_is():
+    """Over the tokens of all responses, over those of each, or over M x L; once each, if A = 1."""
+    for algo, total in (("dapo", 1.0), ("gspo", 1.0), ("hpt", 400 / (2 * 500)), ("sft", 1.0)):
+        cfg = Config(**ALGORITHMS[algo] | dict(entropy_coef=1.0, max_response_tokens=500))
+        made = [Trajectory(i, None, [0] * n, algo == "sft") for i, n in enumerate((100, 300))]
+        luffy.set_normaliser(made, cfg)
+        assert sum(t.bonus * len(t.response) for t in made) == pytest.approx(total), algo
+
+
+def test_the_sft_of_rivals_is_the_papers_row():
+    names = "rollouts", "traces", "trace_advantage", "lr", "problems_per_step", "steps", "scale"
+    for name in names:
+        assert rivals.SFT[name] == ALGORITHMS["sft"][name]
+
+
 def test_srfts_trace_is_learnt_by_sft_where_all_are_right():
     """Its advantage is 0 there; and in no other row does a trace without an advantage learn."""
     for algo, learns in (("srft", True), ("luffy", False)):

@@ -80,7 +80,7 @@ def make_trajectories(cfg: Config, problems: int = 4) -> list[Trajectory]:
             if cfg.rollouts - cfg.continuations <= i < cfg.rollouts:  # it continues a prefix
                 made[-1].prefix = len(response) // 2
                 if cfg.trace_advantage is not None:
-                    made[-1].advantage = made[-1].by_token(cfg.trace_advantage, advantage or 0.5)
+                    made[-1].advantage = made[-1].by_token(advantage or 0.5, cfg.trace_advantage)
     return made
 
 
@@ -206,7 +206,7 @@ def plain_loss(model, old_model, trajectories, cfg):
         logp, entropy = plain_logps(model, t)
         advantage, fixed = torch.as_tensor(t.advantage).expand(len(logp)), entropy.detach()
         rl, sft = cfg.rl_coef / z if z else 0.0, cfg.sft_coef / sft_z
-        rl = rl / len(logp) if cfg.sequence_mean else rl
+        rl = rl / (len(logp) - n * is_sft) if cfg.sequence_mean else rl
         pi, pi_old = logp.exp(), logp_old.exp()
         on_trace = advantage * plain_f(pi, pi_old, cfg)
         if cfg.objective == "dual_clip_all":
@@ -223,7 +223,10 @@ def plain_loss(model, old_model, trajectories, cfg):
                 own = trust[n:].clamp(max=cfg.tis_cap) * own
             own = own.expand(len(logp) - n) if own.dim() else own * (len(logp) - n)
             loss = loss - rl * own.sum()
-        loss = loss - cfg.entropy_coef / (z or sft_z) * entropy.sum()
+        bonus = (
+            cfg.entropy_coef / (z or sft_z) / (len(logp) - n * is_sft if cfg.sequence_mean else 1)
+        )
+        loss = loss - bonus * entropy.sum()
     return loss
 
 
