@@ -441,8 +441,9 @@ def set_advantages(trajectories: list[Trajectory], cfg: Config) -> None:
     rewards, right, lengths = torch.tensor(sum(everyones, [])).T.reshape(3, *rows)
     count = cfg.rollouts if cfg.baseline == "rollouts" else None
     group = group_advantages(rewards, normalize_std=cfg.normalize_std, count=count)
-    sizes = cfg.rollouts - cfg.continuations, cfg.rollouts
-    own, of_trace = ADVANTAGES[cfg.advantage](group, rewards, lengths, *sizes)
+    known = (x[:, :count] for x in (group, rewards, lengths))
+    found = ADVANTAGES[cfg.advantage](*known, cfg.rollouts - cfg.continuations, cfg.rollouts)
+    own, of_trace = (torch.cat([x, group[:, x.shape[1] :]], dim=1) for x in found)
     if cfg.trace_advantage is not None:
         of_trace = torch.full_like(group, cfg.trace_advantage)
     learns = ROUTES[cfg.route](right, cfg.rollouts).expand_as(right)

@@ -37,13 +37,21 @@ from machinery.processes import InputError, gather, launch, rank, seed_of, world
 luffy.SHAPINGS["exgrpo"] = luffy.SHAPINGS["luffy"]._replace(log_pi_phi=lambda logp_old: logp_old)
 luffy.ALGORITHMS["exgrpo"] = dict(rollouts=8, traces=0, clip=None, shaping="exgrpo", steps=700)
 PLACES = "load", "batch_at", "rollout", "update"
-plain = {name: getattr(luffy, name) for name in PLACES}
+plain = {name: getattr(luffy, name) for name in (*PLACES, "check")}
 
 
 @dataclass(frozen=True)
 class Config(luffy.Config):
     replay: float = flag(0.5, "share of a step's problems that come from the pool", 0, 1)
     replay_from: float = flag(0.35, "it starts when more of a batch is right", 0, 1)
+
+
+def check(cfg: Config, ranks: int) -> None:
+    if cfg.traces or cfg.continuations:
+        raise InputError("--traces, --continuations: here kept rollouts are traces; leave at 0")
+    if luffy.SHAPINGS[cfg.shaping].log_pi_phi is None:
+        raise InputError(f"--shaping {cfg.shaping}: a kept rollout needs its π_past; use exgrpo")
+    plain["check"](cfg, ranks)
 
 
 def draw(solved: dict[int, int], n: int, mean: float, rng: random.Random) -> list[int]:
@@ -79,8 +87,6 @@ class Pool:
         self.kept = {p: state[p] for p in problems}
 
     def load(self, cfg: Config, run: Any, *args: Any) -> tuple:
-        if cfg.traces or cfg.continuations:
-            raise InputError("--traces, --continuations: here kept rollouts are traces; leave at 0")
         self.cfg = cfg
         loaded = plain["load"](cfg, run, *args)
         self.policy = luffy.Policy(loaded[-1], cfg.temperature)
@@ -138,4 +144,4 @@ class Pool:
 if __name__ == "__main__":
     pool = Pool()
     replaced = {name: getattr(pool, name) for name in PLACES}
-    launch(partial(luffy.main, "exgrpo", Config=Config, **replaced))
+    launch(partial(luffy.main, "exgrpo", Config=Config, check=check, **replaced))

@@ -1,7 +1,7 @@
 """ORZ, arXiv:2503.24290: PPO with a critic, without discount, on the policy's own rollouts.
 
     python -m forks.orz                                                     # on the toy
-    torchrun --nproc_per_node=8 -m forks.orz --model Qwen2.5-Math-7B
+    torchrun --nproc_per_node=8 -m forks.orz --model Qwen2.5-Math-1.5B
 
 A second copy of the model has a value head and learns V(s_t), the reward to expect after t tokens.
 
@@ -13,7 +13,8 @@ AdamW (.9, .95) without decay, neither KL nor entropy bonus. Not as there:
 - The advantages are float32, not bfloat16. A right answer counts although its response was cut off.
 The toy's recipe comes before the row: two updates of the policy, lr 3e-4, 1.5e-3 for V, which
 is too much there (seed 0: V is hardly better than a constant); --critic_lr 3e-4 fits the rewards.
-The flags of group advantages change nothing. The critic takes as much memory as the policy.
+The flags of group advantages change nothing. The critic takes as much memory as the policy: 7B
+needs eight GPUs of 141 GiB.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """PRIME, arXiv:2502.01456: rewards of single tokens, from a model that learns from verdicts alone.
 
     python -m forks.prime                                                   # on the toy
-    torchrun --nproc_per_node=8 -m forks.prime --model Qwen2.5-Math-7B
+    torchrun --nproc_per_node=8 -m forks.prime --model Qwen2.5-Math-1.5B
 
 A second copy φ of the model has q_t = log π_φ - log π_ref. It learns that β Σ_t q_t is the log-odds
 of a right response. Advantages come from the q of a token and of later ones, and from the verdict.
@@ -14,7 +14,8 @@ learning rates 5e-7 and 1e-6, gradients clipped at 1 and 10, no KL, no entropy. 
 - q_t is divided by the largest |Σ_{u>=t} q_u| of the batch, not of a rank's part of it.
 - A problem with fewer than .2 or more than .8 right rollouts is not replaced by another one.
 The toy's recipe comes before the row: two updates, lr 3e-4, and so 6e-4 for φ. Flags of group
-advantages change nothing. φ takes as much memory as the policy.
+advantages change nothing. φ takes as much memory as the policy: 7B
+needs eight GPUs of 141 GiB.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """ReLIFT, arXiv:2506.07527: RL, and SFT on the problems that RL could not solve, in turns.
 
     python -m forks.relift                                                     # on the toy
-    torchrun --nproc_per_node=8 -m forks.relift --model Qwen2.5-Math-7B
+    torchrun --nproc_per_node=8 -m forks.relift --model Qwen2.5-Math-7B --token_budget 16384
 
 A problem of which no rollout is right enters a queue, at its front. When this holds enough after
 RL's updates, there is one SFT step on the traces of its first ones, by an AdamW of its own.
@@ -24,7 +24,7 @@ from machinery.flags import flag
 from machinery.processes import InputError, gather, launch, progress, rank, world_size
 
 luffy.ALGORITHMS["relift"] = dict(rollouts=8, traces=0, clip=None, max_grad_norm=0.7)
-plain_load, plain_update = luffy.load, luffy.update
+plain_load, plain_update, plain_check = luffy.load, luffy.update, luffy.check
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class Config(luffy.Config):
 
     def more_memory(self, weights: int, state: int, moments: int) -> list[tuple[str, str, int]]:
         return [("always", "the state of SFT's AdamW", moments)]
+
+
+def check(cfg: Config, ranks: int) -> None:
+    if 0 < cfg.sft_problems < ranks:  # a rank without a trace would not meet the others
+        raise InputError(f"--sft_problems {cfg.sft_problems}: less than {ranks} ranks")
+    if not cfg.rollouts:
+        raise InputError("--rollouts 0: without them no problem is known to be unsolved")
+    plain_check(cfg, ranks)
 
 
 def as_sft(cfg: Config) -> Config:
@@ -69,8 +77,6 @@ class SFT(ShardedAdamW):
         self.queue = state["queue"]
 
     def load(self, cfg: Config, run: Any, *args: Any) -> tuple:
-        if 0 < cfg.sft_problems < world_size():  # a rank without a trace would not meet the others
-            raise InputError(f"--sft_problems {cfg.sft_problems}: less than {world_size()} ranks")
         loaded = plain_load(replace(cfg, traces=1), run, *args)  # problems that have a trace
         self.run, self.problems = run, loaded[1]
         self.number = {id(problem): n for n, problem in enumerate(self.problems)}
@@ -92,11 +98,13 @@ class SFT(ShardedAdamW):
             with progress("sft", sum(len(t.response) for t in sft)) as bar:
                 luffy.add_up_gradients(policy, sft, as_sft(cfg), means, bar)
             self.set_lr(cfg.sft_lr or cfg.lr)
-            means.add("sft_grad_norm", [self.step(cfg.sft_max_grad_norm)])
+            means.add("grad_norm", [self.step(cfg.sft_max_grad_norm)])
             self.zero_grad()
-        return metrics | means.reduce() | {"queue": len(self.queue)}  # trace_f: SFT's mean log π
+        of_sft = {f"sft/{name}": value for name, value in means.reduce().items()}
+        return metrics | of_sft | {"queue": len(self.queue)}  # sft/trace_f: the mean log π
 
 
 if __name__ == "__main__":
     sft = SFT()
-    launch(partial(luffy.main, "relift", Config=Config, load=sft.load, update=sft.update))
+    replaced = dict(Config=Config, check=check, load=sft.load, update=sft.update)
+    launch(partial(luffy.main, "relift", **replaced))

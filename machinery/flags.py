@@ -39,7 +39,10 @@ def parse(config: type, argv: list[str] | None, description: str) -> dict[str, A
             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"),
             **(dict(nargs="?", const="this") if f.name == "dry_run" else {}),
         )
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    if given.get("clip", 0) is None:  # --clip none: on neither side, whatever the row has
+        given.setdefault("clip_high", None)
+    return given
 
 
 def truth(text: str) -> bool:
@@ -90,6 +93,10 @@ def check(
             f"--continuations {cfg.continuations}: they are some of the rollouts, so at most "
             f"--rollouts {cfg.rollouts}"
         )
+    if cfg.rollouts + cfg.traces == 0:
+        raise InputError("--rollouts 0 --traces 0: a group needs one of them")
+    if cfg.prefix != "none" and not cfg.continuations:
+        raise InputError(f"--prefix {cfg.prefix}: for how many rollouts? --continuations N")
     if cfg.token_mean and cfg.sequence_mean:
         raise InputError("--token_mean and --sequence_mean: Z can be one of them only")
     if cfg.problems_per_step % shards:

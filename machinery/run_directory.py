@@ -96,7 +96,8 @@ class Run:
         new = asdict(self.cfg)
         # of a version with fewer fields; none had a scale
         old = {f.name: f.default for f in fields(self.cfg)} | {"scale": 1.0} | old
-        may_change = MAY_CHANGE - ({"steps"} if new["schedule"] != "constant" else set())
+        uses_steps = new["schedule"] != "constant" or new["prefix"] != "none"
+        may_change = MAY_CHANGE - ({"steps"} if uses_steps else set())
         differ = [
             f"{name} was {old[name]!r}, now {new[name]!r}"
             for name in new
@@ -173,7 +174,7 @@ class Run:
         show: bool,
     ) -> None:
         """When `step` steps are done. show: keep groups for report.html, too."""
-        sampled = sum(len(t.response) for t in trajectories if not t.off_policy)
+        sampled = sum(len(t.response) - t.trace_tokens for t in trajectories)
         trained = sum(len(t.problem.prompt_ids) + len(t.response) for t in trajectories)
         tokens = {"sample": all_reduce(sampled), "update": all_reduce(trained)}
         speed = {

@@ -18,6 +18,12 @@ from machinery.rivals import ROWS  # noqa: E402
 ALL_ROWS = tuple(ALGORITHMS)  # a fork adds its own when a test imports it
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first, so that the last process to finish is not alone for long."""
+    longest = "test_toy", "test_distributed", "test_resume", "test_rivals"
+    items.sort(key=lambda item: not item.path.stem.startswith(longest))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random model of the toy's shape and its tokenizer: the program takes it for a toy."""

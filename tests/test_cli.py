@@ -48,6 +48,12 @@ def test_flags_that_do_not_parse(capsys, args, words):
     assert exit.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_no_clip_is_no_clip_on_either_side():
+    assert parse_args(["--algo", "dapo", "--clip", "none"]).clip_high is None
+    assert parse_args(["--algo", "dapo", "--clip", "0.1"]).clip_high == 0.28
+    assert parse_args(["--algo", "cispo"]).clip_high == 4.0  # its cap alone
+
+
 def test_every_row_names_fields_and_is_reached_by_its_name():
     names = {f.name for f in fields(Config)}
     for algo, row in ALGORITHMS.items():
@@ -112,6 +118,11 @@ def test_the_papers_recipe_is_the_default_and_the_toy_changes_sizes_only():
         (["--traces", "2"], ["--traces 2"]),
         (["--rollouts", "0", "--traces", "0"], ["--rollouts 0", "two rewards"]),
         (["--rollouts", "0"], ["two rewards"]),
+        (["--algo", "sft", "--traces", "0"], ["--rollouts 0 --traces 0"]),
+        (["--prefix", "uniform"], ["--prefix uniform", "--continuations"]),
+        (["--continuations", "8"], ["--continuations 8", "--rollouts 7"]),
+        (["--algo", "gspo", "--token_mean", "true"], ["--token_mean", "--sequence_mean"]),
+        (["--rl_coef", "0"], ["--rl_coef 0", "above 0"]),
         (["--algo", "rl_sft", "--rollouts", "1"], ["two rewards"]),
         (["--gamma", "0"], ["--gamma"]),
         (["--shaping", "cubic"], ["--shaping cubic", "luffy"]),

@@ -132,7 +132,7 @@ def test_the_kept_rollout_of_the_lowest_entropy_takes_the_last_place(pool, monke
 
 def test_traces_are_refused():
     with pytest.raises(InputError, match="--traces"):
-        exgrpo.Pool().load(exgrpo.Config(traces=1), None)
+        exgrpo.check(exgrpo.Config(traces=1), 1)
 
 
 def grade(trajectories, *_):

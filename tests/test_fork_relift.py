@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,7 +84,7 @@ def test_a_resumed_run_has_the_same_bits(tiny_model, tmp_path, train):
     train(tiny_model, tmp_path / "part", "steps", 2)
     assert train(tiny_model, tmp_path / "part", "steps", 4) == whole
     assert [row["queue"] for row in whole] == [1, 2, 3, 4]
-    assert all(row["sft_grad_norm"] > 0.1 and row["trace_f"] < -1 for row in whole)
+    assert all(row["sft/grad_norm"] > 0.1 and row["sft/trace_f"] < -1 for row in whole)
     assert whole[-1]["trace_f"] > whole[0]["trace_f"]  # of log π, over other traces
 
 
@@ -103,7 +102,7 @@ def test_a_step_that_solves_everything_leaves_the_queue_alone(monkeypatch):
 def test_too_few_traces_for_the_ranks_are_refused(monkeypatch):
     monkeypatch.setattr(relift, "world_size", lambda: 4)
     with pytest.raises(InputError, match="--sft_problems 3"):
-        relift.SFT().load(relift.Config(sft_problems=3), SimpleNamespace())
+        relift.check(relift.Config(sft_problems=3), 4)
 
 
 @pytest.mark.slow

@@ -154,6 +154,17 @@ def test_the_sft_of_rivals_is_the_papers_row():
         assert rivals.SFT[name] == ALGORITHMS["sft"][name]
 
 
+def test_statistics_over_rollouts_leave_the_trace_out():
+    """RLOO's and the whitened advantages of a row whose baseline is the rollouts'."""
+    verdicts = [0.0] * 8 + [1.0] + [1.0] * 4 + [0.0] * 4 + [1.0]
+    for advantage, expected in (("others", [0, 4 / 7, -4 / 7]), ("whitened", [0, 1.369, -1.369])):
+        cfg = Config(**ALGORITHMS["hpt"] | dict(advantage=advantage, route="all"))
+        made = [Trajectory(0, None, [0], right=r, reward=r) for r in verdicts]
+        luffy.set_advantages(made, cfg)
+        found = [made[i].advantage for i in (0, 9, 13)]
+        assert found == pytest.approx(expected, abs=1e-3), advantage
+
+
 def test_srfts_trace_is_learnt_by_sft_where_all_are_right():
     """Its advantage is 0 there; and in no other row does a trace without an advantage learn."""
     for algo, learns in (("srft", True), ("luffy", False)):
