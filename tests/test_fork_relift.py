@@ -85,7 +85,7 @@ def test_a_resumed_run_has_the_same_bits(tiny_model, tmp_path, train):
     assert train(tiny_model, tmp_path / "part", "steps", 4) == whole
     assert [row["queue"] for row in whole] == [1, 2, 3, 4]
     assert all(row["sft/grad_norm"] > 0.1 and row["sft/trace_f"] < -1 for row in whole)
-    assert whole[-1]["trace_f"] > whole[0]["trace_f"]  # of log π, over other traces
+    assert whole[-1]["sft/trace_f"] > whole[0]["sft/trace_f"]  # of log π, over other traces
 
 
 def test_a_step_that_solves_everything_leaves_the_queue_alone(monkeypatch):
