@@ -50,7 +50,7 @@ def continue_from(
         n,
         seeds=[seeds[i] for i in batch],
         temperature=cfg.temperature,
-        max_tokens=length - min(map(len, heads.values()), default=0),
+        max_tokens=length,  # not less: samples may not depend on the other problems' prefixes
     )
     return {
         i: [
