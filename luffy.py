@@ -441,7 +441,7 @@ def set_advantages(trajectories: list[Trajectory], cfg: Config) -> None:
     rewards, right, lengths = torch.tensor(sum(everyones, [])).T.reshape(3, *rows)
     count = cfg.rollouts if cfg.baseline == "rollouts" else None
     group = group_advantages(rewards, normalize_std=cfg.normalize_std, count=count)
-    known = (x[:, :count] for x in (group, rewards, lengths))
+    known = [x[:, :count] for x in (group, rewards, lengths)]
     found = ADVANTAGES[cfg.advantage](*known, cfg.rollouts - cfg.continuations, cfg.rollouts)
     own, of_trace = (torch.cat([x, group[:, x.shape[1] :]], dim=1) for x in found)
     if cfg.trace_advantage is not None:
@@ -497,8 +497,7 @@ def set_normaliser(mini_batch: list[Trajectory], cfg: Config) -> None:
     """inv_z of each trajectory: coefficient / Z, or 0 if it does not learn; and entropy's c / Z.
 
     It is fixed before the first backward pass, so that micro-batches and ranks just add up. What a
-    route leaves out counts in the RL part's Z, and so makes the others no heavier; SFT's is a mean
-    of those that learn. With sequence_mean Z is M x the trajectory's own length, of M trajectories.
+    route leaves out counts in RL's Z, and so makes the others no heavier; SFT's Z is without it.
     """
     is_sft = SHAPINGS[cfg.shaping].is_sft
     of_rl = [len(t.response) - t.trace_tokens * is_sft for t in mini_batch]  # tokens

@@ -2,7 +2,7 @@
 
 A group whose rewards are all alike has no advantage. Its place in the batch is given to another
 problem, which is sampled and graded at once, --refill times at most. (arXiv:2503.14476;
-volcengine/verl@b178a3c, recipe dapo) --algo may be any row; DAPO's is in machinery/rivals.py.
+volcengine/verl@b178a3c, recipe dapo) --algo may be any row; the default is rivals' dapo.
 
     python -m forks.dapo
     torchrun --nproc_per_node=8 -m forks.dapo --model Qwen2.5-Math-7B
@@ -28,6 +28,8 @@ from machinery.processes import all_reduce, launch, seed_of
 
 HELP = "times that a group of one reward is replaced: each costs sampling before the update"
 plain = {name: getattr(luffy, name) for name in ("load", "rollout", "score")}  # main replaces them
+
+luffy.ALGORITHMS["dapo_refill"] = luffy.ALGORITHMS["dapo"]
 
 
 @dataclass(frozen=True)
@@ -72,4 +74,4 @@ class Refill:
 if __name__ == "__main__":
     r = Refill()
     replaced = dict(Config=Config, load=r.load, rollout=r.rollout, score=r.score)
-    launch(partial(luffy.main, algo="dapo", **replaced))
+    launch(partial(luffy.main, algo="dapo_refill", **replaced))

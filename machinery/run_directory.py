@@ -103,6 +103,7 @@ class Run:
             for name in new
             if name not in may_change and old[name] != new[name]
         ]
+        differ += [f"{n} was {old[n]!r}, now there is no such flag" for n in old if n not in new]
         if differ and read_jsonl(self.out / "metrics.jsonl"):  # else there is nothing to lose
             raise InputError(
                 f"--out {self.out} holds a run with another configuration: {'; '.join(differ)}. "

@@ -22,6 +22,7 @@ def test_the_rule_by_hand():
     torch.testing.assert_close(values.grad, torch.tensor([-0.4, 0.0, -0.9]))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(tiny_model, tmp_path):
     whole, _, cut = train(tmp_path, "orz", tiny_model, ("whole", 4), ("cut", 2), ("cut", 4))
     assert len(whole) == 4 and whole == cut

@@ -75,7 +75,7 @@ def test_the_table_of_methods_is_the_one_that_the_code_gives():
     from results import methods
 
     assert methods.table() in README and methods.fill(README) == README
-    assert list(methods.NAMES) == list(ALL_ROWS)
+    assert set(methods.NAMES) <= set(ALL_ROWS)  # a fork's own row need not be there
 
 
 def test_the_formulas_of_w_are_the_slopes_of_the_objective():
