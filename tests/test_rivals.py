@@ -201,6 +201,7 @@ ROWS = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow  # its quicker relative: test_distributed, LUFFY's runs
 def test_one_and_two_processes_have_the_same_gradients_in_every_row(tiny_model, tmp_path):
     script = tmp_path / "rows.py"
     script.write_text(ROWS)
