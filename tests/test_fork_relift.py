@@ -78,6 +78,7 @@ def train(monkeypatch):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow  # its quicker relative: the same for forks.exgrpo
 def test_a_resumed_run_has_the_same_bits(tiny_model, tmp_path, train):
     """An untrained model solves nothing: 4 problems a step enter the queue, 3 leave it."""
     whole = train(tiny_model, tmp_path / "whole", "steps", 4)
