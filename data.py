@@ -56,6 +56,8 @@ class Problem:
     trace_ids: Sequence[int] = ()  # ends in the one EOS
     trace_reward: float = 0.0  # of the trace, by the verifier
     opened: str = ""  # "<think>\n" if the prompt ends in <think>: the response is in a thought
+    trace_logps: Sequence[float] = ()  # the teacher's log π_φ, one for each of trace_ids; none: 0
+    others: tuple["Problem", ...] = ()  # the same problem with its other traces
 
 
 # ------------------------------------------------------------------ sources
