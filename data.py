@@ -13,19 +13,23 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from machinery import toy
 from machinery.files import write
+from machinery.flags import Config
 from machinery.processes import InputError, gather, progress, rank, say, world_size
 from verify import Grader
 
 THINK = "<think>\n"
 SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."  # for data without one
+ASK_FOR_A_BOX = {"role": "system", "content": SYSTEM}  # left out where the template asks for it
 
 THINK_SYSTEM = (
     "Think it through between <think> and </think>, then write the solution and put "
@@ -145,7 +149,7 @@ def from_gsm8k(row: dict, where: str) -> Problem:
     gold = gold.strip().replace(",", "")
     solution = re.sub(r"<<[^>]*>>", "", solution).strip()
     user = {"role": "user", "content": field(row, "question", str, where)}
-    prompt = [{"role": "system", "content": SYSTEM}, user]
+    prompt = [ASK_FOR_A_BOX, user]
     return Problem(prompt, gold, f"{solution}\nThe answer is \\boxed{{{gold}}}.", "gsm8k")
 
 
@@ -188,7 +192,7 @@ def bare(row: dict, column: str, answer: Any, where: str) -> Problem:
     if answer is None or not str(answer).strip():
         raise InputError(f"{where}: the answer is empty")
     return Problem(
-        prompt=[{"role": "user", "content": field(row, column, str, where)}],
+        prompt=[ASK_FOR_A_BOX, {"role": "user", "content": field(row, column, str, where)}],
         answer=str(answer),
         source=str(row.get("benchmark") or ""),
     )
@@ -236,17 +240,13 @@ def messages(row: dict, column: str, where: str) -> list[dict[str, str]]:
 
 # ------------------------------------------------------------------ tokens
 def encode(
-    problems: list[Problem],
-    tokenizer: Tokenizer,
-    *,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
+    problems: list[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int, max_trace_tokens: int
 ) -> tuple[list[Problem], Counter]:
     """Fill the token fields; drop what does not fit. -> (problems kept, reason -> number dropped).
 
-    A trace becomes its tokens and exactly one EOS, and must fit into max_response_tokens with it.
-    A problem without a trace is kept. Raises InputError if the tokenizer has no EOS, or no chat
-    template while a prompt consists of messages.
+    A trace becomes its tokens and exactly one EOS, and must fit into max_trace_tokens with it. A
+    problem without a trace is kept. Raises InputError if the tokenizer has no EOS, or no chat
+    template while a prompt consists of messages, or if trace_logps are not one for each token.
     """
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -264,12 +264,18 @@ def encode(
         trace_ids = trace_tokens(problem.trace, opened, tokenizer)
         if len(prompt_ids) > max_prompt_tokens:
             dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
-        elif len(trace_ids) > max_response_tokens:
-            dropped[f"trace longer than {max_response_tokens} tokens"] += 1
+        elif len(trace_ids) > max_trace_tokens:
+            dropped[f"trace longer than {max_trace_tokens} tokens"] += 1
         elif opened and problem.trace is not None and "</think>" not in problem.trace:
             dropped["trace without the </think> that its prompt asks for"] += 1
         elif tokenizer.eos_token_id in trace_ids[:-1]:
             dropped["EOS inside the trace"] += 1
+        elif problem.trace_logps and len(problem.trace_logps) != len(trace_ids):
+            raise InputError(
+                f"{len(problem.trace_logps)} trace_logps for the {len(trace_ids)} tokens of the "
+                f"trace {problem.trace!r:.60}, its EOS included, but without the <think> that the "
+                "prompt has: the teacher's have to be of the same tokens"
+            )
         else:
             kept.append(
                 replace(
@@ -284,15 +290,30 @@ def encode(
 
 
 def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
-    """The text that the model sees: a plain prompt as it is, messages through the chat template."""
+    """The text that the model sees: messages through the chat template, or a plain prompt as it is.
+
+    Both begin with the tokenizer's BOS. Our own system message is left out where the template asks
+    for a box.
+    """
     if isinstance(prompt, str):
-        return prompt
+        bos = bos_of(tokenizer)
+        return prompt if prompt.startswith(bos) else bos + prompt
     if tokenizer.chat_template is None:
         raise InputError(
             "the tokenizer has no chat template, and the prompts are chat messages. "
-            "Put a chat_template into its tokenizer_config.json"
+            "Put a chat_template into its tokenizer_config.json, or name a file: --template FILE"
         )
-    return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+    given = [m for m in prompt if m != ASK_FOR_A_BOX]
+    template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
+    text = str(template(given))
+    asked = len(given) == len(prompt) or "boxed" in text  # by the template, or in the problem
+    return text if asked else str(template(prompt))
+
+
+def bos_of(tokenizer: Tokenizer) -> str:
+    """The BOS that this tokenizer puts before a text, or "". Chat templates have it in them."""
+    bos = tokenizer.bos_token_id
+    return tokenizer.bos_token if bos is not None and tokenizer.encode("")[:1] == [bos] else ""
 
 
 def text_of(ids: Sequence[int], tokenizer: Tokenizer) -> str:
@@ -300,30 +321,50 @@ def text_of(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     return str(tokenizer.decode(list(ids)))
 
 
-def choose_template(problems: list[Problem], tokenizer: Tokenizer) -> None:
-    """Give the tokenizer our chat template if its own does not suit the data, and say so.
+def choose_template(problems: list[Problem], tokenizer: Tokenizer, template: str = "auto") -> None:
+    """Give the tokenizer the chat template that is to be used, and say so if it is not its own.
 
-    It suits if there is one and, where traces have thoughts, a prompt ends in the opened thought.
-    This looks at the data, not at the algorithm: all arms see the same prompts. The template is
-    saved with the checkpoints, as the tokenizer's own.
+    template: "own", a file with a template in jinja, or "auto": ours if the tokenizer has none, or
+    if traces have thoughts and a prompt by its own does not end in the opened thought. This looks
+    at the data, not at the algorithm: all arms see the same prompts. The template is saved with the
+    checkpoints, as the tokenizer's own. Raises InputError on a file that is no such template.
     """
     chats, thoughts = [], False
     for p in problems:
         if not isinstance(p.prompt, str):
-            chats.append(p.prompt)
+            chats.append([m for m in p.prompt if m != ASK_FOR_A_BOX])
             thoughts = thoughts or (p.trace or "").lstrip().startswith("<think>")
     own = tokenizer.chat_template
-    if not chats or own and (not thoughts or render(chats[0], tokenizer).endswith(THINK)):
+    if template not in ("auto", "own"):
+        return use_template(tokenizer, template_file(template), chats, template)
+    suits = own and (not thoughts or chats and render(chats[0], tokenizer).endswith(THINK))
+    if not chats or template == "own" or suits:
         return
     system, opening = (THINK_SYSTEM, f" {THINK}") if thoughts else (SYSTEM, "\n")
     if chats[0][0]["role"] == "system":  # then so for problems without one, in evaluation
         system = chats[0][0]["content"]
     constants = f"{{% set SYSTEM = {system!r} %}}{{% set OPENING = {opening!r} %}}"
-    tokenizer.chat_template = constants + CHAT_TEMPLATE
-    say(
-        f"template    ours ({'its own does not open the thought' if own else 'it has none'}): "
-        f"...{render(chats[0], tokenizer)[-40:]!r}"
-    )
+    why = "its own does not open the thought" if own else "it has none"
+    use_template(tokenizer, constants + CHAT_TEMPLATE, chats, f"ours ({why})")
+
+
+def use_template(tokenizer: Tokenizer, text: str, chats: list, name: str) -> None:
+    if not chats:
+        raise InputError(f"--template {name}: the prompts are plain text, not chat messages")
+    tokenizer.chat_template = text
+    try:
+        if not render(chats[0], tokenizer).startswith(bos_of(tokenizer)):
+            tokenizer.chat_template = "{{ bos_token }}" + text
+        say(f"template    {name}: ...{render(chats[0], tokenizer)[-40:]!r}")
+    except jinja2.TemplateError as error:
+        raise InputError(f"--template {name}: {error}") from error
+
+
+def template_file(name: str) -> str:
+    try:
+        return Path(name).read_text("utf-8").removesuffix("\n")  # editors end a file with one
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--template {name}: expected auto, own, or a file ({error})") from error
 
 
 def trace_tokens(trace: str | None, opened: str, tokenizer: Tokenizer) -> list[int]:
@@ -342,26 +383,23 @@ def trace_tokens(trace: str | None, opened: str, tokenizer: Tokenizer) -> list[i
 
 # ------------------------------------------------------------------ the training set
 def load_training_set(
-    name: str,
-    tokenizer: Tokenizer,
-    grader: Grader,
-    verdicts: Path,
-    need_traces: bool,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
+    cfg: Config, tokenizer: Tokenizer, grader: Grader, verdicts: Path
 ) -> list[Problem]:
-    """The problems of a source to train on, with verified traces that fit; says what it drops.
+    """The problems of cfg.data to train on, with verified traces that fit; says what it drops.
 
-    Every algorithm gets the same problems, with one exception: an algorithm that uses no traces
-    keeps the problems that have none. The file `verdicts` keeps the traces' rewards, so that a
-    resumed run has the same problems even if a verifier's time limit would now decide otherwise.
-    Raises InputError if no problem is left.
+    A trace that is too long or wrong is dropped, and a problem with its last trace. So every
+    algorithm gets the same problems, with one exception: one that uses no traces, or rolls out in
+    their place (--untraced rollout), keeps the problems that never had one. The file `verdicts`
+    keeps the traces' rewards, so that a resumed run has the same problems even if a verifier's time
+    limit would now decide otherwise. Raises InputError if no problem is left.
     """
-    problems = load_problems(name)
-    choose_template(problems, tokenizer)
-    limits = dict(max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens)
+    name, rows = cfg.data, load_problems(cfg.data)
+    choose_template(rows, tokenizer, cfg.template)
+    problems = [trace for p in rows for trace in (p, *p.others)]  # one for each trace
+    limits = dict(max_prompt_tokens=cfg.max_prompt_tokens)
+    limits["max_trace_tokens"] = cfg.max_trace_tokens or cfg.max_response_tokens
     kept, dropped = encode(problems, tokenizer, **limits)
-    if need_traces:
+    if cfg.traces + cfg.continuations and cfg.untraced == "drop":
         dropped["no trace"] = sum(p.trace is None for p in kept)
         kept = [p for p in kept if p.trace is not None]
     jobs = [(p.opened + text_of(p.trace_ids, tokenizer), p.answer) for p in kept]
@@ -379,15 +417,31 @@ def load_training_set(
     reasons = "".join(f"; dropped {n}: {reason}" for reason, n in sorted(dropped.items()) if n)
     if not kept:
         raise InputError(f"--data {name}: no problem is left to train on{reasons}")
-    say(f"{name}: {len(kept)} of {len(problems)} problems{reasons}")
-    return kept
+    merged = one_a_problem(kept)
+    traces = f", {len(kept)} traces" if len(kept) > len(merged) else ""
+    untraced = sum(p.trace is None for p in merged) if cfg.traces else 0
+    rolled_out = f", {untraced} of them without a trace" if untraced else ""
+    total = len(one_a_problem(problems))
+    say(f"{name}: {len(merged)} of {total} problems{traces}{rolled_out}{reasons}")
+    return merged
 
 
-def load_benchmarks(
-    names: Iterable[str], tokenizer: Tokenizer, max_prompt_tokens: int
-) -> list[Problem]:
-    """The problems of some sources to evaluate on, encoded; says what it drops."""
-    problems = [p for name in names for p in load_problems(name, split="test")]
+def one_a_problem(problems: list[Problem]) -> list[Problem]:
+    """Those of the same prompt and answer become one, with `others`. The first ones' order."""
+    found: dict[tuple, list[Problem]] = {}
+    for p in problems:
+        found.setdefault((json.dumps(p.prompt), p.answer), []).append(replace(p, others=()))
+    merged = []
+    for same in found.values():
+        first, *others = [p for p in same if p.trace is not None] or same[:1]
+        merged.append(replace(first, others=tuple(others)))
+    return merged
+
+
+def load_benchmarks(names: str, tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Problem]:
+    """The problems of the sources A,B to evaluate on, encoded; says what it drops."""
+    sources = [source for source in names.split(",") if source not in ("", "none")]
+    problems = [p for name in sources for p in load_problems(name, split="test")]
     return to_evaluate(problems, tokenizer, max_prompt_tokens=max_prompt_tokens)
 
 
@@ -395,8 +449,8 @@ def to_evaluate(
     problems: list[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int
 ) -> list[Problem]:
     """Encoded, without their traces: none is left out because its teacher was long-winded."""
-    bare = [replace(p, trace=None) for p in problems]
-    limits = dict(max_prompt_tokens=max_prompt_tokens, max_response_tokens=0)
+    bare = [replace(p, trace=None, trace_logps=(), others=()) for p in problems]
+    limits = dict(max_prompt_tokens=max_prompt_tokens, max_trace_tokens=0)
     kept, dropped = encode(bare, tokenizer, **limits)
     for reason, number in dropped.items():
         say(f"evaluation leaves out {number} of {len(problems)} problems: {reason}")
@@ -408,7 +462,8 @@ def batch_at(problems: list[Problem], step: int, size: int, seed: int) -> list[P
     """The batch of a step (from 0): a pure function, so that there is no sampler state to save.
 
     The epochs' shuffles, each its own function of (seed, epoch), stand one after the other; step s
-    reads positions [s * size, (s + 1) * size).
+    reads positions [s * size, (s + 1) * size). Of several traces of a problem an epoch has one, in
+    turn.
     """
     epochs: dict[int, list[int]] = {}
     batch = []
@@ -417,5 +472,7 @@ def batch_at(problems: list[Problem], step: int, size: int, seed: int) -> list[P
         if epoch not in epochs:
             epochs[epoch] = list(range(len(problems)))
             random.Random(f"{seed}/{epoch}").shuffle(epochs[epoch])
-        batch.append(problems[epochs[epoch][i]])
+        problem = problems[epochs[epoch][i]]
+        same = problem, *getattr(problem, "others", ())
+        batch.append(same[epoch % len(same)])
     return batch

@@ -24,11 +24,11 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from data import SYSTEM, Problem, load_problems, render, to_evaluate
+from data import Problem, load_problems, to_evaluate
 from luffy import VLLMSampler
 from machinery import plan
 from machinery.files import append, read_jsonl, to_jsonl, write
-from machinery.model import find, from_pretrained, load_config, load_tokenizer
+from machinery.model import end_ids, find, from_pretrained, load_config, load_tokenizer
 from machinery.processes import InputError, barrier, init_processes, launch, progress, rank, say
 from machinery.processes import world_size
 from machinery.published import BENCHMARKS, GROUPS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
@@ -84,24 +84,15 @@ def load_benchmark(name: str, data_dir: str = "") -> tuple[Benchmark, list[Probl
     return bench, problems
 
 
-def to_prompt(problem: Problem, template: str, tokenizer: Tokenizer) -> Problem:
-    """With the prompt of a row of TEMPLATES. Raises InputError for a prompt that is plain text.
-
-    Under `own`, where neither the data nor the chat template says that the answer has to be boxed,
-    a system message does.
-    """
+def to_prompt(problem: Problem, template: str) -> Problem:
+    """With the prompt of a row of TEMPLATES. Raises InputError for a prompt that is plain text."""
+    if template == "own":
+        return problem
     if isinstance(problem.prompt, str):
-        if template == "own":
-            return problem
         raise InputError(
             f"--template {template}: the prompts of {problem.source} are plain text, "
             "not messages; they can only be used as they are (--template own)"
         )
-    ours = {"role": "system", "content": SYSTEM}
-    if template == "own":
-        messages = [m for m in problem.prompt if m != ours]
-        said = "boxed" in render(messages, tokenizer)
-        return replace(problem, prompt=messages if said else [ours, *messages])
     messages = [m for m in problem.prompt if m["role"] != "system"]
     if template == "own_no_system":
         return replace(problem, prompt=messages)
@@ -367,7 +358,7 @@ def main() -> None:
     }
     most = max(room.values())
     sampler, rows_at_once = load_sampler(
-        sampler_kind(args.sampler), path, config, tokenizer.eos_token_id, longest + most
+        sampler_kind(args.sampler), path, config, end_ids(path, tokenizer), longest + most
     )
     scores: Scores = {}
     with Grader() as grader:
@@ -392,8 +383,7 @@ def ask(
     benchmarks = {}
     for name in sum((list(GROUPS.get(n, [n])) for n in args.bench.split(",")), []):
         bench, problems = load_benchmark(name, args.data_dir)
-        if args.template != "own" or not bench.built_in:
-            problems = [to_prompt(p, args.template, tokenizer) for p in problems]
+        problems = [to_prompt(p, args.template) for p in problems]
         room = min(args.max_prompt_tokens, context - 1)
         benchmarks[name] = bench, to_evaluate(problems, tokenizer, max_prompt_tokens=room)
         if not benchmarks[name][1]:
@@ -405,12 +395,12 @@ def ask(
 
 
 def load_sampler(
-    kind: str, path: str, config: PretrainedConfig, eos: int, longest: int
+    kind: str, path: str, config: PretrainedConfig, ends: list[int], longest: int
 ) -> tuple[Sampler, int]:
     """-> a sampler with the model's weights, responses to ask for at once."""
     if kind == "torch":
-        return TorchSampler(path, config, eos), TORCH_ROWS
-    sampler = VLLMSampler(path, config, eos, longest, plan.evaluation_cache_bytes(config))
+        return TorchSampler(path, config, ends), TORCH_ROWS
+    sampler = VLLMSampler(path, config, ends, longest, plan.evaluation_cache_bytes(config))
     sampler.push(from_pretrained(path, config=config).named_parameters())
     return sampler, VLLM_ROWS
 

@@ -22,9 +22,8 @@ Notation: P problems, G trajectories in a group (rollouts, then the trace), N re
 micro-batch, S tokens of its packed row (prompts too), B its trajectories, D width, V vocabulary.
 
 Read down to the line "that was the method": the algorithm as functions of tensors, then the loop,
-`train`, and the functions of a step in the order of its calls. Elsewhere: the prompt template
-(data.CHAT_TEMPLATE, data.choose_template), a trace's one EOS (data.trace_tokens), the verifier
-(verify.Grader), log π_θ and the entropy (machinery.model.Policy), AdamW (machinery.optimizer).
+`train`, and the functions of a step in the order of its calls. Elsewhere: prompts and traces as
+tokens (data), the verifier (verify), log π_θ and its entropy (machinery.model.token_logprobs).
 """
 
 from collections.abc import Callable, Iterable
@@ -47,8 +46,8 @@ from machinery import flags, plan, rivals, samplers
 from machinery.batches import MicroBatch, Tokens, Trajectory, pack
 from machinery.flags import flag
 from machinery.metrics import Means, add_token_metrics, failure_metrics, trajectory_metrics
-from machinery.model import Policy, find, fit_context, load_config, load_model, load_tokenizer
-from machinery.model import recipe, token_logprobs as token_logprobs  # log π_θ and its entropy
+from machinery.model import Policy, end_ids, find, fit_context, load_config, load_model
+from machinery.model import load_tokenizer, recipe, token_logprobs as token_logprobs
 from machinery.optimizer import ShardedAdamW
 from machinery.prefixes import continue_prefixes, keep_uncertain
 from machinery.processes import all_reduce, gather, init_processes, launch, progress, rank, say
@@ -67,6 +66,7 @@ class Config:
     model: str = flag("toy", "the toy, a directory that from_pretrained loads, or a hub name")
     algo: str = flag("luffy", "a row of ALGORITHMS")
     data: str = flag("Elliott/Openr1-Math-46k-8192", "problems and traces: data.load_problems")
+    template: str = flag("auto", "of prompts: auto, own (the tokenizer's), or a jinja file")
     eval_data: str = flag("", "to evaluate on before, after and between: sources A,B; or none")
     out: str = flag("", "run directory; the same one resumes [runs/MODEL-ALGO-seedSEED]")
     seed: int = flag(0, "of rollouts and of the order of problems")
@@ -76,7 +76,9 @@ class Config:
     rollouts: int = flag(7, "trajectories of a problem that the policy samples", 0)
     traces: int = flag(1, "off-policy ones: 0 or 1", 0, 1)
     max_prompt_tokens: int = flag(1024, "a problem with a longer prompt is left out", 1)
-    max_response_tokens: int = flag(8192, "of rollouts and of traces, EOS included", 1)
+    max_response_tokens: int = flag(8192, "of a rollout, EOS included", 1)
+    max_trace_tokens: int = flag(0, "a problem with a longer trace is left out; 0: as a rollout", 0)
+    untraced: str = flag("drop", "problems without a trace", choices=("drop", "rollout"))
     temperature: float = flag(1.0, "of the rollouts; top_p is 1", above=0)
     lenient: bool = flag(False, "the official code's reward: a right answer needs no box")
     # the objective
@@ -205,7 +207,7 @@ SHAPINGS = {
     "none": Shaping(lambda log_x, gamma, pi: log_x.exp()),  # Eq. 5
     "log": Shaping(lambda log_x, gamma, pi: log_x, is_sft=True),  # with A = 1: minus the SFT loss
 } | {name: Shaping(**row) for name, row in rivals.SHAPINGS.items()}
-LOG_PI_PHI = 0.0  # of every trace token: the paper sets the teacher's probability π_φ := 1
+LOG_PI_PHI = 0.0  # of a trace token, but for data with trace_logps: the paper sets π_φ := 1
 
 
 def token_factors(
@@ -323,14 +325,14 @@ class VLLMSampler:
     """
 
     def __init__(
-        self, path: str, config: PretrainedConfig, eos: int, longest: int, cache: int, tp: int = 1
+        self, path: str, config: PretrainedConfig, ends: list, longest: int, cache: int, tp: int = 1
     ):
         """On all ranks together, after the process group and before the trainer takes memory.
 
-        longest: tokens of a prompt and its response; cache: bytes of keys and values, on each GPU;
-        tp: consecutive ranks that share an engine, and sample for each other.
+        ends: tokens that end a response; longest: tokens of a prompt and its response; cache: bytes
+        of keys and values, on each GPU; tp: consecutive ranks that share an engine.
         """
-        self.eos, self.frees_memory, self.awake = eos, torch.cuda.is_available(), True
+        self.ends, self.frees_memory, self.awake = ends, torch.cuda.is_available(), True
         with samplers.vllm_environment():
             from vllm import LLM  # slow to import, and only here
 
@@ -371,14 +373,14 @@ class VLLMSampler:
         if n == 0 or not jobs:
             return [[] for _ in prompts]
         samplers.check_awake(self.awake)
-        options = dict(temperature=temperature, max_tokens=max_tokens, stop_token_ids=[self.eos])
+        options = dict(temperature=temperature, max_tokens=max_tokens, stop_token_ids=self.ends)
         options |= dict(n=n if temperature else 1, logprobs=0, detokenize=False)
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt, _ in jobs],
             [SamplingParams(seed=seed, **options) for _, seed in jobs],
             use_tqdm=partial(tqdm, leave=False, delay=2) if rank() == 0 else False,
         )
-        mine = map(samplers.to_samples, outputs[first : first + len(prompts)])
+        mine = [samplers.to_samples(o, self.ends) for o in outputs[first : first + len(prompts)]]
         return [(samples * n)[:n] for samples in mine]  # a greedy response was asked for once
 
     def sleep(self) -> None:
@@ -399,12 +401,12 @@ def rollout(
     seeds = [seed_of(cfg.seed, step, i) for i in batch]
     how: Any = dict(temperature=cfg.temperature, max_tokens=cfg.max_response_tokens)
     groups = sampler.generate(prompts, cfg.rollouts - cfg.continuations, seeds=seeds, **how)
-    continued = continue_prefixes(sampler, batch, step, cfg)  # none, but for some rivals
+    # None, but for some rivals; for --untraced rollout: in place of a trace that is not there.
+    continued = continue_prefixes(sampler, batch, step, cfg)
     trajectories = []
     for (i, problem), group in zip(batch.items(), groups):
-        trajectories += [Trajectory(i, problem, s.tokens, logp_sampler=s.logps) for s in group]
-        trajectories += continued[i]
-        if cfg.traces:
+        trajectories += [Trajectory.sampled(i, problem, sample) for sample in group] + continued[i]
+        if cfg.traces and problem.trace_ids:
             trajectories.append(Trajectory(i, problem, problem.trace_ids, off_policy=True))
     return trajectories
 
@@ -431,7 +433,7 @@ def score(
     grade(trajectories, grader, tokenizer)
     set_advantages(trajectories, cfg)
     failures = failure_metrics(grader.failures - failed_before)
-    return failures | trajectory_metrics(trajectories, cfg.rollouts, tokenizer.eos_token_id)
+    return failures | trajectory_metrics(trajectories, cfg.rollouts)
 
 
 def set_advantages(trajectories: list[Trajectory], cfg: Config) -> None:
@@ -542,7 +544,7 @@ def token_loss(
     off_policy, rivals_pi_phi = micro_batch.off_policy, SHAPINGS[cfg.shaping].log_pi_phi
     # π_old: in a step's first update it is the policy itself
     logp_old = torch.where(micro_batch.logp_old.isnan(), logp.detach(), micro_batch.logp_old)
-    logp_behavior = torch.where(off_policy, LOG_PI_PHI, logp_old)
+    logp_behavior = torch.where(off_policy, micro_batch.logp_phi.nan_to_num(LOG_PI_PHI), logp_old)
     if rivals_pi_phi:
         logp_behavior = torch.where(off_policy, rivals_pi_phi(logp_old), logp_old)
     tokens = logp.requires_grad_(), logp_behavior, micro_batch.advantage, off_policy
@@ -579,21 +581,19 @@ def load(
     """-> tokenizer, problems, the first groups' traces, problems to evaluate on, sampler, model."""
     path = str(run.checkpoint or base)
     tokenizer, config = load_tokenizer(path), load_config(path)
-    prompt, response = cfg.max_prompt_tokens, cfg.max_response_tokens
-    fit_context(config, prompt, response)
-    kept = run.out / "trace_rewards.json", cfg.traces + cfg.continuations > 0, prompt, response
-    problems = load_training_set(cfg.data, tokenizer, grader, *kept)
-    sources = [source for source in cfg.eval_data.split(",") if source not in ("", "none")]
-    held_out = load_benchmarks(sources, tokenizer, prompt)
+    prompt, longest = cfg.max_prompt_tokens, plan.longest(cfg)
+    fit_context(config, prompt, longest - prompt)
+    problems = load_training_set(cfg, tokenizer, grader, run.out / "trace_rewards.json")
+    held_out = load_benchmarks(cfg.eval_data, tokenizer, prompt)
     sampler: Sampler = NoSampler()
     if cfg.samples:
-        kind, eos = samplers.sampler_kind(cfg.sampler), tokenizer.eos_token_id
+        kind, ends = samplers.sampler_kind(cfg.sampler), end_ids(path, tokenizer)
         say(f"sampler     {kind}")
         if kind == "vllm":
             cache = plan.cache_bytes(cfg, config, world_size())
-            sampler = VLLMSampler(path, config, eos, prompt + response, cache, cfg.tensor_parallel)
+            sampler = VLLMSampler(path, config, ends, longest, cache, cfg.tensor_parallel)
         else:
-            sampler = TorchSampler(path, config, eos)
+            sampler = TorchSampler(path, config, ends)
     # The trainer's model comes last, for vLLM looks at what the GPU has free.
     model = load_model(path, config, cfg.checkpointing)
     first = batch_at(problems, 0, cfg.problems_per_step, cfg.seed)[: cfg.sample_groups]

@@ -64,10 +64,10 @@ def main() -> None:
         config = load_config(path)
         samplers = {
             "transformers' generate": Generate(path),
-            "TorchSampler": TorchSampler(path, config, EOS),
+            "TorchSampler": TorchSampler(path, config, [EOS]),
         }
         if find_spec("vllm"):
-            samplers["VLLMSampler"] = luffy.VLLMSampler(path, config, EOS, 64 + MAX_TOKENS, 2**30)
+            samplers["VLLMSampler"] = luffy.VLLMSampler(path, config, [EOS], 64 + MAX_TOKENS, 2**30)
         tokenizer = load_tokenizer(path)
         model = from_pretrained(path)
     for sampler in list(samplers.values())[1:]:

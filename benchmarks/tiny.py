@@ -120,7 +120,7 @@ class Ours:
             for p in prompts(self.cfg.problems_per_step)
         ]
         self.mine = luffy.my_share(self.problems)
-        self.sampler = TorchSampler(model, config, EOS)
+        self.sampler = TorchSampler(model, config, [EOS])
         self.model = load_model(model, config, self.cfg.checkpointing)
         self.policy = luffy.DDP(luffy.Policy(self.model, 1.0), gradient_as_bucket_view=True)
         self.optimizer = luffy.ShardedAdamW(self.policy.parameters(), lr=1e-6)

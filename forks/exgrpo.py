@@ -90,7 +90,7 @@ class Pool:
         self.cfg = cfg
         loaded = plain["load"](cfg, run, *args)
         self.policy = luffy.Policy(loaded[-1], cfg.temperature)
-        self.number = {id(problem): p for p, problem in enumerate(loaded[1])}
+        self.number = {id(x): n for n, p in enumerate(loaded[1]) for x in (p, *p.others)}
         run.keep("pool", self)
         return loaded
 

@@ -77,9 +77,11 @@ class SFT(ShardedAdamW):
         self.queue = state["queue"]
 
     def load(self, cfg: Config, run: Any, *args: Any) -> tuple:
-        loaded = plain_load(replace(cfg, traces=1), run, *args)  # problems that have a trace
+        loaded = plain_load(
+            replace(cfg, traces=1, untraced="drop"), run, *args
+        )  # those with a trace
         self.run, self.problems = run, loaded[1]
-        self.number = {id(problem): n for n, problem in enumerate(self.problems)}
+        self.number = {id(x): n for n, p in enumerate(self.problems) for x in (p, *p.others)}
         return loaded
 
     def update(self, policy: Any, rl: ShardedAdamW, trajectories: list, cfg: Config) -> dict:

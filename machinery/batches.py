@@ -18,8 +18,9 @@ class Trajectory:
 
     position: int  # of its problem in the step's batch
     problem: Any  # data.Problem
-    response: Sequence[int]  # ends in EOS unless truncated
+    response: Sequence[int]  # up to and with the token that ends it
     off_policy: bool = False  # a trace
+    truncated: bool = False  # no token ended it in time
     prefix: int = 0  # so many leading tokens of a rollout are the trace's
     logp_sampler: list[float] | None = None  # of a rollout, by the sampler: metrics, --tis_cap
     # set by score()
@@ -38,6 +39,12 @@ class Trajectory:
     logp_behavior: Tensor | None = None  # log π_old or, on a trace, log π_φ
     factor: Tensor | None = None  # x or, on trace tokens, f(x)
     slope: Tensor | None = None  # ∂ objective / ∂ log π_θ
+
+    @classmethod
+    def sampled(cls, position: int, problem: Any, sample: Any) -> "Trajectory":
+        """A rollout, from a sampler's Sample."""
+        rest = dict(logp_sampler=sample.logps, truncated=sample.truncated)
+        return cls(position, problem, sample.tokens, **rest)
 
     @property
     def signal(self) -> bool:
@@ -83,6 +90,7 @@ class MicroBatch:
     bonus: Tensor  # (N,)
     sft_ratio: Tensor  # (N,)
     logp_old: Tensor  # (N,), NaN where it is π_θ itself
+    logp_phi: Tensor  # (N,), the teacher's, on traces of data that have it; else NaN
     logp_sampler: Tensor  # (N,), 0 on traces
 
     def give(self, **values: Tensor) -> None:
@@ -133,6 +141,10 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
         parts = (torch.as_tensor(value, device=device()) for value in values)
         return torch.cat([p.expand(len(t.response)) for p, t in zip(parts, trajectories)])
 
+    def logp_phi(t: Trajectory) -> list[float]:
+        known = list(getattr(t.problem, "trace_logps", ()))[: t.trace_tokens]
+        return known + [math.nan] * (len(t.response) - len(known))
+
     logp_old = [math.nan if t.logp_old is None else t.logp_old for t in trajectories]
     return MicroBatch(
         trajectories=trajectories,
@@ -152,5 +164,6 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
         bonus=per_token([t.bonus for t in trajectories]),
         sft_ratio=per_token([t.sft_ratio for t in trajectories]),
         logp_old=per_token(logp_old),
+        logp_phi=tensor([logp_phi(t) for t in trajectories], torch.float32),
         logp_sampler=tensor([t.logp_sampler or [0.0] * len(t.response) for t in trajectories]),
     )

@@ -88,6 +88,13 @@ def check(
             f"--rollouts {cfg.rollouts} --traces {cfg.traces} --baseline {cfg.baseline}: an "
             "advantage needs at least two rewards"
         )
+    rules = cfg.route, cfg.advantage, cfg.baseline, cfg.continuations, cfg.rollouts > 0
+    as_any_group = rules == ("all", "group", "group", 0, True)
+    if cfg.untraced == "rollout" and cfg.traces + cfg.continuations and not as_any_group:
+        raise InputError(
+            f"--untraced rollout: not with --algo {cfg.algo}, whose advantages or routes take the "
+            "last of a group for a trace; --untraced drop leaves such problems out"
+        )
     if cfg.continuations > cfg.rollouts:
         raise InputError(
             f"--continuations {cfg.continuations}: they are some of the rollouts, so at most "

@@ -41,7 +41,7 @@ class Means:
         return every.peaks | means
 
 
-def trajectory_metrics(trajectories: list[Trajectory], rollouts: int, eos: int) -> dict[str, float]:
+def trajectory_metrics(trajectories: list[Trajectory], rollouts: int) -> dict[str, float]:
     """Means over all ranks' trajectories, traces apart from rollouts, `rollouts` in a group.
 
     Groups are solved by the verifier's word, whatever the reward.
@@ -54,7 +54,7 @@ def trajectory_metrics(trajectories: list[Trajectory], rollouts: int, eos: int) 
         if not t.off_policy:
             means.add("right", [t.right])
             means.add(f"reward/{t.problem.source}", [t.reward])
-            means.add("truncated", [t.response[-1] != eos])
+            means.add("truncated", [t.truncated])
     if rollouts:
         groups: dict[int, list[float]] = defaultdict(list)
         for t in trajectories:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 from machinery import toy
@@ -75,6 +76,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise not_found(path, error) from error
+
+
+def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: the tokenizer's EOS, then those of the generation config.
+
+    A chat model ends a turn with one, a document with another.
+    """
+    try:
+        more = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # it has no file for that
+        more = load_config(path).eos_token_id
+    more = [] if more is None else more if isinstance(more, list) else [more]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 def load_config(path: str | Path) -> PretrainedConfig:

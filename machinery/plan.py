@@ -184,7 +184,8 @@ def evaluation_cache_bytes(config: PretrainedConfig) -> int:
 
 # ------------------------------------------------------------------ batches
 def longest(cfg: Config) -> int:
-    return cfg.max_prompt_tokens + cfg.max_response_tokens
+    """Tokens of a prompt and its response or trace."""
+    return cfg.max_prompt_tokens + max(cfg.max_response_tokens, cfg.max_trace_tokens)
 
 
 def sampled(cfg: Config, ranks: int) -> int:
@@ -232,7 +233,7 @@ def show(cfg: Config, check: Callable[[int], None], differences: str) -> None:
     parameters = sum(parameter_sizes(config))
     ranks, capacity = machine(cfg.dry_run, parameters)
     check(ranks)
-    fit_context(config, cfg.max_prompt_tokens, cfg.max_response_tokens)
+    fit_context(config, cfg.max_prompt_tokens, longest(cfg) - cfg.max_prompt_tokens)
     processor = "CPU, float32" if capacity is None else f"{capacity / GIB:.0f} GiB, bfloat16"
     say(f"recipe      the paper's{differences}")
     say(f"model       {full_name(cfg.model)}, {parameters:,} parameters")

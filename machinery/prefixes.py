@@ -15,7 +15,7 @@ from machinery.samplers import Sampler
 
 def prefix_of(trace: Sequence[int], ratio: float) -> Sequence[int]:
     """The leading tokens of a trace that a rollout is given; never its EOS."""
-    return trace[: int(ratio * (len(trace) - 1))]
+    return trace[: int(ratio * max(len(trace) - 1, 0))]
 
 
 def continue_prefixes(
@@ -24,11 +24,17 @@ def continue_prefixes(
     """Position -> `continuations` rollouts of its problem, from one prefix of its trace.
 
     The response is the prefix and what follows it, cut at max_response_tokens. How much is given is
-    a function of seed, step and position.
+    a function of seed, step and position. A problem without a trace, which only --untraced rollout
+    leaves in, has `traces` rollouts, from nothing.
     """
-    if not cfg.continuations:
-        return {i: [] for i in batch}
     seeds = {i: seed_of(cfg.seed, step, i, "prefix") for i in batch}
+    more: dict[int, list[Trajectory]] = {i: [] for i in batch}
+    if cfg.untraced == "rollout":
+        untraced = {i: p for i, p in batch.items() if not p.trace_ids}
+        nothing = dict.fromkeys(untraced, 0.0)
+        return more | continue_from(sampler, untraced, nothing, seeds, cfg.traces, cfg)
+    if not cfg.continuations:
+        return more
     draw, progress = PREFIXES[cfg.prefix], step / cfg.steps
     ratios = {i: draw(progress, random.Random(seeds[i])) for i in batch}
     return continue_from(sampler, batch, ratios, seeds, cfg.continuations, cfg)
@@ -60,6 +66,7 @@ def continue_from(
                 [*heads[i], *s.tokens][:length],
                 prefix=len(heads[i]),
                 logp_sampler=[*[0.0] * len(heads[i]), *s.logps][:length],
+                truncated=s.truncated or len(heads[i]) + len(s.tokens) > length,
             )
             for s in group
         ]

@@ -6,7 +6,7 @@ only.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,12 +29,13 @@ DROP_EVERY = 8  # tokens: dropping finished rows copies the whole cache
 MAX_SEQUENCES, MAX_PREFILL = 256, 8192  # of a vLLM engine on a GPU: responses, and prompt tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
     """One sampled response and the log-probs of its tokens under the sampling distribution."""
 
-    tokens: list[int]  # up to and with EOS, if it came in time
+    tokens: list[int]  # up to and with the token that ends it, if that came in time
     logps: list[float]
+    truncated: bool = False  # it did not
 
 
 class Sampler(Protocol):
@@ -82,10 +83,15 @@ class TorchSampler:
     """
 
     def __init__(
-        self, path: str | Path, config: PretrainedConfig, eos: int, max_rows: int = TORCH_ROWS
+        self,
+        path: str | Path,
+        config: PretrainedConfig,
+        ends: Sequence[int],
+        max_rows: int = TORCH_ROWS,
     ):
+        """ends: the tokens that end a response."""
         self.model = from_pretrained(path, config=config, attn_implementation="grouped").eval()
-        self.eos, self.max_rows = eos, max_rows
+        self.ends, self.max_rows = list(ends), max_rows
         self.awake = True  # with the weights that it has loaded itself
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -118,7 +124,9 @@ class TorchSampler:
     @torch.inference_mode()
     def decode(self, prompts, n, seeds, temperature, max_tokens, bar) -> list[Sample]:
         width = max(map(len, prompts))
-        ids = torch.tensor([[self.eos] * (width - len(p)) + list(p) for p in prompts])  # (P, width)
+        ids = torch.tensor(
+            [self.ends[:1] * (width - len(p)) + list(p) for p in prompts]
+        )  # (P, width)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         ids, mask = ids.to(device()), mask.to(device())
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -129,15 +137,16 @@ class TorchSampler:
         cache.batch_repeat_interleave(n)
         logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         live = torch.arange(len(uniform), device=device())  # the rows that are not finished
-        samples = [Sample([], []) for _ in uniform]
+        samples = [Sample([], [], truncated=True) for _ in uniform]
         for t in range(max_tokens):
             token, logp = draw(logits, uniform[live, t], temperature)  # (live,), (live,)
             here = [samples[row] for row in live.tolist()]
             for sample, x, lp in zip(here, token.tolist(), logp.tolist()):
-                if sample.tokens[-1:] != [self.eos]:  # else it is finished, but not dropped yet
+                if sample.truncated:  # else it is finished, but not dropped yet
                     sample.tokens.append(x)
                     sample.logps.append(lp)
-            going = [k for k, sample in enumerate(here) if sample.tokens[-1] != self.eos]
+                    sample.truncated = x not in self.ends
+            going = [k for k, sample in enumerate(here) if sample.truncated]
             if not going or t + 1 == max_tokens:
                 break
             if t % DROP_EVERY == 0 and len(going) < len(live):
@@ -265,9 +274,10 @@ def vllm_options(config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
     )
 
 
-def to_samples(output: Any) -> list[Sample]:
+def to_samples(output: Any, ends: Sequence[int]) -> list[Sample]:
     """From vLLM's RequestOutput."""
-    return [
-        Sample(list(o.token_ids), [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)])
-        for o in output.outputs
-    ]
+    samples = []
+    for o in output.outputs:
+        logps = [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)]
+        samples.append(Sample(list(o.token_ids), logps, o.token_ids[-1] not in ends))
+    return samples

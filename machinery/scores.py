@@ -100,7 +100,7 @@ def respond(
             "answer": problems[i].answer,
             "tokens": len(sample.tokens),
             "response": tokenizer.decode(sample.tokens),
-            "truncated": sample.tokens[-1] != tokenizer.eos_token_id,
+            "truncated": sample.truncated,
         }
         for i, group in zip(numbers, groups)
         for j, sample in enumerate(group)

@@ -8,6 +8,7 @@ from conftest import SHARED
 from machinery import toy
 from data import Problem, batch_at, encode, load_problems, load_training_set, render
 from machinery.processes import InputError
+from luffy import Config
 from verify import grade
 
 OPENR1 = {
@@ -85,7 +86,11 @@ def test_sources_that_hold_nothing(tmp_path):
 
 
 def limits(prompt=64, response=64):
-    return dict(max_prompt_tokens=prompt, max_response_tokens=response)
+    return dict(max_prompt_tokens=prompt, max_trace_tokens=response)
+
+
+def config(data, **fields):
+    return Config(data=str(data), max_prompt_tokens=64, max_trace_tokens=64, **fields)
 
 
 def test_a_trace_ends_in_exactly_one_eos(tokenizer):
@@ -143,14 +148,7 @@ def test_traces_are_verified_once_as_rollouts_are(tokenizer, tmp_path):
     def load():
         return [
             p.prompt[0]["content"]
-            for p in load_training_set(
-                path,
-                tokenizer,
-                grader,
-                need_traces=True,
-                verdicts=tmp_path / "verdicts.json",
-                **limits(),
-            )
+            for p in load_training_set(config(path), tokenizer, grader, tmp_path / "verdicts.json")
         ]
 
     assert load() == load() == ["a", "c"] and len(judged) == 3

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import pytest
 from conftest import SHARED, run
 
-from data import SYSTEM, Problem, render
+from data import Problem, render
 from eval import by_source, difference_table, load_benchmark, load_rows, parse_args, pass_at_k
 from eval import published_table, score_table, standard_error, summarize, to_prompt
 from machinery.published import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
@@ -135,34 +135,28 @@ ENDS = {  # of the long ones
 
 
 class Chat:
-    """A tokenizer whose template says nothing of a box, or does."""
+    """A tokenizer whose template says nothing of a box."""
 
-    def __init__(self, opening: str = ""):
-        self.chat_template, self.opening = "some", opening
+    chat_template, bos_token_id = "some", None
 
     def apply_chat_template(self, messages, **_):
-        return self.opening + "".join(m["content"] for m in messages)
+        return "".join(m["content"] for m in messages)
 
 
 def test_every_template_is_the_systems_own():
     chat = [{"role": "system", "content": "S \\boxed{}"}, {"role": "user", "content": "1 + {x}?"}]
-    problem, tokenizer = Problem(chat, "2"), Chat()
+    problem = Problem(chat, "2")
     assert {*PROMPTS, *ENDS, "own", "own_no_system"} == {*TEMPLATES}
     for name, text in PROMPTS.items():
-        assert to_prompt(problem, name, tokenizer).prompt == text
+        assert to_prompt(problem, name).prompt == text
     for name, end in ENDS.items():
-        text = to_prompt(problem, name, tokenizer).prompt
+        text = to_prompt(problem, name).prompt
         assert text.startswith("A conversation between User and Assistant. The ")
         assert text.endswith(end)
-    assert to_prompt(problem, "own", tokenizer).prompt == chat
-    assert to_prompt(problem, "own_no_system", tokenizer).prompt == chat[1:]
+    assert to_prompt(problem, "own").prompt == chat
+    assert to_prompt(problem, "own_no_system").prompt == chat[1:]
     with pytest.raises(InputError, match="plain text"):
-        to_prompt(Problem("text", "2"), "qwen", tokenizer)
-    # Where nothing asks for a box, ours does; where a template does, ours is left out.
-    ours = {"role": "system", "content": SYSTEM}
-    for messages in (chat[1:], [ours, *chat[1:]]):
-        assert to_prompt(Problem(messages, "2"), "own", Chat()).prompt == [ours, *chat[1:]]
-        assert to_prompt(Problem(messages, "2"), "own", Chat("boxed")).prompt == chat[1:]
+        to_prompt(Problem("text", "2"), "qwen")
 
 
 def test_hub_formats_become_problems(tmp_path):
@@ -215,7 +209,7 @@ def test_the_papers_files():
     problems = [p for _, problems in found.values() for p in problems]
     for template in TEMPLATES:
         for p in problems:
-            question, prompt = p.prompt[-1]["content"], to_prompt(p, template, Chat()).prompt
+            question, prompt = p.prompt[-1]["content"], to_prompt(p, template).prompt
             assert question in render(prompt, Chat()) and "{problem}" not in str(prompt)
     with Grader() as grader:
         rewards = grader([(f"\\boxed{{{p.answer}}}", p.answer) for p in problems])

@@ -125,7 +125,7 @@ def test_the_kept_rollout_of_the_lowest_entropy_takes_the_last_place(pool, monke
     assert (t.position, t.problem, t.response, t.off_policy) == (i, pool.all[3], [12], True)
     assert t.right == t.reward == 1.0 and t.logp_old.tolist() == [-12.0]
     found.insert(4 * i + 3, t)
-    metrics = luffy.trajectory_metrics(found, 4, 1)
+    metrics = luffy.trajectory_metrics(found, 4)
     assert metrics["reward"] == 0.0 and metrics["trace_reward"] == 1.0
     assert metrics["groups/none"] == 1.0  # of the policy's own rollouts
 

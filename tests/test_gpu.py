@@ -95,7 +95,7 @@ def test_greedy_equals_transformers():
     base = toy.base_model()
     model, config = from_pretrained(base), load_config(base)
     prompts = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3]]
-    sampler = TorchSampler(base, config, 1)
+    sampler = TorchSampler(base, config, [1])
     groups = sampler.generate(prompts, 1, seeds=[0, 1], temperature=0, max_tokens=12)
     for prompt, (sample,) in zip(prompts, groups):
         expected = model.generate(

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from data import load_problems, load_training_set
+from luffy import Config
 from machinery.run_directory import token_texts
 from verify import Grader
 
@@ -72,15 +73,8 @@ def test_it_is_qwens_tokenizer(qwen_math):
 
 def test_real_traces_keep_every_character_and_are_right(qwen_math, tmp_path):
     with Grader() as grader:
-        problems = load_training_set(
-            str(TRACES),
-            qwen_math,
-            grader,
-            need_traces=True,
-            max_prompt_tokens=1024,
-            max_response_tokens=8192,
-            verdicts=tmp_path / "verdicts.json",
-        )
+        cfg = Config(data=str(TRACES))
+        problems = load_training_set(cfg, qwen_math, grader, tmp_path / "verdicts.json")
     assert len(problems) == 10 and all(p.trace_reward == 1 for p in problems)
     eos = qwen_math.eos_token_id
     for original, problem in zip(load_problems(str(TRACES)), problems):

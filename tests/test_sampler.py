@@ -18,7 +18,7 @@ PROMPTS = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3], [2, 17, 3]]
 
 @pytest.fixture(scope="module")
 def sampler(tiny_model):
-    return TorchSampler(tiny_model, load_config(tiny_model), eos=1)
+    return TorchSampler(tiny_model, load_config(tiny_model), ends=[1])
 
 
 def generate(sampler, prompts=PROMPTS, n=4, seeds=(10, 11, 12), temperature=1.0, max_tokens=12):
@@ -119,7 +119,7 @@ def engine(monkeypatch):
     """VLLMSampler on a GPU, with an engine that writes down what it is told."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
     sampler = object.__new__(VLLMSampler)
-    sampler.llm, sampler.ranks, sampler.frees_memory, sampler.eos = Engine(), None, True, 1
+    sampler.llm, sampler.ranks, sampler.frees_memory, sampler.ends = Engine(), None, True, [1]
     sampler.awake = False
     return sampler
 
@@ -153,7 +153,7 @@ def test_nothing_is_sampled_from_weights_that_were_not_pushed(engine, tiny_model
     """On a GPU an engine that sleeps has none, and would wait for ever."""
     with pytest.raises(RuntimeError, match="push"):
         generate(engine)
-    for sampler in (engine, TorchSampler(tiny_model, load_config(tiny_model), eos=1)):
+    for sampler in (engine, TorchSampler(tiny_model, load_config(tiny_model), ends=[1])):
         sampler.push([])
         generate(sampler)
         sampler.sleep()

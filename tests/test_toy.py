@@ -66,10 +66,10 @@ def base():
 def test_the_base_model_solves_no_hard_problem_in_64_samples(base):
     tokenizer = load_tokenizer(base)
     problems, dropped = encode(
-        load_problems("toy"), tokenizer, max_prompt_tokens=32, max_response_tokens=96
+        load_problems("toy"), tokenizer, max_prompt_tokens=32, max_trace_tokens=96
     )
     assert not dropped
-    sampler = TorchSampler(base, load_config(base), tokenizer.eos_token_id, max_rows=1024)
+    sampler = TorchSampler(base, load_config(base), [tokenizer.eos_token_id], max_rows=1024)
     for kind, least, most in (("hard", 0, 0), ("easy", 100, 128)):
         some = [p for p in problems if p.source == kind]
         groups = sampler.generate(

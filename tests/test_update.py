@@ -460,7 +460,7 @@ def test_routes_see_verdicts_and_metrics_too_whatever_the_reward(monkeypatch):
     luffy.set_advantages(trajectories, cfg)
     assert [t.learns for t in trajectories] == [True, True, False, True, True, True]
     assert trajectories[0].advantage == pytest.approx(0.98 - (0.98 - 0.02 + 1) / 3)
-    metrics = luffy.trajectory_metrics(trajectories, 2, eos=1)
+    metrics = luffy.trajectory_metrics(trajectories, 2)
     assert (metrics["groups/none"], metrics["groups/mixed"]) == (0.5, 0.5)
     assert metrics["right"] == 0.25 and metrics["reward"] == pytest.approx(0.89 / 4)
 

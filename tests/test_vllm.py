@@ -43,9 +43,9 @@ WATCHED = textwrap.dedent("""
 
     def watched(kind):
         class Watched(kind):
-            def __init__(self, path, config, eos, *engine):
-                super().__init__(path, config, eos, *engine)
-                self.reference = TorchSampler(path, config, eos)
+            def __init__(self, path, config, ends, *engine):
+                super().__init__(path, config, ends, *engine)
+                self.reference = TorchSampler(path, config, ends)
                 self.policy = Policy(from_pretrained(path, config=config,
                                                      attn_implementation="packed"), 1.0)
 

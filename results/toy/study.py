@@ -145,7 +145,7 @@ def evaluate(
             asked = load_benchmarks([f"toy/{split}"], tokenizer, max_prompt_tokens=32)
             numbers = range(0, len(asked), len(asked) // problems)
             rows = respond(
-                TorchSampler(checkpoint, config, tokenizer.eos_token_id),
+                TorchSampler(checkpoint, config, [tokenizer.eos_token_id]),
                 asked,
                 numbers,
                 grader,
@@ -187,7 +187,7 @@ def trace_probabilities(checkpoints: list[Path], base: Path, file: Path) -> None
         tokenizer = load_tokenizer(base)
         hard = [i for i, p in enumerate(load_problems("toy")) if p.source == "hard"]
         traces, _ = encode(
-            load_problems("toy"), tokenizer, max_prompt_tokens=32, max_response_tokens=96
+            load_problems("toy"), tokenizer, max_prompt_tokens=32, max_trace_tokens=96
         )
         chains = [chain for _, chain in toy.splits()["train"]]
         assert len(traces) == len(chains)  # none was dropped
