@@ -24,7 +24,7 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from data import Problem, load_problems, to_evaluate
+from data import Problem, choose_template, load_problems, to_evaluate
 from luffy import VLLMSampler
 from machinery import plan
 from machinery.files import append, read_jsonl, to_jsonl, write
@@ -279,7 +279,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", help="a directory or a hub name")
     parser.add_argument("--paper", choices=SYSTEMS, help="a system of the paper: model and prompt")
-    parser.add_argument("--template", choices=TEMPLATES, help="of the prompt [own]")
+    parser.add_argument("--template", help=f"{', '.join(TEMPLATES)}, or a jinja file [own]")
     parser.add_argument(
         "--bench",
         required=True,
@@ -299,6 +299,10 @@ def parse_args() -> argparse.Namespace:
     system = SYSTEMS.get(args.paper)
     args.model = args.model or (system.model if system else "")
     args.template = args.template or (system.template if system else "own")
+    if args.template not in TEMPLATES and not Path(args.template).is_file():
+        raise InputError(
+            f"--template {args.template}: expected a file, or one of {', '.join(TEMPLATES)}"
+        )
     if not args.model:
         raise InputError(
             f"--paper {args.paper}: no checkpoint of it was published, so --model DIR "
@@ -383,7 +387,10 @@ def ask(
     benchmarks = {}
     for name in sum((list(GROUPS.get(n, [n])) for n in args.bench.split(",")), []):
         bench, problems = load_benchmark(name, args.data_dir)
-        problems = [to_prompt(p, args.template) for p in problems]
+        if args.template in TEMPLATES:
+            problems = [to_prompt(p, args.template) for p in problems]
+        else:
+            choose_template(problems, tokenizer, args.template)
         room = min(args.max_prompt_tokens, context - 1)
         benchmarks[name] = bench, to_evaluate(problems, tokenizer, max_prompt_tokens=room)
         if not benchmarks[name][1]:

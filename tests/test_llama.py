@@ -166,3 +166,12 @@ def test_a_run(llama, tmp_path):
     saved = tmp_path / "run/checkpoint-000001"
     assert end_ids(saved, AutoTokenizer.from_pretrained(saved)) == [2, 1]
     assert AutoTokenizer.from_pretrained(saved).chat_template.startswith("{{ bos_token }}User")
+
+    asked = ["--bench", data, "--max_response_tokens", 8, "--samples", 2, "--temperature", 1]
+    for model, how in ((llama, template), (saved, "own")):  # the base, asked as the trained
+        out = tmp_path / f"of-{model.name}"
+        run("eval.py", "--model", model, "--template", how, *asked, "--out", out)
+        (file,) = out.glob("*-rank0.jsonl")
+        assert len(file.read_text().splitlines()) == 2
+    refused = run("eval.py", "--model", llama, "--template", "chatml", *asked, check=False)
+    assert "--template chatml: expected a file, or one of own," in refused.stderr
