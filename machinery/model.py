@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase, Qwen2Config
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from machinery import toy
@@ -20,15 +20,23 @@ from machinery.processes import InputError, barrier, device, rank, say
 transformers_logging.disable_progress_bar()  # ours say what takes long
 
 
-# The paper's base models, for a machine that does not reach the hub.
+# The paper's base models, for a plan on a machine that does not reach the hub.
 # fmt: off
+QWEN_7B = dict(
+    model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+    num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
 SHAPES: dict[str, dict] = {
-    "Qwen/Qwen2.5-Math-7B": dict(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False),
+    "Qwen/Qwen2.5-Math-7B": QWEN_7B | dict(max_position_embeddings=4096),
+    "Elliott/Qwen2.5-Math-7B-16k-think": QWEN_7B | dict(max_position_embeddings=16384),
+    "Qwen/Qwen2.5-7B-Instruct": QWEN_7B | dict(max_position_embeddings=32768),
     "Qwen/Qwen2.5-Math-1.5B": dict(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True),
+        model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+        num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        tie_word_embeddings=True, max_position_embeddings=4096),
+    "meta-llama/Llama-3.1-8B": dict(
+        model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        tie_word_embeddings=False, max_position_embeddings=131072),
 }
 # fmt: on
 
@@ -67,7 +75,7 @@ def shape_of(name: str) -> PretrainedConfig:
     if name == "toy":
         return toy.make_model(toy.make_tokenizer(), seed=0).config
     if shape := SHAPES.get(full_name(name)):
-        return Qwen2Config(**shape, max_position_embeddings=4096)
+        return AutoConfig.for_model(**shape)
     return load_config(full_name(name))
 
 

@@ -276,7 +276,8 @@ def show_batches(cfg: Config, ranks: int) -> None:
         f"tokens in {micro_batches} micro-batches"
     )
     if cfg.max_response_tokens > MEAN_TOKENS["rollout"]:
-        mean = {kind: min(n, cfg.max_response_tokens) for kind, n in MEAN_TOKENS.items()}
+        longest_trace = cfg.max_trace_tokens or cfg.max_response_tokens
+        mean = MEAN_TOKENS | {"trace": min(MEAN_TOKENS["trace"], longest_trace)}
         responses = cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]
         tokens = share * (mean["prompt"] + responses / group)
         say(
