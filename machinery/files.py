@@ -28,4 +28,4 @@ def write(path: Path, text: str) -> None:
     """The whole file or the old one."""
     half_written = path.with_name(f".{path.name}.tmp")
     half_written.write_text(text, "utf-8")
-    half_written.rename(path)
+    half_written.replace(path)  # rename refuses a file that exists, on Windows

@@ -52,7 +52,7 @@ def draw_curves(directory: Path) -> None:
         axis.set_xlabel("step")
     axes[0, 0].set_ylim(-0.03, 1.03)
     axes[0, 1].set_ylim(-0.03, 1.03)
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text("utf-8"))
     figure.suptitle(
         f"{config['algo']} on {Path(config['model']).name}, seed {config['seed']} "
         "(thick: mean of 10 steps)",

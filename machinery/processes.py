@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,10 @@ class InputError(ValueError):
     """The user's input cannot be used. The message names the flag, file or row, and the fix."""
 
 
+class OwnInputError(InputError):
+    """One that the other ranks may not meet: whoever does prints it."""
+
+
 def init_processes() -> None:
     """Join torchrun's process group, or make one of a single process."""
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
@@ -26,7 +31,14 @@ def init_processes() -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=lone_store(), rank=0, world_size=1)
+
+
+def lone_store() -> dist.Store:
+    """Where a single process meets itself: without a port, and on Windows in a file."""
+    if hasattr(dist, "HashStore"):
+        return dist.HashStore()
+    return dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
 
 
 def rank() -> int:
@@ -74,13 +86,16 @@ def launch(main: Callable[[], None]) -> None:
     torchrun ends those, but only when this process is gone. (And gloo aborts, now and then.) An
     InputError is a message, printed by rank 0, and no traceback.
     """
+    for stream in sys.stdout, sys.stderr:  # an ASCII locale, or a pipe on Windows, has no π
+        stream.reconfigure(errors="replace")
 
     def main_or_complaint() -> None:
         try:
             main()
         except InputError as error:
             program = os.path.basename(sys.argv[0])
-            sys.exit(f"{program}: {error}" if rank() == 0 else 1)
+            mine = rank() == 0 or isinstance(error, OwnInputError)
+            sys.exit(f"{program}: {error}" if mine else 1)
 
     try:
         record(main_or_complaint)()  # torchrun then has the error in its summary
