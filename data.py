@@ -58,7 +58,8 @@ class Problem:
     source: str = ""  # metrics are reported by source
     prompt_ids: Sequence[int] = ()
     trace_ids: Sequence[int] = ()  # ends in the one EOS
-    trace_reward: float = 0.0  # of the trace, by the verifier
+    trace_right: float = 0.0  # of the trace, by the verifier
+    trace_reward: float = 0.0  # the same, or by the function of --reward
     opened: str = ""  # "<think>\n" if the prompt ends in <think>: the response is in a thought
     trace_logps: Sequence[float] = ()  # the teacher's log π_φ, one for each of trace_ids; none: 0
     others: tuple["Problem", ...] = ()  # the same problem with its other traces
@@ -402,17 +403,19 @@ def load_training_set(
     if cfg.traces + cfg.continuations and cfg.untraced == "drop":
         dropped["no trace"] = sum(p.trace is None for p in kept)
         kept = [p for p in kept if p.trace is not None]
-    jobs = [(p.opened + text_of(p.trace_ids, tokenizer), p.answer) for p in kept]
-    key = hashlib.sha256(json.dumps(jobs).encode()).hexdigest()
-    known = json.loads(verdicts.read_text()) if verdicts.exists() else {}
-    rewards = known.get(key, [0.0] * len(jobs))
+    traced = {i: p for i, p in enumerate(kept) if p.trace is not None}
+    jobs = [(p.opened + text_of(p.trace_ids, tokenizer), p.answer) for p in traced.values()]
+    key = hashlib.sha256(json.dumps([grader.rule, jobs]).encode()).hexdigest()
+    known = json.loads(verdicts.read_text("utf-8")) if verdicts.exists() else {}
+    scores = known.get(key, [(0.0, 0.0)] * len(jobs))
     if key not in known:
-        for r, part in enumerate(gather(grader(jobs[rank() :: world_size()]))):
-            rewards[r :: world_size()] = part
+        for r, part in enumerate(gather(grader.right_and_reward(jobs[rank() :: world_size()]))):
+            scores[r :: world_size()] = part
         if rank() == 0:  # after the gather: by now every rank has looked for the file
-            write(verdicts, json.dumps({key: rewards}))
-    kept = [replace(p, trace_reward=reward) for p, reward in zip(kept, rewards)]
-    dropped["wrong trace"] = sum(p.trace is not None and p.trace_reward == 0 for p in kept)
+            write(verdicts, json.dumps({key: scores}))
+    for (i, p), (right, reward) in zip(traced.items(), scores):
+        kept[i] = replace(p, trace_right=right, trace_reward=reward)
+    dropped["wrong trace"] = sum(p.trace is not None and p.trace_reward <= 0 for p in kept)
     kept = [p for p in kept if p.trace is None or p.trace_reward > 0]
     reasons = "".join(f"; dropped {n}: {reason}" for reason, n in sorted(dropped.items()) if n)
     if not kept:

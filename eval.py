@@ -328,7 +328,7 @@ def prepare_directory(args: argparse.Namespace) -> None:
     names = "model", "template", "seed", "max_response_tokens"
     config = {name: getattr(args, name) for name in names}
     file = args.out / "config.json"
-    if file.exists() and (old := json.loads(file.read_text())) != config:
+    if file.exists() and (old := json.loads(file.read_text("utf-8"))) != config:
         differ = [
             f"{k} was {old.get(k)!r}, now {v!r}" for k, v in config.items() if v != old.get(k)
         ]

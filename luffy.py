@@ -81,6 +81,7 @@ class Config:
     untraced: str = flag("drop", "problems without a trace", choices=("drop", "rollout"))
     temperature: float = flag(1.0, "of the rollouts; top_p is 1", above=0)
     lenient: bool = flag(False, "the official code's reward: a right answer needs no box")
+    reward: str = flag("", "FILE.py:function of (response, answer), a number; empty: 1 if right")
     # the objective
     shaping: str = flag("luffy", "f on trace tokens, a row of SHAPINGS")
     gamma: float = flag(0.1, "the paper's γ in f(x) = x / (x + γ), not a discount", above=0)
@@ -278,7 +279,7 @@ def inverse_z(
 def train(cfg: Config, base: str) -> None:
     """The method in one loop. The functions of a step follow in this order; `load` comes last."""
     run = Run(cfg)
-    with Grader(cfg.graders, cfg.grade_timeout, cfg.lenient) as grader:
+    with Grader(cfg.graders, cfg.grade_timeout, cfg.lenient, cfg.reward) as grader:
         tokenizer, problems, watched, held_out, sampler, model = load(cfg, run, base, grader)
         policy = DDP(Policy(model, cfg.temperature), gradient_as_bucket_view=True)
         settings = cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, 1e-8 / cfg.scale
@@ -417,12 +418,12 @@ def grade(trajectories: list[Trajectory], grader: Grader, tokenizer: Tokenizer) 
     rollouts = [t for t in new if not t.off_policy]
     texts = [t.problem.opened + text_of(t.response, tokenizer) for t in rollouts]
     jobs = [(text, t.problem.answer) for text, t in zip(texts, rollouts)]
-    for t, right in zip(rollouts, grader(jobs)):
-        t.right = right  # 0 where the grader failed
+    # Rule-based: the reward is 1 if right, else 0, unless --reward says otherwise.
+    for t, (right, reward) in zip(rollouts, grader.right_and_reward(jobs)):
+        t.right, t.reward = right, reward  # 0 where the grader failed
     for t in new:
-        if t.off_policy:
-            t.right = t.problem.trace_reward  # verified once, by load_training_set
-        t.reward = t.right  # rule-based: 1 if right, else 0
+        if t.off_policy:  # graded once, by load_training_set
+            t.right, t.reward = t.problem.trace_right, t.problem.trace_reward
 
 
 def score(
@@ -607,7 +608,7 @@ def parse_args(argv: list[str] | None = None, algo: str = "luffy") -> Config:
     given = {"algo": algo} | flags.parse(Config, argv, (__doc__ or "").split("\n")[0])
     algo, model = given["algo"], given.get("model", "toy")
     cfg = Config(**ALGORITHMS.get(algo, {}) | recipe(model) | given)
-    path = "-".join(Path(cfg.model).parts[-2:]).removeprefix("/")
+    path = "-".join(Path(cfg.model).parts[-2:]).removeprefix(Path(cfg.model).anchor)
     return replace(cfg, out=cfg.out or f"runs/{path}-{algo}-seed{cfg.seed}")
 
 
@@ -618,6 +619,7 @@ def check(cfg: Config, ranks: int) -> None:
     flags.check(cfg, ranks, tables, (at_step(cfg, step) for step in range(cfg.steps)))
     if cfg.samples and not cfg.dry_run:
         samplers.sampler_kind(cfg.sampler)  # is it installed?
+    Grader(1, cfg.grade_timeout, reward=cfg.reward).close()  # is there such a function?
 
 
 def main(algo: str = "luffy", **replaced: Any) -> None:
@@ -625,8 +627,7 @@ def main(algo: str = "luffy", **replaced: Any) -> None:
     globals().update(replaced)
     cfg = parse_args(algo=algo)
     if cfg.dry_run:
-        plan.show(cfg, partial(check, cfg), flags.differences(cfg, Config()))
-        return
+        return plan.show(cfg, partial(check, cfg), flags.differences(cfg, Config()))
     init_processes()
     check(cfg, world_size())
     differences = flags.differences(cfg, parse_args(["--model", cfg.model]))

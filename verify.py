@@ -19,14 +19,17 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, permutations
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from machinery.files import print_what_can_be
 from machinery.pool import Pool, serve
+from machinery.reward import Reward, Rewards, version
 
 MAX_LENGTH, MAX_DEPTH = 1000, 25  # of an answer: characters, brackets in brackets
 WORKER_BYTES = 2**30  # of memory
@@ -329,13 +332,20 @@ class Grader:
     reward is 0; lenient: as above. `failures` counts the responses whose grading failed, by kind:
     "timeout", "crash", or an exception's name. Any thread may use it. A context manager; or call
     `close()`.
+
+    reward: FILE.py:function, from (response, answer) to a number, for `right_and_reward`; it has
+    workers of its own under the same rules. Raises InputError if there is no such function.
     """
 
-    def __init__(self, workers: int = 2, timeout: float = 5.0, lenient: bool = False):
+    def __init__(
+        self, workers: int = 2, timeout: float = 5.0, lenient: bool = False, reward: str = ""
+    ):
         self.lenient = lenient
         self.failures: Counter[str] = Counter()
         program = [sys.executable, str(Path(__file__).resolve())]
         self.pool = Pool([*program, "--worker", str(timeout)], workers, timeout)
+        self.rewards = Rewards(program, workers, timeout, reward) if reward else None
+        self.rule = [lenient, reward, version(reward)]  # other rewards come of another one
 
     def __call__(self, jobs: list[tuple[str, str]], lenient: bool | None = None) -> list[float]:
         """[(response, answer), ...] -> [reward, ...] in the same order. lenient: or as created."""
@@ -357,14 +367,34 @@ class Grader:
         self.failures.update(verdict.failure for verdict in verdicts if verdict.failure)
         return verdicts
 
+    def right_and_reward(self, jobs: list[tuple[str, str]]) -> list[tuple[float, float]]:
+        """-> [(1.0 if right else 0.0, reward), ...], which are equal but for a reward function.
+
+        Raises InputError if the function raises an exception or returns no finite number. Where it
+        takes too long or its worker dies, the reward is 0; `failures` has "reward_timeout", ...
+        """
+        right = self(jobs)
+        if not self.rewards:
+            return list(zip(right, right))
+        rewards, failures = self.rewards(jobs)
+        self.failures.update(failures)
+        return list(zip(right, rewards))
+
     def close(self) -> None:
         self.pool.close()
+        if self.rewards:
+            self.rewards.pool.close()
 
     def __enter__(self) -> "Grader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def load_parser() -> Callable:
+    parse_and_compare("x+1", "1+x", lenient=False)  # imports
+    return parse_and_compare
 
 
 def main() -> None:
@@ -376,6 +406,7 @@ def main() -> None:
     mode.add_argument("--strict", action="store_true", help="only a box counts: the default")
     mode.add_argument("--lenient", action="store_true", help="as the reward of the official code")
     args = parser.parse_args()
+    print_what_can_be()
     with Grader(1, args.timeout, args.lenient) as grader:
         grader.verdicts([(r"\boxed{x+1}", "1+x")])  # the worker's start is not what is timed
         start = time.perf_counter()
@@ -397,7 +428,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        parse_and_compare("x+1", "1+x", lenient=False)  # imports
-        serve(parse_and_compare, float(sys.argv[2]), WORKER_BYTES)
+        serve(load_parser, float(sys.argv[2]), WORKER_BYTES)
+    elif sys.argv[1:2] == ["--reward"]:
+        serve(partial(Reward, sys.argv[2]), float(sys.argv[3]), WORKER_BYTES)
     else:
         main()

@@ -33,7 +33,7 @@ def main() -> None:
     rng = random.Random(0)
     for i, problem in ours.mine.items():
         trace = tuple(rng.randrange(2, VOCABULARY) for _ in range(95)) + (EOS,)
-        ours.mine[i] = replace(problem, trace_ids=trace, trace_reward=1.0)
+        ours.mine[i] = replace(problem, trace_ids=trace, trace_right=1.0, trace_reward=1.0)
     before = copy.deepcopy(ours.model.state_dict())
     seconds = {row: [] for row in dict.fromkeys(["luffy", *args.rows])}
     for step in tqdm(range(args.rounds + 1)):

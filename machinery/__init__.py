@@ -14,7 +14,7 @@ scores          avg@k and pass@k on held-out problems; what a run came to
 run_directory   log, checkpoints, resumption
 plan            --dry_run: batches, tokens and memory of each GPU
 page, plots     report.html, curves.png and a picture of evaluations
-pool            worker processes that can be killed
+pool, reward    worker processes that can be killed; a user's reward function in them
 published       the paper's benchmarks, systems, prompts and scores
 toy             the laptop's world: problems, teacher, base model
 """

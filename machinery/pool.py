@@ -4,22 +4,26 @@ The other side is `serve`, in a program of its own. Jobs and replies are lines o
 subprocesses: forking after CUDA is up is an error, and multiprocessing's spawn imports the trainer.
 """
 
-import contextlib
+import faulthandler
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from itertools import groupby
-from multiprocessing.connection import wait
-from threading import Lock
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 
 STARTUP_SECONDS = 120  # for a worker to import what it needs, on a machine that starts many
 START_ATTEMPTS = 3  # in a row
+# Own session or, on Windows, process group: Ctrl-C is the trainer's business.
+ALONE = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+ALONE |= {"start_new_session": True}
 
 
 class Pool:
@@ -97,22 +101,32 @@ class Worker:
     """One process."""
 
     def __init__(self, command: list[str]):
-        self.process = subprocess.Popen(  # own session: Ctrl-C is the trainer's business
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        self.ready = False
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, **pipes, **ALONE)
+        self.ready, self.lines = False, SimpleQueue()
+        Thread(target=self.read, daemon=True).start()
+
+    def read(self) -> None:
+        """In a thread of its own: not every system can wait for a pipe with a time limit."""
+        with self.process.stdout as pipe:
+            for line in pipe:
+                self.lines.put(line)
+        self.lines.put(b"")
 
     def alive(self) -> bool:
         return self.process.poll() is None
 
     def starts(self) -> bool:
         """Is it there for a job? Waits, if it is new."""
-        self.ready = self.alive() and (self.ready or bool(self.line(STARTUP_SECONDS)))
-        return self.ready
+        if self.alive() and not self.ready and (line := self.line(STARTUP_SECONDS)):
+            self.ready = True
+            if note := line.decode().strip():
+                say_once(note)
+        return self.ready and self.alive()
 
     def ask(self, job, timeout: float) -> tuple:
         """As `Pool.map`, for one job. The process is dead if it did not reply."""
-        with contextlib.suppress(BrokenPipeError):  # it is dead: there will be no reply
+        with suppress(OSError):  # it is dead: there will be no reply
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
         line = self.line(timeout)
@@ -124,28 +138,58 @@ class Worker:
 
     def line(self, seconds: float) -> bytes | None:
         """The next line it writes; empty if it is dead, None if none came in time."""
-        return self.process.stdout.readline() if wait([self.process.stdout], seconds) else None
+        try:
+            return self.lines.get(timeout=seconds)
+        except Empty:
+            return None
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        for pipe in self.process.stdin, self.process.stdout:
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        with suppress(OSError):
+            self.process.stdin.close()
 
 
-def serve(function: Callable, timeout: float, memory_bytes: int) -> None:
+@cache
+def say_once(note: str) -> None:
+    """By rank 0; not by processes.say, for the workers would load torch with it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(note, file=sys.stderr, flush=True)
+
+
+def serve(load: Callable[[], Callable], timeout: float, memory_bytes: int) -> None:
     """A worker's life: a job a line in, a reply a line out, until there is no parent.
 
-    function: called with a job's values. Import what it needs before: its time counts.
+    load: imports what is needed, whose time does not count; -> what is called with a job's values.
+    memory_bytes: on top of what it has then.
     """
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no reply
-    with contextlib.suppress(BrokenPipeError):  # there is no parent any more
-        print("ready", file=out, flush=True)
-    for line in sys.stdin:
-        signal.alarm(int(timeout) + 2)  # should the parent be killed, no hung worker outlives it
+    jobs, out = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)  # nobody else reads a job,
+    os.dup2(2, 1)  # and what a library prints is no reply
+    function = load()
+    note = limit_memory(memory_bytes)
+    with suppress(OSError):  # there is no parent any more
+        print(note, file=out, flush=True)
+    for line in jobs:
+        # Should the parent be killed, no hung worker outlives it. SIGALRM is not everywhere.
+        faulthandler.dump_traceback_later(timeout + 2, file=nothing, exit=True)
         reply = function(*json.loads(line))
-        signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
         print(json.dumps(reply), file=out, flush=True)
+
+
+def limit_memory(more_bytes: int) -> str:
+    """So much on top of what this process has. -> empty, or a note that the system refuses."""
+    try:
+        import resource
+
+        has, statm = 0, Path("/proc/self/statm")
+        if statm.exists():
+            has = int(statm.read_text("utf-8").split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        if hard in (resource.RLIM_INFINITY, -1) or hard > has + more_bytes:
+            resource.setrlimit(resource.RLIMIT_AS, (has + more_bytes,) * 2)
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        return f"graders     their memory is not limited: this system does not do it ({error})"
+    return ""

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,9 +13,15 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
+from machinery.files import print_what_can_be
+
 
 class InputError(ValueError):
     """The user's input cannot be used. The message names the flag, file or row, and the fix."""
+
+
+class OwnInputError(InputError):
+    """One that the other ranks may not meet: whoever does prints it."""
 
 
 def init_processes() -> None:
@@ -26,7 +33,14 @@ def init_processes() -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=lone_store(), rank=0, world_size=1)
+
+
+def lone_store() -> dist.Store:
+    """Where a single process meets itself: without a port, and on Windows in a file."""
+    if hasattr(dist, "HashStore"):
+        return dist.HashStore()
+    return dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
 
 
 def rank() -> int:
@@ -74,13 +88,15 @@ def launch(main: Callable[[], None]) -> None:
     torchrun ends those, but only when this process is gone. (And gloo aborts, now and then.) An
     InputError is a message, printed by rank 0, and no traceback.
     """
+    print_what_can_be()
 
     def main_or_complaint() -> None:
         try:
             main()
         except InputError as error:
             program = os.path.basename(sys.argv[0])
-            sys.exit(f"{program}: {error}" if rank() == 0 else 1)
+            mine = rank() == 0 or isinstance(error, OwnInputError)
+            sys.exit(f"{program}: {error}" if mine else 1)
 
     try:
         record(main_or_complaint)()  # torchrun then has the error in its summary

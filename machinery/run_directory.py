@@ -85,7 +85,7 @@ class Run:
         if not self.out.exists():
             return
         config = self.out / "config.json"
-        old = json.loads(config.read_text()) if config.is_file() else {}
+        old = json.loads(config.read_text("utf-8")) if config.is_file() else {}
         if "algo" not in old:  # a model's directory has a config.json, too
             if not self.out.is_dir() or any(self.out.iterdir()):
                 raise InputError(

@@ -201,6 +201,7 @@ def fill(readme: str) -> str:
 if __name__ == "__main__":
     if missing := set(ALGORITHMS) - set(NAMES):
         print(f"rows without a name in NAMES are left out: {', '.join(sorted(missing))}")
-    (ROOT / "README.md").write_text(fill((ROOT / "README.md").read_text()))
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text("utf-8")), "utf-8")
     draw(ROOT / "docs" / "methods.png")
     print(table())

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SHARED
+from conftest import SHARED, Judge
 
 from machinery import toy
 from data import Problem, batch_at, encode, load_problems, load_training_set, render
@@ -141,14 +141,16 @@ def test_traces_are_verified_once_as_rollouts_are(tokenizer, tmp_path):
     ]
     path, judged = write(tmp_path / "a.jsonl", *rows), []
 
-    def grader(jobs):
+    def judge(jobs):
         judged.extend(jobs)
         return [grade(*job) for job in jobs]
 
     def load():
         return [
             p.prompt[0]["content"]
-            for p in load_training_set(config(path), tokenizer, grader, tmp_path / "verdicts.json")
+            for p in load_training_set(
+                config(path), tokenizer, Judge(judge), tmp_path / "verdicts.json"
+            )
         ]
 
     assert load() == load() == ["a", "c"] and len(judged) == 3

@@ -75,6 +75,8 @@ def test_real_traces_keep_every_character_and_are_right(qwen_math, tmp_path):
     with Grader() as grader:
         cfg = Config(data=str(TRACES))
         problems = load_training_set(cfg, qwen_math, grader, tmp_path / "verdicts.json")
+    assert len(problems) == 5  # of two traces each, which follow one another in the file
+    problems = [trace for p in problems for trace in (p, *p.others)]
     assert len(problems) == 10 and all(p.trace_reward == 1 for p in problems)
     eos = qwen_math.eos_token_id
     for original, problem in zip(load_problems(str(TRACES)), problems):

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run
+from conftest import Judge, run
 
-import luffy
 from data import Problem, batch_at, encode, load_training_set
 from luffy import ALGORITHMS, Config, rollout, score, set_normaliser, token_loss
 from machinery import flags, plan, toy
@@ -31,8 +30,7 @@ def row(question, answer, trace):
     return {"prompt": prompt, "reward_model": {"ground_truth": answer}} | target
 
 
-def grader(jobs):
-    return [grade(*job) for job in jobs]
+grader = Judge(lambda jobs: [grade(*job) for job in jobs])
 
 
 def load(tmp_path, tokenizer, *rows, **fields):
@@ -87,7 +85,6 @@ def test_a_problem_without_a_trace(tmp_path, tokenizer, capsys):
     assert [(t.position, t.off_policy) for t in group] == [
         *[(0, False)] * 3, (0, True), *[(1, False)] * 4]  # fmt: skip
     group[-1].right = group[-1].reward = 0.0  # already graded
-    grader.failures = luffy.Grader().failures
     metrics = score(group, grader, tokenizer, cfg)
     assert [t.advantage for t in group] == [0.0] * 4 + [0.25] * 3 + [-0.75]  # Eq. 4, as any group
     assert metrics["groups/mixed"] == 0.5 and metrics["trace_reward"] == 1.0
