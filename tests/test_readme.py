@@ -127,6 +127,14 @@ def test_the_core_that_is_quoted_is_the_one_in_the_code():
         position = source.index(line.strip(), position)
 
 
+def test_the_defaults_that_are_quoted_are_those_of_the_code():
+    text = (ROOT / "docs" / "differences.md").read_text()
+    quoted = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", text, re.M)
+    assert len(quoted) >= 8
+    for field, value in quoted:
+        assert repr(getattr(Config(), field)) == value, field
+
+
 def test_ci_runs_the_commands_of_the_readme():
     ci = (ROOT / ".ci" / "run").read_text()
     commands = re.findall(r"^pip install -r (requirements-\w+.txt) && (.*)$", README, re.M)
