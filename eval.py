@@ -203,6 +203,15 @@ def published_table(scores: Scores, system: str) -> str:
         for (name, t), s in scores.items()
         if name in paper
     ]
+    for t in dict.fromkeys(t for _, t in scores):
+        if {(name, t) for name in SIX} <= scores.keys():
+            six = [scores[name, t] for name in SIX]
+            here, error = mean(s["avg"] for s in six), math.hypot(*(s["avg_se"] for s in six)) / 6
+            lines.append(
+                f"| mean of 6 | {t:g} | {percent(here, error)} "
+                f"| {percent(mean(s['lenient'] for s in six))} "
+                f"| {row.average:.1f} | {100 * here - row.average:+.1f} |"
+            )
     head = [f"| {system} | T | here | lenient | published | difference |", "|---" * 6 + "|"]
     return "\n".join(head + lines) if lines else ""
 

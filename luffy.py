@@ -60,7 +60,7 @@ from verify import Grader
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The defaults are LUFFY's; docs/differences.md says where they are the paper's."""
+    """One run: LUFFY's by default. docs/differences.md lists what differs from paper and code."""
 
     # what to run
     model: str = flag("toy", "the toy, a directory that from_pretrained loads, or a hub name")

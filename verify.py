@@ -5,8 +5,8 @@
 Strict, the default: the last complete box after the thought is the answer, and it must have the
 value of the gold answer. Numbers are compared exactly, 0.333 is not 1/3, and irrational constants
 to 40 digits. A base may be left out, not be wrong; of units nothing is asked.
-Lenient: the reward of the official code (math-verify reads the text up to the second </think> from
-the first on, a box or none, and rounds to 6 decimals), so that both can be reported.
+Lenient: the official code's reward: math-verify reads from the first </think> to the second (its
+version 3), or all if no thought is opened (version 4), a box or none, and rounds to 6 decimals.
 
 What is graded was written by a model. Nothing here evaluates it as Python. Regular expressions
 run here, on at most MAX_LENGTH characters, and none of them may backtrack for long; parsers run in

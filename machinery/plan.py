@@ -235,7 +235,7 @@ def show(cfg: Config, check: Callable[[int], None], differences: str) -> None:
     check(ranks)
     fit_context(config, cfg.max_prompt_tokens, longest(cfg) - cfg.max_prompt_tokens)
     processor = "CPU, float32" if capacity is None else f"{capacity / GIB:.0f} GiB, bfloat16"
-    say(f"recipe      the paper's{differences}")
+    say(f"recipe      LUFFY's{differences}")
     say(f"model       {full_name(cfg.model)}, {parameters:,} parameters")
     say(f"machine     {ranks} x {processor}")
     show_batches(cfg, ranks)

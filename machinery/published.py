@@ -4,7 +4,8 @@ Sources: arXiv:2504.14945 (v5) and its repository, ElliottYan/LUFFY at 01f4ae0, 
 eval_scripts/generate_vllm.py. The prompts are those of the systems' own repositories: Oat-Zero and
 PRIME-Zero from sail-sg/understand-r1-zero at dfca49d (evaluate_model.py), OpenReasoner-Zero from
 Open-Reasoner-Zero at 3fdd9a0 (playground/zero_setting_base.py), SimpleRL's own from
-hkust-nlp/simpleRL-reason at cf1c785 (examples/simplelr_math_eval/utils.py).
+hkust-nlp/simpleRL-reason at cf1c785 (examples/simplelr_math_eval/utils.py). For Qwen2.5-7B-Instruct
+and Llama-3.1-8B-Instruct no prompt is given: those here are ours.
 """
 
 from dataclasses import dataclass
@@ -91,42 +92,53 @@ class System:
 
     model: str  # on the hub; "" where none was published
     template: str
-    six: tuple[float, ...] = ()  # in the order of SIX
+    average: float  # of the six
+    six: tuple[float, ...] = ()  # in the order of SIX; some have only an average
     ood: tuple[float, ...] = ()  # in the order of OUT_OF_DISTRIBUTION
 
 
 # fmt: off
 SYSTEMS = {
-    "qwen-math-7b": System("Qwen/Qwen2.5-Math-7B", "qwen", (11.5, 4.9, 31.3, 43.6, 7.4, 15.6),
-                           (18.2, 11.1, 16.9)),
-    "qwen-math-7b-instruct": System("Qwen/Qwen2.5-Math-7B-Instruct", "qwen",
+    "qwen-math-7b": System("Qwen/Qwen2.5-Math-7B", "qwen", 19.0,
+                           (11.5, 4.9, 31.3, 43.6, 7.4, 15.6), (18.2, 11.1, 16.9)),
+    "qwen-math-7b-instruct": System("Qwen/Qwen2.5-Math-7B-Instruct", "qwen", 37.6,
                                     (12.5, 10.2, 48.5, 80.4, 32.7, 41.0), (70.3, 24.7, 34.1)),
-    "simplerl-zero": System("hkust-nlp/Qwen-2.5-Math-7B-SimpleRL-Zero", "qwen",
+    "simplerl-zero": System("hkust-nlp/Qwen-2.5-Math-7B-SimpleRL-Zero", "qwen", 37.4,
                             (27.0, 6.8, 54.9, 76.0, 25.0, 34.7), (30.2, 23.2, 34.5)),
     "openreasoner-zero": System("Open-Reasoner-Zero/Open-Reasoner-Zero-7B", "openreasoner_zero",
-                                (16.5, 15.0, 52.1, 82.4, 33.1, 47.1), (66.2, 29.8, 58.7)),
-    "prime-zero": System("PRIME-RL/Eurus-2-7B-PRIME-Zero", "prime_zero",
+                                41.0, (16.5, 15.0, 52.1, 82.4, 33.1, 47.1), (66.2, 29.8, 58.7)),
+    "prime-zero": System("PRIME-RL/Eurus-2-7B-PRIME-Zero", "prime_zero", 40.7,
                          (17.0, 12.8, 54.0, 81.4, 39.0, 40.3), (73.3, 18.2, 32.7)),
-    "oat-zero": System("sail/Qwen2.5-Math-7B-Oat-Zero", "qwen",
+    "oat-zero": System("sail/Qwen2.5-Math-7B-Oat-Zero", "qwen", 43.7,
                        (33.4, 11.9, 61.2, 78.0, 34.6, 43.4), (70.1, 23.7, 41.7)),
-    "on-policy": System("", "own_no_system", (25.1, 15.3, 62.0, 84.4, 39.3, 46.8),
-                        (82.3, 40.4, 49.3)),
-    "sft": System("Elliott/Qwen2.5-Math-7B-SFT", "own_no_system",
+    "on-policy": System("", "own_no_system", 45.5,
+                        (25.1, 15.3, 62.0, 84.4, 39.3, 46.8), (82.3, 40.4, 49.3)),
+    "sft": System("Elliott/Qwen2.5-Math-7B-SFT", "own_no_system", 44.1,
                   (22.2, 22.3, 52.8, 82.6, 40.8, 43.7), (75.2, 24.7, 42.7)),
-    "rl-sft-loss": System("", "own_no_system", (19.5, 16.4, 49.7, 80.4, 34.9, 39.4),
-                          (71.2, 23.7, 43.2)),
-    "sft-rl": System("Elliott/Qwen2.5-Math-7B-SFT-RL", "own_no_system",
+    "rl-sft-loss": System("", "own_no_system", 40.1,
+                          (19.5, 16.4, 49.7, 80.4, 34.9, 39.4), (71.2, 23.7, 43.2)),
+    "sft-rl": System("Elliott/Qwen2.5-Math-7B-SFT-RL", "own_no_system", 48.2,
                      (25.8, 23.1, 62.7, 87.2, 39.7, 50.4), (72.4, 24.2, 37.7)),
-    "luffy": System("Elliott/LUFFY-Qwen-Math-7B-Zero", "own_no_system",
+    "luffy": System("Elliott/LUFFY-Qwen-Math-7B-Zero", "own_no_system", 50.1,
                     (29.4, 23.1, 65.6, 87.6, 37.5, 57.2), (80.5, 39.9, 53.0)),
-    "luffy-860": System("", "own_no_system", (30.7, 22.5, 66.2, 86.8, 41.2, 55.3),
-                        (81.8, 49.0, 54.7)),
-    "qwen-math-1.5b": System("Qwen/Qwen2.5-Math-1.5B", "qwen", (7.2, 3.6, 26.4, 28.0, 9.6, 21.2)),
-    "qwen-math-1.5b-instruct": System("Qwen/Qwen2.5-Math-1.5B-Instruct", "qwen",
+    "luffy-860": System("", "own_no_system", 50.4,
+                        (30.7, 22.5, 66.2, 86.8, 41.2, 55.3), (81.8, 49.0, 54.7)),
+    "qwen-math-1.5b": System("Qwen/Qwen2.5-Math-1.5B", "qwen", 16.0,
+                             (7.2, 3.6, 26.4, 28.0, 9.6, 21.2)),
+    "qwen-math-1.5b-instruct": System("Qwen/Qwen2.5-Math-1.5B-Instruct", "qwen", 35.7,
                                       (12.1, 8.9, 48.1, 77.4, 28.7, 39.1)),
-    "luffy-1.5b": System("Elliott/LUFFY-Qwen-Math-1.5B-Zero", "own_no_system",
+    "sft-1.5b": System("", "own_no_system", 31.9),
+    "on-policy-1.5b": System("", "own_no_system", 30.0),
+    "luffy-1.5b": System("Elliott/LUFFY-Qwen-Math-1.5B-Zero", "own_no_system", 38.0,
                          (16.0, 13.1, 47.1, 80.2, 30.5, 41.0)),
-    "luffy-instruct": System("Elliott/LUFFY-Qwen-Instruct-7B", "own_no_system",
+    "qwen-instruct": System("Qwen/Qwen2.5-7B-Instruct", "qwen", 34.4),
+    "sft-instruct": System("", "own_no_system", 29.0),
+    "on-policy-instruct": System("", "own_no_system", 35.2),
+    "luffy-instruct": System("Elliott/LUFFY-Qwen-Instruct-7B", "own_no_system", 40.7,
                              (17.7, 14.8, 50.9, 82.0, 31.3, 47.4)),
+    "llama-instruct": System("meta-llama/Llama-3.1-8B-Instruct", "own", 17.1),
+    "sft-llama": System("", "own_no_system", 5.9),  # these three: from Llama-3.1-8B
+    "on-policy-llama": System("", "own_no_system", 9.6),
+    "luffy-llama": System("", "own_no_system", 13.2, (1.9, 0.1, 13.5, 39.0, 15.1, 9.6)),
 }
 # fmt: on

@@ -9,9 +9,9 @@ SCHEDULES   (config, steps done) -> the fields that are different then
 PREFIXES    how much of its trace a rollout is given: steps done / steps, a generator -> a ratio
 
 P problems, G trajectories of a group (rollouts, then the trace), N response tokens. A row with a
-repository at a commit was compared with values of that code, in tests/method_cases.py. Coefficients
-are in our units; docs/methods.md converts them. What a row does not say is Config's default: no
-clip, no division by the standard deviation, all learn.
+repository at a commit, but UFT's, was compared with values of that code: tests/method_cases.py.
+Coefficients are in our units; docs/methods.md converts them. What a row does not say is Config's
+default: no clip, no division by the standard deviation, all learn.
 """
 
 import math

@@ -50,7 +50,7 @@ def summarize(rows: list[dict]) -> dict:
     """Rows of `respond`, the same number k for each problem -> scores.
 
     avg: avg@k with its standard error avg_se; pass_at: unbiased pass@1 ... pass@k; lenient: avg@k
-    under the official grading, where it was asked for; mean length in tokens; share of truncated
+    by the official code's reward, where asked for; mean length in tokens; share of truncated
     responses.
     """
     rewards = list(by_problem(rows).values())

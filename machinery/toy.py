@@ -35,7 +35,7 @@ from transformers import Qwen2Tokenizer
 
 from machinery.processes import InputError
 
-# What the laptop's runs differ in from the paper's, for every algorithm alike: sizes, and what
+# What the laptop's runs differ in from the defaults, for every algorithm alike: sizes, and what
 # suits a model of 114 thousand parameters. Nothing that tells one algorithm from another.
 # fmt: off
 RECIPE = dict(

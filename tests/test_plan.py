@@ -35,12 +35,12 @@ def test_a_small_gpu_and_another_recipe(capsys):
     """The paper's models on GPUs of 80 GiB are in the README, and checked there."""
     text = planned(capsys, "--model", "Qwen2.5-Math-1.5B", "--dry_run", "1x24", "--lr", "1e-5")
     assert "verdict     DOES NOT FIT in 24 GiB" in text and "1,543,714,304 parameters" in text
-    assert "recipe      the paper's, but lr 1e-05\n" in text
+    assert "recipe      LUFFY's, but lr 1e-05\n" in text
 
 
 def test_the_arithmetic_of_a_rank(capsys, quick):
     text = planned(capsys, "--model", "Qwen2.5-Math-7B", "--dry_run", "8x80")
-    assert "recipe      the paper's\n" in text and "7,615,616,512 parameters" in text
+    assert "recipe      LUFFY's\n" in text and "7,615,616,512 parameters" in text
     assert "= 1,024 trajectories, 2 updates" in text and "verdict     fits in 80 GiB" in text
     assert "112 rollouts a step: at most 917,504 tokens" in text  # 16 problems x 7; x 8192
     assert "64 trajectories an update: at most 589,824 tokens in 22 micro-batches" in text

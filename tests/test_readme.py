@@ -115,16 +115,19 @@ def test_the_plans_are_what_the_program_prints(capsys, monkeypatch, document, co
     if "8x80" in command:
         needed = re.search(r"updating +([\d.]+)\n *in all", printed)[1]
         assert f"{needed} of 80 GiB" in README
+        count, weights, state = re.search(
+            r"(\d+) checkp.* of ([\d.]+) GiB, and ([\d.]+)", printed
+        ).groups()
+        disk = int(count) * float(weights) + 2 * float(state)
+        assert f"{disk:.0f} GiB of disk, {8 * float(weights):.0f} of host memory" in README
 
 
-def test_the_core_that_is_quoted_is_the_one_in_the_code():
-    """README's excerpt of token_loss: its lines are lines of it, in that order."""
-    source = (ROOT / "luffy.py").read_text().split("def token_loss")[1].split("\ndef ")[0]
-    quoted = re.search(r"```python\n# token_loss.*?\n(.*?)```", README, re.S)[1].splitlines()
-    position = 0
-    for line in filter(str.strip, quoted):
-        assert line.strip() in source[position:], line
-        position = source.index(line.strip(), position)
+def test_the_defaults_that_are_quoted_are_those_of_the_code():
+    text = (ROOT / "docs" / "differences.md").read_text()
+    quoted = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", text, re.M)
+    assert len(quoted) >= 8
+    for field, value in quoted:
+        assert repr(getattr(Config(), field)) == value, field
 
 
 def test_ci_runs_the_commands_of_the_readme():
