@@ -1,10 +1,13 @@
 """Problems and traces: one schema, one prompt format, every source.
 
+    python data.py problems.jsonl --model Qwen2.5-Math-7B    # look before you train
+
 A source is a name that `load_problems` understands: "toy", a local .jsonl or .parquet file, or the
 name of a data set on the Hugging Face hub. Its rows may have one of the schemas in `SCHEMAS`; for
-another one, add a function there.
+another one, add a function there. docs/data.md has a row of each.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -14,6 +17,8 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -23,7 +28,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from machinery import toy
 from machinery.files import write
-from machinery.processes import InputError, gather, progress, rank, say, world_size
+from machinery.processes import InputError, gather, launch, progress, rank, say, world_size
+import verify
 from verify import Grader, extract_answer
 
 THINK = "<think>\n"
@@ -113,10 +119,8 @@ OTHER_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|zst|xz|bz2)
 def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     """(where it stands, row) for each row of the toy, a file or a hub data set."""
     path, suffix = Path(name), Path(name).suffix.lower()
-    if path.parts[:1] == ("toy",):
-        yield from ((name, row) for row in toy.rows(*path.parts[1:]))
-        return
-    if path.is_dir():
+    is_toy = path.parts[:1] == ("toy",)
+    if path.is_dir() and not is_toy:
         raise InputError(f"{name}: a directory; name a .jsonl or .parquet file in it")
     if not path.is_file() and (path.is_absolute() or OTHER_FILE.search(name)):
         raise InputError(f"{name}: no such file")
@@ -130,7 +134,9 @@ def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
             if line.strip():
                 yield f"{name}, line {number}", parse_line(line, f"{name}, line {number}")
         return
-    if suffix == ".parquet":
+    if is_toy:
+        rows = toy.rows(*path.parts[1:])
+    elif suffix == ".parquet":
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
         except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -581,3 +587,81 @@ def batch_at(problems: list[Problem], step: int, size: int, seed: int) -> list[P
             random.Random(f"{seed}/{epoch}").shuffle(epochs[epoch])
         batch.append(problems[epochs[epoch][i]])
     return batch
+
+
+# ------------------------------------------------------------------ look before you train
+LIMITS = {"max_prompt_tokens": 1024, "max_response_tokens": 8192}  # luffy.py's defaults
+
+
+def unread(golds: list[str], grader: Grader) -> list[bool]:
+    """Which no parser reads? What is right beside their own text is up to verify.compare's rules."""
+    plain = [verify.normal_form(gold[: verify.MAX_LENGTH]) for gold in golds]
+    plain = [verify.ASSIGNMENT.sub("", text) for text in plain]
+    rules = verify.number, verify.sequence, verify.BASED.fullmatch
+    hard = [text for text in plain if all(rule(text) is None for rule in rules)]
+    replies = grader.pool.map([(text, text, False) for text in hard], key=itemgetter(0))
+    bad = {text for text, (reply, _) in zip(hard, replies) if not (reply and reply[0])}
+    return [text in bad for text in plain]
+
+
+def parse_args() -> tuple[argparse.Namespace, dict[str, int]]:
+    """-> flags, and the limits of lengths: given, or the model's own, or luffy.py's."""
+    from machinery.model import recipe
+
+    parser = argparse.ArgumentParser(description="Look before you train.", allow_abbrev=False)
+    parser.add_argument("data", metavar="FILE", help="or another source, as luffy.py's --data")
+    parser.add_argument("--model", default="toy", help="a directory or a hub name [toy]")
+    for name in LIMITS:
+        parser.add_argument(f"--{name}", type=int, help="[luffy.py's for this model]")
+    parser.add_argument("--out", type=Path, help="the picture of lengths [runs/data/NAME.png]")
+    args = parser.parse_args()
+    args.out = args.out or Path(
+        "runs/data", re.sub(r"[^\w.-]+", "-", Path(args.data).name) + ".png"
+    )
+    given = {name: getattr(args, name) for name in LIMITS}
+    own = LIMITS | recipe(args.model)
+    limits = {name: own[name] if n is None else n for name, n in given.items()}
+    for name, n in limits.items():
+        if n < 1:
+            raise InputError(f"--{name} {n}: must be at least 1")
+    return args, limits
+
+
+def main() -> None:
+    from machinery import look  # it draws, and training from this file's functions does not
+    from machinery.model import full_name, load_tokenizer
+
+    args, limits = parse_args()
+    is_toy = args.model == "toy"  # its tokenizer needs no trained model
+    tokenizer = toy.make_tokenizer() if is_toy else load_tokenizer(full_name(args.model))
+    broken: list[str] = []
+    problems, places, ignored = read_problems(args.data, broken=broken)
+    say(f"{args.data} for {args.model}, {len(tokenizer):,} tokens in its vocabulary")
+    say_ignored(args.data, ignored)
+    look.show_rows(problems, places, broken)
+    if not problems:
+        return
+    choose_template(problems, tokenizer)
+    kept, some, lengths = look.encode_each(
+        problems, places, partial(encode, tokenizer=tokenizer), limits
+    )
+    ends = {"prompt": limits["max_prompt_tokens"], "trace": limits["max_response_tokens"]}
+    look.show_lengths(lengths, ends)
+    look.draw_lengths(Path(args.data).name, lengths, ends, args.out)
+    look.show_unknown(problems, tokenizer)
+    with Grader() as grader:
+        golds = {p.answer: place for place, p in reversed(list(zip(places, problems)))}
+        look.show_golds(golds, grader.verdicts, partial(unread, grader=grader))
+        jobs = [
+            (place, p, p.opened + text_of(p.trace_ids, tokenizer))
+            for place, problem in kept
+            for p in look.with_others(problem)
+            if p.trace_ids
+        ]
+        look.show_traces(kept, jobs, grader.verdicts, extract_answer)
+    if some:
+        look.show_prompt(some, render(some.prompt, tokenizer), tokenizer)
+
+
+if __name__ == "__main__":
+    launch(main)
