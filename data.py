@@ -594,7 +594,7 @@ LIMITS = {"max_prompt_tokens": 1024, "max_response_tokens": 8192}  # luffy.py's 
 
 
 def unread(golds: list[str], grader: Grader) -> list[bool]:
-    """Which no parser reads? What is right beside their own text is up to verify.compare's rules."""
+    """Which no parser reads? Beside the same text, only verify.compare's rules make one right."""
     plain = [verify.normal_form(gold[: verify.MAX_LENGTH]) for gold in golds]
     plain = [verify.ASSIGNMENT.sub("", text) for text in plain]
     rules = verify.number, verify.sequence, verify.BASED.fullmatch

@@ -4,6 +4,7 @@ What data.py and verify.py do is given as arguments. Each function prints its pa
 """
 
 import json
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -204,18 +205,25 @@ def show_prompt(problem: Problem, text: str, tokenizer: Tokenizer) -> None:
 
 
 def show_unknown(problems: list[Problem], tokenizer: Tokenizer) -> None:
-    """Characters that become <unk>: a model can neither read nor write them."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
-        return
+    """Characters that the tokenizer loses: a model can neither read nor write them."""
+
+    def lost_of(text: str) -> set[str]:
+        text = unicodedata.normalize("NFKC", text)  # as some tokenizers do
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        back = unicodedata.normalize("NFKC", tokenizer.decode(ids))
+        return set(Counter(text) - Counter(back))
+
     texts = [text for p in problems for text in texts_of(p)]
-    found = Counter(char for text in texts for char in set(text))
-    odd = [char for char, _ in found.most_common() if unknown in tokenizer.encode(char)]
-    if odd:
-        share = np.mean([bool(set(text) & set(odd)) for text in texts])
-        some = " ".join(map(repr, odd[:12])) + (" ..." if len(odd) > 12 else "")
-        say(f"unknown     {len(odd)} characters are {tokenizer.unk_token} to the tokenizer, and")
-        say(f"            {share:.0%} of messages and traces have some: {some}")
+    odd = {char for char in set().union(*texts) if lost_of(f"a{char}a")}
+    # such a character may still be part of a longer token
+    found = [lost_of(text) for text in texts if not odd.isdisjoint(text)]
+    lost = Counter(char for chars in found for char in chars)
+    if lost:
+        share = sum(map(bool, found)) / len(texts)
+        some = " ".join(repr(char) for char, _ in lost.most_common(12))
+        more = f" and {len(lost) - 12} more" if len(lost) > 12 else ""
+        say(f"lost        the tokenizer loses characters of {share:.0%} of messages and traces:")
+        say(f"            {some}{more}")
 
 
 def texts_of(problem: Problem) -> list[str]:

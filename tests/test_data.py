@@ -6,6 +6,8 @@ import re
 import pytest
 from conftest import ROOT, SHARED
 
+import data
+from luffy import Config
 from machinery import toy
 from data import SCHEMAS, TRACES, Problem, batch_at, encode, load_problems, load_training_set
 from data import read_problems, render
@@ -271,6 +273,46 @@ def test_batch_at_is_pure_and_covers_each_epoch_once():
     assert sorted(flat[:10]) == sorted(flat[10:]) == problems and flat[:10] != flat[10:]
     assert batch_at(problems, 0, 4, seed=2) != batches[0]
     assert problems == list(range(10))
+
+
+def test_look_says_what_a_run_would_drop_and_why(tmp_path, monkeypatch, capsys):
+    wrong, long = {"trace": "d=3;\\boxed{53}"}, {"trace": "\\boxed{535}" + "d" * 96}
+    rows = [
+        PLAIN | {"trace": "d=3;\\boxed{535}", "level": 5},
+        PLAIN | wrong | {"problem": "b2,c5,+;e?"},
+        PLAIN | long | {"problem": "b2,c5,+;f?"},
+        PLAIN | {"answer": "1", "trace": None},
+        PLAIN | {"problem": "b" * 33, "answer": "E_1,E_2", "trace": "N\\boxed{1}"},
+        PLAIN | {"answer": {}},
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+    picture = tmp_path / "pictures" / "a.png"
+    monkeypatch.setattr("sys.argv", ["data.py", path, "--out", str(picture)])
+    data.main()
+    said = capsys.readouterr().out
+    for words in (
+        "ignores the column level (",
+        "5 problems, 4 traces",
+        f"1 rows, and training does not start with such a row:\n            - {path}, line 6",
+        "1 rows have the prompt of an earlier row",
+        f"1 prompts have more than one gold answer:\n            - {path}, line 1: '535'",
+        "dropped     2\n",
+        f"1: trace longer than 96 tokens, such as {path}, line 3: 'b2,c5,+;f?'",
+        f"1: prompt longer than 32 tokens, such as {path}, line 5: 'bbb",
+        "| prompts | 12 | 12 | 12 | 12 | ",
+        "loses characters of 11% of messages and traces:\n            'N'\n",
+        f"1 cannot be parsed: little but the same text is right\n            - {path}, line 5",
+        f"1 of 2 that fit are right (50.0%)\n            - {path}, line 2: gold '535', given '53'",
+        "| - | 3 | 2 | 1 | 1 |",
+        "to train on 1 problems with a right trace; 1 more have no trace",
+        "<user>b2,c5,-;e?<assistant>",
+        "'?' '<assistant>' | 'd' '=' '3' ';' '\\\\boxed{' '5' '3' '5'",
+        "end         '5' '}' '<eos>'",
+    ):
+        assert words in said, (words, said)
+    assert picture.stat().st_size > 10_000
+    defaults = {name: getattr(Config(), name) for name in data.LIMITS}
+    assert data.LIMITS == defaults
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data files")
