@@ -640,7 +640,7 @@ def main() -> None:
     say_ignored(args.data, ignored)
     look.show_rows(problems, places, broken)
     if not problems:
-        return
+        raise InputError(f"{args.data}: no row can be read; docs/data.md shows what rows look like")
     choose_template(problems, tokenizer)
     kept, some, lengths = look.encode_each(
         problems, places, partial(encode, tokenizer=tokenizer), limits

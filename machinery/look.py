@@ -113,16 +113,16 @@ def draw_lengths(name: str, lengths: Lengths, limits: dict[str, int], file: Path
         1, len(shown), figsize=(5.5 * len(shown), 3.6), layout="constrained", squeeze=False
     )
     for axis, (kind, values, limit) in zip(axes[0], shown):
-        axis.hist(values, bins=min(60, max(values)), alpha=0.8)
+        axis.hist(values, bins=np.linspace(0, max(values), 50), alpha=0.8)
+        if limit <= 3 * max(values):
+            axis.axvline(limit, color="C3", linestyle="--")
+        else:  # the line would stand far away
+            axis.annotate(f"limit {limit:,} →", (0.98, 0.92), xycoords="axes fraction", ha="right")
         beyond = sum(n > limit for n in values) / len(values)
-        axis.axvline(limit, color="C3", linestyle="--")
         axis.set_title(f"{len(values):,} {kind}s: {beyond:.1%} beyond {limit:,} tokens", loc="left")
         axis.set_xlabel("tokens")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        if limit > 3 * max(values):  # else the picture would be a line at its edge
-            axis.lines[-1].remove()
-            axis.annotate(f"limit {limit:,} →", (0.98, 0.92), xycoords="axes fraction", ha="right")
     figure.suptitle(name, fontsize=11, parse_math=False)  # a name may have a $
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)

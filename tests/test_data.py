@@ -299,7 +299,7 @@ def test_look_says_what_a_run_would_drop_and_why(tmp_path, monkeypatch, capsys):
         "dropped     2\n",
         f"1: trace longer than 96 tokens, such as {path}, line 3: 'b2,c5,+;f?'",
         f"1: prompt longer than 32 tokens, such as {path}, line 5: 'bbb",
-        "| prompts | 12 | 12 | 12 | 12 | ",
+        "| prompts | 12 | 12 | 12 | 12 | 30 | 35 | 32 | 1 |",
         "loses characters of 11% of messages and traces:\n            'N'\n",
         f"1 cannot be parsed: little but the same text is right\n            - {path}, line 5",
         f"1 of 2 that fit are right (50.0%)\n            - {path}, line 2: gold '535', given '53'",
