@@ -1,20 +1,26 @@
 """Problems and traces: one schema, one prompt format, every source.
 
+    python data.py problems.jsonl --model Qwen2.5-Math-7B    # look before you train
+
 A source is a name that `load_problems` understands: "toy", a local .jsonl or .parquet file, or the
 name of a data set on the Hugging Face hub. Its rows may have one of the schemas in `SCHEMAS`; for
-another one, add a function there.
+another one, add a function there. docs/data.md has a row of each.
 """
 
+import argparse
 import hashlib
 import json
+import math
 import random
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import jinja2
@@ -24,8 +30,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from machinery import toy
 from machinery.files import write
 from machinery.flags import Config
-from machinery.processes import InputError, gather, progress, rank, say, world_size
-from verify import Grader
+from machinery.processes import InputError, gather, launch, progress, rank, say, world_size
+import verify
+from verify import Grader, extract_answer
 
 THINK = "<think>\n"
 SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."  # for data without one
@@ -73,34 +80,77 @@ def load_problems(path_or_name: str, *, split: str = "train") -> list[Problem]:
     perhaps with /CONFIG and :SPLIT; `split` is for the hub only, where none is named. Raises
     InputError on a source that is absent, empty or malformed.
     """
-    problems = [to_problem(row, where) for where, row in read_rows(path_or_name, split)]
-    if not problems:
-        raise InputError(f"{path_or_name}: no rows; a data set needs at least one problem")
-    return problems
+    return read_problems(path_or_name, split)[0]
+
+
+def read_problems(
+    name: str, split: str = "train", broken: list[str] | None = None
+) -> tuple[list[Problem], list[str], list[str]]:
+    """-> problems, where each of them stands, and the columns that no reader looked at.
+
+    broken: gets the complaint about each row that cannot be read, in place of an InputError.
+    """
+    problems, places = [], []
+    columns: dict[str, None] = {}
+    read: set[str] = set()
+    for where, values in read_rows(name, split):
+        row = Row(values, where)
+        columns |= dict.fromkeys(values)
+        try:
+            problems.append(to_problem(row))
+            places.append(where)
+        except InputError as error:
+            if broken is None:
+                raise
+            broken.append(str(error))
+        read |= row.read
+    if not columns:
+        raise InputError(f"{name}: no rows; a data set needs at least one problem")
+    return problems, places, [column for column in columns if column not in read]
+
+
+def say_ignored(name: str, ignored: list[str]) -> None:
+    """What stands in a source and has no effect, once."""
+    if ignored:
+        hint = "; trace_logps takes a teacher's log-probs" if "target_probs" in ignored else ""
+        columns = f"column{'s' * (len(ignored) > 1)} {', '.join(ignored)}"
+        say(f"{name}: ignores the {columns} (docs/data.md has those that are read){hint}")
+
+
+OTHER_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|zst|xz|bz2)$", re.IGNORECASE)
 
 
 def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     """(where it stands, row) for each row of the toy, a file or a hub data set."""
-    path = Path(name)
-    if path.parts[:1] == ("toy",):
-        yield from ((name, row) for row in toy.rows(*path.parts[1:]))
-        return
-    if path.suffix in (".jsonl", ".parquet") and not path.is_file():
+    path, suffix = Path(name), Path(name).suffix.lower()
+    is_toy = path.parts[:1] == ("toy",)
+    if path.is_dir() and not is_toy:
+        raise InputError(f"{name}: a directory; name a .jsonl or .parquet file in it")
+    if not path.is_file() and (path.is_absolute() or OTHER_FILE.search(name)):
         raise InputError(f"{name}: no such file")
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 is text
-        except UnicodeDecodeError as error:
-            raise InputError(f"{name}: not UTF-8 ({error})") from None
+            # utf-8-sig: Windows' editors put a mark first; not splitlines: U+2028 is text
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{name}: cannot be read as UTF-8 text ({error})") from None
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{name}, line {number}", parse_line(line, f"{name}, line {number}")
         return
-    if path.suffix == ".parquet":
+    if is_toy:
+        rows = toy.rows(*path.parts[1:])
+    elif suffix == ".parquet":
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise InputError(f"{name}: not a parquet file ({error})") from error
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise InputError(f"{name}: not a parquet file that can be read ({error})") from error
+    elif path.is_file():
+        raise InputError(
+            f"{name}: neither .jsonl (one JSON object a line) nor .parquet. Unpack it, or convert "
+            "it: pandas.read_json or read_csv(...).to_json('NAME.jsonl', orient='records', "
+            "lines=True)"
+        )
     else:
         import datasets  # slow to import, and only the hub needs it
 
@@ -123,7 +173,9 @@ def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
 def parse_line(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+        if r"\ud" in line.lower():  # half a surrogate pair is no text: it could not be written
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # not JSON, or a number or nesting without end
         raise InputError(f"{where}: not JSON ({error}); expected one object a line") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -131,112 +183,225 @@ def parse_line(line: str, where: str) -> dict:
 
 
 # ------------------------------------------------------------------ schemas
-def from_openr1(row: dict, where: str) -> Problem:
+class Row:
+    """A row of a source: its columns, where it stands, and the columns that were looked at."""
+
+    def __init__(self, columns: dict[str, Any], where: str):
+        self.columns, self.where = columns, where
+        self.read: set[str] = set()
+
+    def __contains__(self, column: str) -> bool:
+        return column in self.columns
+
+    def __getitem__(self, column: str) -> Any:
+        self.read.add(column)
+        return self.columns.get(column)
+
+    def text(self, column: str) -> str:
+        value = self[column]
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(column, "a non-empty string", value)
+        return value
+
+    def wrong(self, column: str, expected: str, found: Any) -> InputError:
+        found = f"{brief(found)} ({type(found).__name__})"
+        return InputError(f"{self.where}, column {column}: expected {expected}, found {found}")
+
+
+def from_openr1(row: Row) -> Problem:
     """Elliott/Openr1-Math-46k-8192, and the official code's benchmark files (without target)."""
-    trace = None
-    if row.get("target") is not None:
-        trace = field(messages(row, "target", where)[0], "content", str, f"{where}, column target")
-    gold = field(row, "reward_model", dict, where)
-    answer = field(gold, "ground_truth", str, f"{where}, column reward_model")
-    source = str(row.get("data_source") or "")
-    return Problem(messages(row, "prompt", where), answer, trace, source)
+    gold = row["reward_model"]
+    if isinstance(gold, dict):
+        gold = gold.get("ground_truth")
+    return question(row, final(gold, "reward_model", row))
 
 
-def from_gsm8k(row: dict, where: str) -> Problem:
+def from_question(row: Row) -> Problem:
+    """A question and its answer, as MATH-500 and most sets on the hub have it."""
+    answer = row["answer"]
+    if answer is None and "solution" in row:
+        return from_solution(row)
+    if isinstance(answer, str) and "####" in answer:
+        return from_gsm8k(row)
+    lines = isinstance(answer, str) and "\n" in answer.strip() and "\\begin" not in answer
+    if lines or isinstance(answer, str) and "boxed{" in answer:
+        expected = "the bare answer, or GSM8K's: a solution that ends in '#### ANSWER'"
+        raise row.wrong("answer", f"{expected} (a solution goes into a column solution)", answer)
+    return question(row, final(answer, "answer", row))
+
+
+def from_solution(row: Row) -> Problem:
+    r"""MATH as the hub has it: the answer is what the solution boxes."""
+    answer = extract_answer(row.text("solution"))
+    if not answer:
+        expected = "an answer in \\boxed{}, or a column answer beside it"
+        raise row.wrong("solution", expected, row["solution"])
+    return question(row, answer)
+
+
+def from_gsm8k(row: Row) -> Problem:
     """GSM8K's own format: the human solution, calculator marks <<1+1=2>>, then `#### gold`."""
-    solution, mark, gold = field(row, "answer", str, where).rpartition("####")
-    if not mark:
-        raise InputError(f"{where}, column answer: expected a solution that ends in '#### ANSWER'")
-    gold = gold.strip().replace(",", "")
+    solution, _, gold = row.text("answer").rpartition("####")
+    if re.fullmatch(r"\s*-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?\s*", gold):
+        gold = gold.replace(",", "")
+    problem = question(row, final(gold.strip(), "answer, after ####", row))
     solution = re.sub(r"<<[^>]*>>", "", solution).strip()
-    user = {"role": "user", "content": field(row, "question", str, where)}
-    prompt = [ASK_FOR_A_BOX, user]
-    return Problem(prompt, gold, f"{solution}\nThe answer is \\boxed{{{gold}}}.", "gsm8k")
+    if not solution or any(column in row for column in TRACES):
+        return problem
+    trace = f"{solution}\nThe answer is \\boxed{{{problem.answer}}}."
+    return replace(problem, trace=trace, source=problem.source or "gsm8k")
 
 
-def from_problem(row: dict, where: str) -> Problem:
-    """A problem and its answer, as MATH-500 and most benchmarks on the hub; no trace."""
-    answer = row["answer"]  # a string, a number, or a list of one
-    return bare(row, "problem", answer[0] if isinstance(answer, list) and answer else answer, where)
-
-
-def from_arc(row: dict, where: str) -> Problem:
+def from_arc(row: Row) -> Problem:
     """ARC: choices with their labels."""
-    given = field(row, "choices", dict, where)
-    choices = zip(given["label"], given["text"])
-    return multiple_choice(row, "question", choices, row["answerKey"], where)
+    given = row["choices"]
+    given = given if isinstance(given, dict) else {}
+    labels, texts = strings(given.get("label")), strings(given.get("text"))
+    if not labels or len(labels) != len(texts):
+        raise row.wrong("choices", "{label: [...], text: [...]}, as many of each", row["choices"])
+    return multiple_choice(row, "question", zip(labels, texts), row.text("answerKey"))
 
 
-def from_mmlu_pro(row: dict, where: str) -> Problem:
+def from_mmlu_pro(row: Row) -> Problem:
     """MMLU-Pro: options, of which the answer is a letter."""
-    choices = zip("ABCDEFGHIJ", field(row, "options", list, where))
-    return multiple_choice(row, "question", choices, row["answer"], where)
+    options = strings(row["options"])
+    if not options:
+        raise row.wrong("options", "a list of strings", row["options"])
+    return multiple_choice(row, "question", zip("ABCDEFGHIJ", options), row.text("answer"))
 
 
-def from_gpqa(row: dict, where: str) -> Problem:
+def from_gpqa(row: Row) -> Problem:
     """GPQA: the right answer and three wrong ones, shuffled by a function of the question."""
-    answers = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
-    order = random.Random(field(row, "Question", str, where)).sample(range(4), 4)
+    columns = "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))
+    answers = [row.text(column) for column in columns]
+    order = random.Random(row.text("Question")).sample(range(4), 4)
     choices = zip("ABCD", [answers[i].strip() for i in order])
-    return multiple_choice(row, "Question", choices, "ABCD"[order.index(0)], where)
+    return multiple_choice(row, "Question", choices, "ABCD"[order.index(0)])
 
 
 def multiple_choice(
-    row: dict, column: str, choices: Iterable[tuple[str, str]], answer: str, where: str
+    row: Row, column: str, choices: Iterable[tuple[str, str]], answer: str
 ) -> Problem:
     options = "\n".join(f"{label}) {text}" for label, text in choices)
-    return bare({column: f"{field(row, column, str, where)}\n\n{options}\n"}, column, answer, where)
+    prompt = [ASK_FOR_A_BOX, {"role": "user", "content": f"{row.text(column)}\n\n{options}\n"}]
+    return Problem(prompt, answer, source=source_of(row))
 
 
-def bare(row: dict, column: str, answer: Any, where: str) -> Problem:
-    """From a problem without a system message or a trace."""
-    if answer is None or not str(answer).strip():
-        raise InputError(f"{where}: the answer is empty")
-    return Problem(
-        prompt=[ASK_FOR_A_BOX, {"role": "user", "content": field(row, column, str, where)}],
-        answer=str(answer),
-        source=str(row.get("benchmark") or ""),
-    )
-
-
-SCHEMAS = {  # the columns that tell a schema -> its reader
+SCHEMAS: dict[tuple[str, ...], Callable[[Row], Problem]] = {
+    # the columns that tell a schema -> its reader; docs/data.md has a row of each
     ("prompt", "reward_model"): from_openr1,
     ("question", "choices", "answerKey"): from_arc,
     ("question", "options", "answer"): from_mmlu_pro,
     ("Question", "Correct Answer"): from_gpqa,
-    ("problem", "answer"): from_problem,
-    ("question", "answer"): from_gsm8k,
+    ("problem", "answer"): from_question,
+    ("question", "answer"): from_question,
+    ("prompt", "answer"): from_question,
+    ("messages", "answer"): from_question,
+    ("problem", "solution"): from_solution,
+    ("question", "solution"): from_solution,
 }
+QUESTIONS = ("problem", "question", "prompt", "messages")
+# The first of these columns that a row has holds its traces. A human's solution comes late.
+# fmt: off
+TRACES = ("target", "trace", "traces", "generations", "response", "completion", "messages",
+          "solution", "reasoning")
+# fmt: on
 
 
-def to_problem(row: dict, where: str) -> Problem:
+def to_problem(row: Row) -> Problem:
     for columns, reader in SCHEMAS.items():
         if all(column in row for column in columns):
-            return reader(row, where)
+            return reader(row)
     known = " or ".join("{" + ", ".join(columns) + "}" for columns in SCHEMAS)
-    raise InputError(f"{where}: expected the columns {known}, found {sorted(row)}")
+    raise InputError(f"{row.where}: expected the columns {known}, found {sorted(row.columns)}")
 
 
-def field(row: dict, column: str, kind: type, where: str) -> Any:
-    value = row.get(column)
-    if not isinstance(value, kind) or not value:
-        raise InputError(
-            f"{where}, column {column}: expected a non-empty {kind.__name__}, found {value!r:.80}"
-        )
+def question(row: Row, answer: str) -> Problem:
+    """A string is the user's message. Before a trace in messages stand those that it answers."""
+    column = next((column for column in TRACES if column in row), None)
+    asked = next(column for column in QUESTIONS if column in row)
+    if column == "messages" and row[column] is not None:
+        asked = column
+    prompt = row[asked]
+    if isinstance(prompt, str) and prompt.strip():
+        prompt = [ASK_FOR_A_BOX, {"role": "user", "content": prompt}]
+    prompt = messages(prompt, asked, row)
+    if asked == "messages" and prompt[-1]["role"] == "assistant":
+        prompt.pop()
+    if not prompt:
+        raise row.wrong(asked, "a message before the assistant's", row[asked])
+    bare = Problem(prompt, answer, source=source_of(row))
+    return with_traces(bare, column, row) if column else bare
+
+
+def with_traces(bare: Problem, column: str, row: Row) -> Problem:
+    """A column holds a trace, a list of traces, or messages of which the last is the trace."""
+    value, logps = row[column], row["trace_logps"]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        last = messages(value, column, row)[-1]
+        value = last["content"] if last["role"] == "assistant" else None
+    if not isinstance(value, list):
+        value, logps = [value], [logps]
+    elif logps is None:
+        logps = [None] * len(value)
+    elif not isinstance(logps, list) or len(logps) != len(value):
+        raise row.wrong("trace_logps", f"{len(value)} lists, one for each of {column}", logps)
+    found = [with_trace(bare, trace, logp, column, row) for trace, logp in zip(value, logps)]
+    first, *others = [p for p in found if p.trace is not None] or [bare]
+    return replace(first, others=tuple(others))
+
+
+def with_trace(bare: Problem, trace: Any, logps: Any, column: str, row: Row) -> Problem:
+    """Null or blank is none."""
+    if trace is None or isinstance(trace, str) and not trace.strip():
+        if logps:
+            raise row.wrong("trace_logps", "null, for there is no trace", logps)
+        return bare
+    if not isinstance(trace, str):
+        raise row.wrong(column, "a string, a list of strings, or {role, content} messages", trace)
+    if logps is None:
+        return replace(bare, trace=trace)
+    if not (isinstance(logps, list) and logps and all(map(is_logp, logps))):
+        raise row.wrong("trace_logps", "a list of finite numbers <= 0, one a token", logps)
+    return replace(bare, trace=trace, trace_logps=array("f", logps))
+
+
+def is_logp(value: Any) -> bool:
+    return type(value) in (int, float) and -1e30 < value <= 1e-6  # may be rounded
+
+
+def final(value: Any, column: str, row: Row) -> str:
+    """A final answer: text, a number, or a list of one of them."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if type(value) is float and math.isfinite(value):  # a column of 25 and null is one of floats
+        value = int(value) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    if type(value) is int:
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise row.wrong(column, "a final answer (a string or a number)", value)
     return value
 
 
-def messages(row: dict, column: str, where: str) -> list[dict[str, str]]:
-    found = field(row, column, list, where)
-    if not all(
+def source_of(row: Row) -> str:
+    value = row["data_source"] or row["benchmark"] or ""
+    if not isinstance(value, str):
+        raise row.wrong("data_source", "a string", value)
+    return value
+
+
+def strings(value: Any) -> list[str]:
+    """The list, if it is one of strings alone, else an empty one."""
+    return value if isinstance(value, list) and all(isinstance(v, str) for v in value) else []
+
+
+def messages(value: Any, column: str, row: Row) -> list[dict[str, str]]:
+    if not (isinstance(value, list) and value) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in found
+        for m in value
     ):
-        raise InputError(
-            f"{where}, column {column}: expected a list of "
-            f"{{role, content}} messages, found {found!r:.80}"
-        )
-    return [{"role": m["role"], "content": m["content"]} for m in found]
+        raise row.wrong(column, "a string, or a list of {role, content} messages", value)
+    return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 # ------------------------------------------------------------------ tokens
@@ -307,8 +472,8 @@ def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
     given = [m for m in prompt if m != ASK_FOR_A_BOX]
     template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
     text = str(template(given))
-    asked = len(given) == len(prompt) or "boxed" in text  # by the template, or in the problem
-    return text if asked else str(template(prompt))
+    asked = "boxed" in text + tokenizer.chat_template  # by the template, or in the problem
+    return text if asked or len(given) == len(prompt) else str(template(prompt))
 
 
 def bos_of(tokenizer: Tokenizer) -> str:
@@ -394,9 +559,10 @@ def load_training_set(
     keeps the traces' rewards, so that a resumed run has the same problems even if a verifier's time
     limit would now decide otherwise. Raises InputError if no problem is left.
     """
-    name, rows = cfg.data, load_problems(cfg.data)
+    rows, _, ignored = read_problems(cfg.data)
+    say_ignored(cfg.data, ignored)
     choose_template(rows, tokenizer, cfg.template)
-    problems = [trace for p in rows for trace in (p, *p.others)]  # one for each trace
+    problems = one_a_trace(rows)
     limits = dict(max_prompt_tokens=cfg.max_prompt_tokens)
     limits["max_trace_tokens"] = cfg.max_trace_tokens or cfg.max_response_tokens
     kept, dropped = encode(problems, tokenizer, **limits)
@@ -419,21 +585,25 @@ def load_training_set(
     kept = [p for p in kept if p.trace is None or p.trace_reward > 0]
     reasons = "".join(f"; dropped {n}: {reason}" for reason, n in sorted(dropped.items()) if n)
     if not kept:
-        raise InputError(f"--data {name}: no problem is left to train on{reasons}")
+        raise InputError(f"--data {cfg.data}: no problem is left to train on{reasons}")
     merged = one_a_problem(kept)
     traces = f", {len(kept)} traces" if len(kept) > len(merged) else ""
     untraced = sum(p.trace is None for p in merged) if cfg.traces else 0
     rolled_out = f", {untraced} of them without a trace" if untraced else ""
     total = len(one_a_problem(problems))
-    say(f"{name}: {len(merged)} of {total} problems{traces}{rolled_out}{reasons}")
+    say(f"{cfg.data}: {len(merged)} of {total} problems{traces}{rolled_out}{reasons}")
     return merged
+
+
+def one_a_trace(problems: list[Problem]) -> list[Problem]:
+    return [replace(trace, others=()) for p in problems for trace in (p, *p.others)]
 
 
 def one_a_problem(problems: list[Problem]) -> list[Problem]:
     """Those of the same prompt and answer become one, with `others`. The first ones' order."""
     found: dict[tuple, list[Problem]] = {}
     for p in problems:
-        found.setdefault((json.dumps(p.prompt), p.answer), []).append(replace(p, others=()))
+        found.setdefault((json.dumps(p.prompt), p.answer), []).append(p)
     merged = []
     for same in found.values():
         first, *others = [p for p in same if p.trace is not None] or same[:1]
@@ -479,3 +649,85 @@ def batch_at(problems: list[Problem], step: int, size: int, seed: int) -> list[P
         same = problem, *getattr(problem, "others", ())
         batch.append(same[epoch % len(same)])
     return batch
+
+
+# ------------------------------------------------------------------ look before you train
+# luffy.py's defaults
+LIMITS = {"max_prompt_tokens": 1024, "max_response_tokens": 8192, "max_trace_tokens": 0}
+
+
+def unread(golds: list[str], grader: Grader) -> list[bool]:
+    """Which no parser reads? Beside the same text, only verify.compare's rules make one right."""
+    plain = [verify.normal_form(gold[: verify.MAX_LENGTH]) for gold in golds]
+    plain = [verify.ASSIGNMENT.sub("", text) for text in plain]
+    rules = verify.number, verify.sequence, verify.BASED.fullmatch
+    hard = [text for text in plain if all(rule(text) is None for rule in rules)]
+    replies = grader.pool.map([(text, text, False) for text in hard], key=itemgetter(0))
+    bad = {text for text, (reply, _) in zip(hard, replies) if not (reply and reply[0])}
+    return [text in bad for text in plain]
+
+
+def parse_args() -> tuple[argparse.Namespace, dict[str, int]]:
+    """-> flags, and `encode`'s limits: given, or the model's own, or luffy.py's."""
+    from machinery.model import recipe
+
+    parser = argparse.ArgumentParser(description="Look before you train.", allow_abbrev=False)
+    parser.add_argument("data", metavar="FILE", help="or another source, as luffy.py's --data")
+    parser.add_argument("--model", default="toy", help="a directory or a hub name [toy]")
+    for name in LIMITS:
+        parser.add_argument(f"--{name}", type=int, help="[luffy.py's for this model]")
+    parser.add_argument("--template", default="auto", help="auto, own or a jinja file [auto]")
+    parser.add_argument("--out", type=Path, help="the picture of lengths [runs/data/NAME.png]")
+    args = parser.parse_args()
+    args.out = args.out or Path(
+        "runs/data", re.sub(r"[^\w.-]+", "-", Path(args.data).name) + ".png"
+    )
+    given = {name: getattr(args, name) for name in LIMITS}
+    own = LIMITS | recipe(args.model)
+    limits = {name: own[name] if n is None else n for name, n in given.items()}
+    for name, n in limits.items():
+        if n < (least := int(LIMITS[name] > 0)):
+            raise InputError(f"--{name} {n}: must be at least {least}")
+    longest = limits["max_trace_tokens"] or limits["max_response_tokens"]
+    return args, {"max_prompt_tokens": limits["max_prompt_tokens"], "max_trace_tokens": longest}
+
+
+def main() -> None:
+    from machinery import look  # it draws, and training from this file's functions does not
+    from machinery.model import full_name, load_tokenizer
+
+    args, limits = parse_args()
+    is_toy = args.model == "toy"  # its tokenizer needs no trained model
+    tokenizer = toy.make_tokenizer() if is_toy else load_tokenizer(full_name(args.model))
+    broken: list[str] = []
+    problems, places, ignored = read_problems(args.data, broken=broken)
+    say(f"{args.data} for {args.model}, {len(tokenizer):,} tokens in its vocabulary")
+    say_ignored(args.data, ignored)
+    look.show_rows(problems, places, broken)
+    if not problems:
+        raise InputError(f"{args.data}: no row can be read; docs/data.md shows what rows look like")
+    choose_template(problems, tokenizer, args.template)
+    where = [place for place, p in zip(places, problems) for _ in (p, *p.others)]
+    kept, some, lengths = look.encode_each(
+        one_a_trace(problems), where, partial(encode, tokenizer=tokenizer), limits
+    )
+    ends = {"prompt": limits["max_prompt_tokens"], "trace": limits["max_trace_tokens"]}
+    look.show_lengths(lengths, ends)
+    look.draw_lengths(Path(args.data).name, lengths, ends, args.out)
+    look.show_unknown(problems, tokenizer)
+    with Grader() as grader:
+        golds = {p.answer: place for place, p in reversed(list(zip(places, problems)))}
+        look.show_golds(golds, grader.verdicts, partial(unread, grader=grader))
+        jobs = [
+            (place, p, p.opened + text_of(p.trace_ids, tokenizer))
+            for place, p in kept
+            if p.trace_ids
+        ]
+        fit = list(dict(reversed(kept)).items())[::-1]  # one a row
+        look.show_traces(fit, jobs, grader.verdicts, extract_answer)
+    if some:
+        look.show_prompt(some, render(some.prompt, tokenizer), tokenizer)
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -13,6 +13,7 @@ metrics         what is measured of a step
 scores          avg@k and pass@k on held-out problems; what a run came to
 run_directory   log, checkpoints, resumption
 plan            --dry_run: batches, tokens and memory of each GPU
+look            python data.py: what a file of problems comes to
 page, plots     report.html, curves.png and a picture of evaluations
 pool, reward    worker processes that can be killed; a user's reward function in them
 published       the paper's benchmarks, systems, prompts and scores

@@ -204,6 +204,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     )
     tokenizer.add_tokens([AddedToken(w, normalized=False, special=False) for w in words])
     tokenizer.chat_template = (
+        "{# boxed, without being asked #}"
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
         "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -1,14 +1,17 @@
 """Problems and traces: read from every source, rendered once, ended once."""
 
 import json
+import re
 
 import pytest
-from conftest import SHARED, Judge
+from conftest import ROOT, SHARED, Judge
 
-from machinery import toy
-from data import Problem, batch_at, encode, load_problems, load_training_set, render
-from machinery.processes import InputError
+import data
 from luffy import Config
+from machinery import toy
+from data import SCHEMAS, TRACES, Problem, batch_at, encode, load_problems, load_training_set
+from data import read_problems, render
+from machinery.processes import InputError
 from verify import grade
 
 OPENR1 = {
@@ -47,29 +50,103 @@ def test_gsm8k(tmp_path):
     assert [m["role"] for m in problem.prompt] == ["system", "user"]
 
 
+PLAIN = {"problem": "b2,c5,-;e?", "answer": "535"}
+TRACE = {"trace": "d=3;", "trace_logps": [-0.5, 0]}
+
+
+def load(tmp_path, *rows) -> list[Problem]:
+    return load_problems(write(tmp_path / "a.jsonl", *rows))
+
+
+def test_each_row_of_the_document_is_read(tmp_path):
+    """docs/data.md: one row of each schema at least; all of the same problem but the choices."""
+    text = (ROOT / "docs" / "data.md").read_text()
+    rows = [json.loads(row) for row in re.findall(r"^(\{.*\})$", text, re.M)]
+    problems, _, ignored = read_problems(write(tmp_path / "a.jsonl", *rows))
+    first = [next(s for s in SCHEMAS if set(s) <= row.keys()) for row in rows]
+    assert set(first) == set(SCHEMAS) and not ignored
+    for row, problem in zip(rows, problems):
+        assert problem.prompt[-1]["role"] == "user"
+        if not {"choices", "options", "Question"} & row.keys():
+            assert problem.prompt[-1]["content"] == "What is 1 + 1?" and problem.answer == "2"
+            has_trace = bool({*TRACES} & row.keys()) or "####" in str(row["answer"])
+            assert (problem.trace is not None) == has_trace
+            assert len(problem.others) == (len(row["traces"]) - 1 if "traces" in row else 0)
+    table = re.search(r"\| traces \| the first of (.*) \|", text)[1]
+    assert table == ", ".join(f"`{column}`" for column in TRACES)
+
+
+def test_the_first_column_of_traces_decides(tmp_path):
+    """OpenR1-Math-220k has four of them; a null is no trace, not a reason to take another's."""
+    row = PLAIN | {
+        "solution": "human",
+        "generations": ["one", " ", "two"],
+        "messages": [{"role": "user", "content": "b2"}, {"role": "assistant", "content": "said"}],
+        "correctness_math_verify": [True, False, True],
+    }
+    without = {k: v for k, v in row.items() if k != "generations"}
+    path = write(tmp_path / "a.jsonl", row, row | {"generations": None}, without)
+    (several, null, said), places, ignored = read_problems(path)
+    assert [p.trace for p in (several, *several.others)] == ["one", "two"]
+    assert several.others[0] == Problem(several.prompt, "535", "two")
+    assert null.trace is None and null.others == ()
+    assert (said.prompt, said.trace) == ([{"role": "user", "content": "b2"}], "said")
+    assert places[2] == f"{path}, line 3"
+    assert ignored == ["solution", "correctness_math_verify"]
+
+
+def test_answers_that_are_numbers(tmp_path):
+    for given, answer in ((25, "25"), (25.0, "25"), (0.5, "0.5"), ([25], "25"), ("025", "025")):
+        for row in (PLAIN | {"answer": given}, OPENR1 | {"reward_model": {"ground_truth": given}}):
+            assert load(tmp_path, row)[0].answer == answer
+
+
+def test_log_probs_belong_to_their_trace(tmp_path):
+    both = PLAIN | {"traces": ["a", None, "b"], "trace_logps": [[-1, -2], None, [-0.5]]}
+    one, several = load(tmp_path, PLAIN | TRACE, both)
+    assert list(one.trace_logps) == [-0.5, 0]
+    assert [list(p.trace_logps) for p in (several, *several.others)] == [[-1, -2], [-0.5]]
+
+
 @pytest.mark.parametrize(
     "row, words",
     [
-        ("{not json", ["line 2", "JSON"]),
-        ("[1]", ["line 2", "object"]),
-        ({"text": "x"}, ["line 2", "columns", "text"]),
-        (OPENR1 | {"prompt": "text"}, ["line 2", "column prompt", "list"]),
-        (OPENR1 | {"prompt": []}, ["line 2", "column prompt"]),
-        (OPENR1 | {"prompt": [{"role": "user"}]}, ["line 2", "column prompt", "content"]),
-        (OPENR1 | {"reward_model": {}}, ["line 2", "column reward_model"]),
-        (OPENR1 | {"reward_model": {"ground_truth": 5}}, ["line 2", "ground_truth", "str", "5"]),
-        (
-            OPENR1 | {"target": [{"role": "assistant", "content": None}]},
-            ["line 2", "column target"],
-        ),
-        (GSM8K | {"answer": "no mark"}, ["line 2", "column answer", "####"]),
+        ("{not json", ["JSON"]),
+        ("[1]", ["object"]),
+        ("[" * 100_000, ["JSON"]),
+        ('{"problem": "a", "answer": ' + "1" * 5000 + "}", ["JSON"]),
+        ('{"problem": "a\\ud800", "answer": "1"}', ["JSON", "surrogate"]),
+        ({"text": "x"}, ["columns", "text"]),
+        (OPENR1 | {"prompt": {"role": "user"}}, ["column prompt", "list"]),
+        (OPENR1 | {"prompt": []}, ["column prompt"]),
+        (OPENR1 | {"prompt": [{"role": "user"}]}, ["column prompt", "content"]),
+        (OPENR1 | {"reward_model": {}}, ["column reward_model"]),
+        (OPENR1 | {"target": [{"role": "assistant", "content": None}]}, ["column target"]),
+        (OPENR1 | {"data_source": ["a"]}, ["column data_source"]),
+        (GSM8K | {"answer": "2 + 2\nis 4"}, ["column answer", "####"]),
+        (GSM8K | {"answer": "2 #### "}, ["column answer", "####"]),
+        (PLAIN | {"problem": ""}, ["column problem"]),
+        *((PLAIN | {"answer": a}, ["column answer"]) for a in (None, " ", True, [], ["1", "2"])),
+        *((PLAIN | {"answer": a}, ["column answer"]) for a in ([["1"]], {"a": 1}, float("nan"))),
+        *((PLAIN | {"trace": t}, ["column trace"]) for t in (5, {"a": 1}, ["a", 5], [["a"]])),
+        (PLAIN | {"messages": ["a", {"role": "user"}]}, ["column messages"]),
+        ({"messages": [{"role": "assistant", "content": "a"}], "answer": "1"}, ["column messages"]),
+        *((PLAIN | TRACE | {"trace_logps": x}, ["column trace_logps"]) for x in ([], "a", [[-1]])),
+        *((PLAIN | TRACE | {"trace_logps": [x]}, ["trace_logps"]) for x in (0.1, None, -1e999)),
+        (PLAIN | {"traces": ["a", "b"], "trace_logps": [[-1]]}, ["column trace_logps", "2 lists"]),
+        (PLAIN | TRACE | {"trace": None}, ["column trace_logps", "no trace"]),
+        ({"problem": "a", "solution": "no box"}, ["column solution", "boxed"]),
+        ({"question": "a", "choices": {"text": ["a"]}, "answerKey": "A"}, ["column choices"]),
+        ({"question": "a", "options": ["a", 1], "answer": "A"}, ["column options"]),
+        ({"Question": "a", "Correct Answer": "b"}, ["column Incorrect Answer 1"]),
     ],
+    ids=lambda x: str(x)[:40],
 )
 def test_a_broken_row_names_file_row_column_and_what_was_expected(tmp_path, row, words):
     path = write(tmp_path / "broken.jsonl", OPENR1, row)
     with pytest.raises(InputError) as error:
         load_problems(path)
-    for word in [path, *words]:
+    for word in [f"{path}, line 2", *words]:
         assert word in str(error.value)
 
 
@@ -78,6 +155,10 @@ def test_sources_that_hold_nothing(tmp_path):
         (write(tmp_path / "empty.jsonl"), "no rows"),
         (str(tmp_path / "absent.parquet"), "no such file"),
         (write(tmp_path / "text.parquet", "{}"), "not a parquet file"),
+        (write(tmp_path / "table.csv", "a,b"), "convert"),
+        (write(tmp_path / "rows.jsonl.gz", "a,b"), "Unpack"),
+        (str(tmp_path), "directory"),
+        (str(tmp_path / "absent.json"), "no such file"),
         ("toy/nothing", "train"),
         ("nobody/nothing-at-all", "hub"),
     ):
@@ -164,6 +245,8 @@ def test_a_line_separator_inside_a_string_is_text(tmp_path):
     row = OPENR1 | {"target": [{"role": "assistant", "content": "a\u2028b\x85c"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
     assert load_problems(str(tmp_path / "a.jsonl"))[0].trace == "a\u2028b\x85c"
+    (tmp_path / "a.JSONL").write_text(json.dumps(row), encoding="utf-8-sig")  # as on Windows
+    assert load_problems(str(tmp_path / "a.JSONL"))[0].answer == "535"
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="UTF-8"):
         load_problems(str(tmp_path / "b.jsonl"))
@@ -189,6 +272,46 @@ def test_batch_at_is_pure_and_covers_each_epoch_once():
     assert sorted(flat[:10]) == sorted(flat[10:]) == problems and flat[:10] != flat[10:]
     assert batch_at(problems, 0, 4, seed=2) != batches[0]
     assert problems == list(range(10))
+
+
+def test_look_says_what_a_run_would_drop_and_why(tmp_path, monkeypatch, capsys):
+    wrong, long = {"trace": "d=3;\\boxed{53}"}, {"trace": "\\boxed{535}" + "d" * 96}
+    rows = [
+        PLAIN | {"trace": "d=3;\\boxed{535}", "level": 5},
+        PLAIN | wrong | {"problem": "b2,c5,+;e?"},
+        PLAIN | long | {"problem": "b2,c5,+;f?"},
+        PLAIN | {"answer": "1", "trace": None},
+        PLAIN | {"problem": "b" * 33, "answer": "E_1,E_2", "trace": "N\\boxed{1}"},
+        PLAIN | {"answer": {}},
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+    picture = tmp_path / "pictures" / "a.png"
+    monkeypatch.setattr("sys.argv", ["data.py", path, "--out", str(picture)])
+    data.main()
+    said = capsys.readouterr().out
+    for words in (
+        "ignores the column level (",
+        "5 problems, 4 traces",
+        f"1 rows, and training does not start with such a row:\n            - {path}, line 6",
+        "1 rows have the prompt of an earlier row",
+        f"1 prompts have more than one gold answer:\n            - {path}, line 1: '535'",
+        "dropped     2\n",
+        f"1: trace longer than 96 tokens, such as {path}, line 3: 'b2,c5,+;f?'",
+        f"1: prompt longer than 32 tokens, such as {path}, line 5: 'bbb",
+        "| prompts | 12 | 12 | 12 | 12 | 30 | 35 | 32 | 1 |",
+        "loses characters of 11% of messages and traces:\n            'N'\n",
+        f"1 cannot be parsed: little but the same text is right\n            - {path}, line 5",
+        f"1 of 2 that fit are right (50.0%)\n            - {path}, line 2: gold '535', given '53'",
+        "| - | 3 | 2 | 1 | 1 |",
+        "to train on 1 problems with a right trace; 1 more have no trace",
+        "<user>b2,c5,-;e?<assistant>",
+        "'?' '<assistant>' | 'd' '=' '3' ';' '\\\\boxed{' '5' '3' '5'",
+        "end         '5' '}' '<eos>'",
+    ):
+        assert words in said, (words, said)
+    assert picture.stat().st_size > 10_000
+    defaults = {name: getattr(Config(), name) for name in data.LIMITS}
+    assert data.LIMITS == defaults
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data files")

@@ -1,0 +1,235 @@
+"""Look before you train: what a source of problems comes to, with a model's tokenizer.
+
+What data.py and verify.py do is given as arguments. Each function prints its part.
+"""
+
+import json
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from machinery.plots import plt
+from machinery.processes import progress, say
+from machinery.run_directory import token_texts
+
+Problem = Any  # data.Problem: an import would be a circle
+Lengths = dict[str, list[int]]  # "prompt" and "trace" -> numbers of tokens
+EXAMPLES = 3  # of each kind of trouble
+CHUNK = 256  # answers graded between two moves of the bar
+
+
+def with_others(problem: Problem) -> list[Problem]:
+    """A problem, and the same with each of its other traces."""
+    return [problem, *problem.others]
+
+
+def beginning(problem: Problem) -> str:
+    text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def show_rows(problems: list[Problem], places: list[str], broken: list[str]) -> None:
+    traces = [sum(p.trace is not None for p in with_others(problem)) for problem in problems]
+    several = f", up to {max(traces)} a problem" if max(traces, default=0) > 1 else ""
+    say(f"rows        {len(problems)} problems, {sum(traces)} traces{several}")
+    if traces.count(0) and sum(traces):
+        say(f"            {traces.count(0)} problems have no trace")
+    if broken:
+        say(f"malformed   {len(broken)} rows, and training does not start with such a row:")
+        show_some(broken)
+    found = defaultdict(list)
+    for place, problem in zip(places, problems):
+        found[json.dumps(problem.prompt)].append((place, problem.answer))
+    again = [rows for rows in found.values() if len(rows) > 1]
+    say(f"duplicates  {sum(map(len, again)) - len(again)} rows have the prompt of an earlier row")
+    at_odds = [rows for rows in again if len({answer for _, answer in rows}) > 1]
+    if at_odds:
+        say(f"            {len(at_odds)} prompts have more than one gold answer:")
+        show_some(", ".join(f"{place}: {gold!r}" for place, gold in rows[:3]) for rows in at_odds)
+
+
+def show_some(lines: Iterable[str]) -> None:
+    lines = list(lines)
+    for line in lines[:EXAMPLES]:
+        say(f"            - {line}")
+    if len(lines) > EXAMPLES:
+        say(f"            - and {len(lines) - EXAMPLES} more")
+
+
+def encode_each(
+    problems: list[Problem], places: list[str], encode: Callable, limits: dict[str, int]
+) -> tuple[list[tuple[str, Problem]], Problem | None, Lengths]:
+    """-> the problems that are kept with their places, one to show, lengths of all.
+
+    encode: data.encode, for one problem at a time, so that it is known which one is dropped.
+    """
+    kept, lengths, endless = [], {"prompt": [], "trace": []}, dict.fromkeys(limits, 2**31)
+    dropped, example, first = Counter(), {}, None
+    bar = progress("tokens", len(problems))
+    for place, problem in zip(places, problems):
+        found, reasons = encode([problem], **limits)
+        kept += [(place, p) for p in found]
+        dropped.update(reasons)
+        for reason in reasons:
+            example.setdefault(reason, f"{place}: {beginning(problem)}")
+        if reasons:  # what is too long has a length, too
+            found, _ = encode([problem], **endless)
+        first = next((p for _, p in kept), first or (found[0] if found else None))
+        for p in found:
+            lengths["prompt"].append(len(p.prompt_ids))
+            lengths["trace"] += [len(q.trace_ids) for q in with_others(p) if q.trace_ids]
+        bar.update()
+    bar.close()
+    say(f"dropped     {sum(dropped.values())}")
+    for reason, n in dropped.most_common():
+        say(f"            {n}: {reason}, such as {example[reason]}")
+    return kept, first, lengths
+
+
+def show_lengths(lengths: Lengths, limits: dict[str, int]) -> None:
+    """Quantiles, in tokens; a trace's EOS is one."""
+    say("\n| tokens | least | 25 % | median | 75 % | 95 % | most | limit | beyond it |")
+    say("|---" * 9 + "|")
+    for name, values in lengths.items():
+        if values:
+            limit = limits[name]
+            at = np.quantile(values, [0, 0.25, 0.5, 0.75, 0.95, 1])
+            cells = [*(f"{x:.0f}" for x in at), limit, sum(n > limit for n in values)]
+            say(f"| {name}s | {' | '.join(map(str, cells))} |")
+    say()
+
+
+def draw_lengths(name: str, lengths: Lengths, limits: dict[str, int], file: Path) -> None:
+    """Histograms of prompts and traces, with the limits."""
+    shown = [(kind, values, limits[kind]) for kind, values in lengths.items() if values]
+    if not shown:
+        return
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(5.5 * len(shown), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, (kind, values, limit) in zip(axes[0], shown):
+        axis.hist(values, bins=np.linspace(0, max(values), 50), alpha=0.8)
+        if limit <= 3 * max(values):
+            axis.axvline(limit, color="C3", linestyle="--")
+        else:  # the line would stand far away
+            axis.annotate(f"limit {limit:,} →", (0.98, 0.92), xycoords="axes fraction", ha="right")
+        beyond = sum(n > limit for n in values) / len(values)
+        axis.set_title(f"{len(values):,} {kind}s: {beyond:.1%} beyond {limit:,} tokens", loc="left")
+        axis.set_xlabel("tokens")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(name, fontsize=11, parse_math=False)  # a name may have a $
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+    say(f"picture     {file}")
+
+
+def judge(name: str, jobs: list, verdicts: Callable) -> list:
+    """What `verdicts` says of each job, some at a time, with a bar."""
+    found = []
+    with progress(name, len(jobs)) as bar:
+        for i in range(0, len(jobs), CHUNK):
+            found += verdicts(jobs[i : i + CHUNK])
+            bar.update(len(found) - bar.n)
+    return found
+
+
+def show_golds(golds: dict[str, str], verdicts: Callable, unread: Callable) -> None:
+    """golds: gold answer -> where it stands first. unread: golds -> can none be parsed?"""
+    boxed = judge("golds", [(f"\\boxed{{{gold}}}", gold) for gold in golds], verdicts)
+    wrong = [(gold, v.reason) for gold, v in zip(golds, boxed) if not v.right]
+    say(f"golds       {len(golds)} different answers; {len(wrong)} are not right in a box")
+    show_some(f"{golds[gold]}: {gold!r:.80} ({reason})" for gold, reason in wrong)
+    odd = [gold for gold, bad in zip(golds, judge("golds", list(golds), unread)) if bad]
+    if odd:
+        say(f"            {len(odd)} cannot be parsed: little but the same text is right")
+        show_some(f"{golds[gold]}: {gold!r:.80}" for gold in odd)
+
+
+def show_traces(
+    kept: list[tuple[str, Problem]],
+    traces: list[tuple[str, Problem, str]],
+    verdicts: Callable,
+    extract: Callable,
+) -> None:
+    """What the verifier says of traces that fit (their texts), and what is left to train on."""
+    found = judge("traces", [(text, p.answer) for _, p, text in traces], verdicts)
+    right = [(where, p) for (where, p, _), v in zip(traces, found) if v.right]
+    if traces:
+        share = len(right) / len(traces)
+        say(f"traces      {len(right)} of {len(traces)} that fit are right ({share:.1%})")
+    show_some(
+        f"{where}: gold {p.answer!r:.40}, given {extract(text)!r:.40} ({v.reason})"
+        for (where, p, text), v in zip(traces, found)
+        if not v.right
+    )
+    good = {where for where, _ in right}
+    columns = [
+        [p.source for _, p in kept],
+        [p.source for _, p, _ in traces],
+        [p.source for _, p in right],
+        [p.source for where, p in kept if where in good],
+    ]
+    counts = [Counter(sources) for sources in columns]
+    say("\n| source | problems that fit | traces that fit | right | problems with a right one |")
+    say("|---" * 5 + "|")
+    for source, _ in counts[0].most_common(20):
+        say(f"| {source or '-'} | {' | '.join(str(count[source]) for count in counts)} |")
+    if len(counts[0]) > 20:
+        say(f"| and {len(counts[0]) - 20} more | | | | |")
+    untraced = len(kept) - len({where for where, _, _ in traces})
+    say(f"\nto train on {len(good)} problems with a right trace; {untraced} more have no trace")
+
+
+def show_prompt(problem: Problem, text: str, tokenizer: Tokenizer) -> None:
+    """The first problem as the model sees it: its prompt, and tokens around the trace's ends."""
+    say(f"\nprompt      the first problem's, {len(problem.prompt_ids)} tokens:\n{text}")
+    if "boxed" not in text:
+        say("\nno box      the reward needs \\boxed{}, and nothing in this prompt asks for it")
+
+    def shown(ids: Any) -> str:
+        return " ".join(map(repr, token_texts(list(ids), tokenizer)))
+
+    ids = problem.trace_ids
+    if ids:
+        say(f"\nseam        {shown(problem.prompt_ids[-8:])} | {shown(ids[:8])}")
+        say(f"end         {shown(ids[-3:])}")
+    else:
+        say(f"\nseam        {shown(problem.prompt_ids[-8:])} | (no trace)")
+
+
+def show_unknown(problems: list[Problem], tokenizer: Tokenizer) -> None:
+    """Characters that the tokenizer loses: a model can neither read nor write them."""
+
+    def lost_of(text: str) -> set[str]:
+        text = unicodedata.normalize("NFKC", text)  # as some tokenizers do
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        back = unicodedata.normalize("NFKC", tokenizer.decode(ids))
+        return set(Counter(text) - Counter(back))
+
+    texts = [text for p in problems for text in texts_of(p)]
+    odd = {char for char in set().union(*texts) if lost_of(f"a{char}a")}
+    # such a character may still be part of a longer token
+    found = [lost_of(text) for text in texts if not odd.isdisjoint(text)]
+    lost = Counter(char for chars in found for char in chars)
+    if lost:
+        share = sum(map(bool, found)) / len(texts)
+        some = " ".join(repr(char) for char, _ in lost.most_common(12))
+        more = f" and {len(lost) - 12} more" if len(lost) > 12 else ""
+        say(f"lost        the tokenizer loses characters of {share:.0%} of messages and traces:")
+        say(f"            {some}{more}")
+
+
+def texts_of(problem: Problem) -> list[str]:
+    prompt = problem.prompt
+    if isinstance(prompt, str):
+        texts = [prompt]
+    else:  # a system message may be ours, and then not be used
+        texts = [m["content"] for m in prompt if m["role"] != "system"]
+    return texts + [p.trace for p in with_others(problem) if p.trace is not None]
