@@ -27,6 +27,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from machinery.files import print_what_can_be
 from machinery.pool import Pool, serve
 from machinery.reward import Reward, Rewards, version
 
@@ -405,6 +406,7 @@ def main() -> None:
     mode.add_argument("--strict", action="store_true", help="only a box counts: the default")
     mode.add_argument("--lenient", action="store_true", help="as the reward of the official code")
     args = parser.parse_args()
+    print_what_can_be()
     with Grader(1, args.timeout, args.lenient) as grader:
         grader.verdicts([(r"\boxed{x+1}", "1+x")])  # the worker's start is not what is timed
         start = time.perf_counter()

@@ -1,6 +1,8 @@
 """Files that a killed program leaves whole: .jsonl logs, and text that is written or not."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 
@@ -29,3 +31,9 @@ def write(path: Path, text: str) -> None:
     half_written = path.with_name(f".{path.name}.tmp")
     half_written.write_text(text, "utf-8")
     half_written.replace(path)  # rename refuses a file that exists, on Windows
+
+
+def print_what_can_be() -> None:
+    """An ASCII locale, or a pipe on Windows, has no π: then print a question mark."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
+from machinery.files import print_what_can_be
+
 
 class InputError(ValueError):
     """The user's input cannot be used. The message names the flag, file or row, and the fix."""
@@ -86,8 +88,7 @@ def launch(main: Callable[[], None]) -> None:
     torchrun ends those, but only when this process is gone. (And gloo aborts, now and then.) An
     InputError is a message, printed by rank 0, and no traceback.
     """
-    for stream in sys.stdout, sys.stderr:  # an ASCII locale, or a pipe on Windows, has no π
-        stream.reconfigure(errors="replace")
+    print_what_can_be()
 
     def main_or_complaint() -> None:
         try:

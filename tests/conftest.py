@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from luffy import ALGORITHMS  # noqa: E402
 from machinery.rivals import ROWS  # noqa: E402
+from verify import Grader  # noqa: E402
 
 ALL_ROWS = tuple(ALGORITHMS)  # a fork adds its own when a test imports it
 
@@ -40,6 +41,17 @@ def rows(*quick: str) -> list:
     """Parameters: the paper's rows and the named ones of others; the rest is slow."""
     slow = set(ROWS) - set(quick)
     return [pytest.param(a, marks=[pytest.mark.slow] * (a in slow)) for a in ALL_ROWS]
+
+
+class Judge(Grader):
+    """Grades by a function of the jobs, in this process."""
+
+    def __init__(self, judge):
+        super().__init__()
+        self.judge = judge
+
+    def __call__(self, jobs, lenient=None):
+        return self.judge(jobs)
 
 
 def command(*args, ranks: int = 1) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SHARED
+from conftest import SHARED, Judge
 
 from machinery import toy
 from data import Problem, batch_at, encode, load_problems, load_training_set, render
@@ -136,7 +136,7 @@ def test_traces_are_verified_once_as_rollouts_are(tokenizer, tmp_path):
     ]
     path, judged = write(tmp_path / "a.jsonl", *rows), []
 
-    def grader(jobs):
+    def judge(jobs):
         judged.extend(jobs)
         return [grade(*job) for job in jobs]
 
@@ -146,7 +146,7 @@ def test_traces_are_verified_once_as_rollouts_are(tokenizer, tmp_path):
             for p in load_training_set(
                 path,
                 tokenizer,
-                grader,
+                Judge(judge),
                 need_traces=True,
                 verdicts=tmp_path / "verdicts.json",
                 **limits(),

@@ -2,7 +2,6 @@
 
 import json
 import textwrap
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,6 +12,7 @@ from data import Problem, batch_at
 from forks import dapo
 from machinery import toy
 from machinery.samplers import Sample
+from verify import Grader
 
 PROBLEMS = [
     Problem("", "mixed" if i % 3 == 0 else "wrong", prompt_ids=[5, i], source="s")
@@ -36,11 +36,8 @@ class Echo:
         return [[Sample([9, 1], [-1.0, -1.0]) for _ in range(n)] for _ in prompts]
 
 
-class Judge:
-    """A grader: of four responses to a problem "mixed" one is right."""
-
-    def __init__(self):
-        self.failures = Counter()
+class Judge(Grader):
+    """Of four responses to a problem "mixed" one is right."""
 
     def __call__(self, jobs):
         self.failures["timeout"] += 1

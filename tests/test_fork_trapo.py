@@ -1,7 +1,6 @@
 """TRAPO: who gets how much of the trace, what of it is learnt, and the official code's values."""
 
 import json
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ from forks import trapo
 from machinery import toy
 from machinery.processes import InputError
 from machinery.samplers import Sample
+from verify import Grader
 
 
 def test_help_by_the_rewards_so_far():
@@ -39,11 +39,12 @@ class Echo:
         return [[Sample([9, 1], [-1.0, -1.0])] * n for _ in prompts]
 
 
-class Judge:
-    """A grader: right are the answer "always", and "trace" where all the trace is there."""
+class Judge(Grader):
+    """Right are the answer "always", and "trace" where all the trace is there."""
 
     def __init__(self, trace: str):
-        self.failures, self.trace = Counter(), trace
+        super().__init__()
+        self.trace = trace
 
     def __call__(self, jobs):
         return [float(answer == "always" or text == self.trace) for text, answer in jobs]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ALL_ROWS, run
+from conftest import ALL_ROWS, Judge, run
 
 import luffy
 from luffy import ALGORITHMS, Config, Trajectory
@@ -117,7 +117,7 @@ def test_a_continuation_is_prompt_and_prefix_sampled_on_and_judged_as_a_whole(mo
     plain, also, continued = luffy.rollout(sampler, {4: problem}, 0, cfg)
     assert not plain.prefix and not also.prefix and continued.prefix == 2
     judged = []
-    grader = lambda jobs: judged.extend(jobs) or [0.0, 1.0, 1.0]  # noqa: E731
+    grader = Judge(lambda jobs: judged.extend(jobs) or [0.0, 1.0, 1.0])
     decode = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
     luffy.grade([plain, also, continued], grader, decode)
     assert judged[-1][0].split() == ["3", "4", "7", "8"]

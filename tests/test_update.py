@@ -3,11 +3,10 @@
 import contextlib
 import copy
 import random
-from collections import Counter
 
 import pytest
 import torch
-from conftest import ALL_ROWS, rows
+from conftest import ALL_ROWS, Judge, rows
 
 import luffy
 from data import Problem
@@ -265,12 +264,9 @@ def test_scores_become_the_advantages_of_each_arm():
     class Tokenizer:
         eos_token_id, decode = 1, staticmethod(lambda ids: " ".join(map(str, ids)))
 
-    class Stub:
-        failures = Counter()
-
-        def __call__(self, jobs):
-            assert all(answer == "a" for _, answer in jobs)
-            return [1.0 if response.startswith("think 7") else 0.0 for response, answer in jobs]
+    def judge(jobs):
+        assert all(answer == "a" for _, answer in jobs)
+        return [1.0 if response.startswith("think 7") else 0.0 for response, answer in jobs]
 
     problem = Problem("", "a", prompt_ids=(2,), trace_ids=(9, 1), trace_reward=1.0, opened="think ")
     for algo, right, wrong, trace in (
@@ -284,7 +280,7 @@ def test_scores_become_the_advantages_of_each_arm():
         cfg = config(algo)
         group = [Trajectory(0, problem, [7 if i == 0 else 8, 1]) for i in range(cfg.rollouts)]
         group += [Trajectory(0, problem, (9, 1), off_policy=True)] * cfg.traces
-        metrics = score(group, Stub(), Tokenizer, cfg)
+        metrics = score(group, Judge(judge), Tokenizer, cfg)
         found = [t.advantage for t in group]
         expected = (
             [right] * (cfg.rollouts > 0) + [wrong] * (cfg.rollouts - 1) + [trace] * cfg.traces
