@@ -114,7 +114,9 @@ def test_text_has_an_encoding():
     for file in files:
         for call in ast.walk(ast.parse(file.read_text("utf-8"))):
             name = isinstance(call, ast.Call) and getattr(call.func, "attr", None)
-            if name in ("read_text", "write_text", "open") and isinstance(call.func.value, ast.expr):
+            if name in ("read_text", "write_text", "open") and isinstance(
+                call.func.value, ast.expr
+            ):
                 named = any(k.arg == "encoding" for k in call.keywords)
                 named |= len(call.args) > (name == "write_text")
                 is_os = name == "open" and getattr(call.func.value, "id", "") == "os"
