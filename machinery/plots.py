@@ -50,7 +50,8 @@ def draw_curves(directory: Path) -> None:
             axis.legend(frameon=False, fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    axes[0, 0].set_ylim(-0.03, 1.03)
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(min(low, -0.03), max(high, 1.03))  # --reward may give more than 1
     axes[0, 1].set_ylim(-0.03, 1.03)
     config = json.loads((directory / "config.json").read_text("utf-8"))
     figure.suptitle(
