@@ -79,9 +79,7 @@ class Config:
     max_response_tokens: int = flag(8192, "of rollouts and of traces, EOS included", 1)
     temperature: float = flag(1.0, "of the rollouts; top_p is 1", above=0)
     lenient: bool = flag(False, "the official code's reward: a right answer needs no box")
-    reward: str = flag(
-        "", "FILE.py:function, from response and answer to a number; empty: 1 if right"
-    )
+    reward: str = flag("", "FILE.py:function, response and answer -> a number; or the verdict")
     # the objective
     shaping: str = flag("luffy", "f on trace tokens, a row of SHAPINGS")
     gamma: float = flag(0.1, "the paper's γ in f(x) = x / (x + γ), not a discount", above=0)
