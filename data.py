@@ -10,10 +10,11 @@ import json
 import random
 import re
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import pyarrow.parquet
@@ -58,6 +59,7 @@ class Problem:
     opened: str = ""  # "<think>\n" if the prompt ends in <think>: the response is in a thought
     trace_logps: Sequence[float] = ()  # the teacher's log π_φ, one for each of trace_ids; none: 0
     others: tuple["Problem", ...] = ()  # the same problem with its other traces
+    k: int = 0  # responses in an evaluation, where its file says so by repeating it; 0: it does not
 
 
 # ------------------------------------------------------------------ sources
@@ -156,31 +158,41 @@ def from_problem(row: dict, where: str) -> Problem:
 
 
 def from_arc(row: dict, where: str) -> Problem:
-    """ARC: choices with their labels."""
+    """ARC: choices with their labels, which are letters or digits."""
     given = field(row, "choices", dict, where)
-    choices = zip(given["label"], given["text"])
+    choices = dict(zip(given["label"], given["text"]))
     return multiple_choice(row, "question", choices, row["answerKey"], where)
 
 
 def from_mmlu_pro(row: dict, where: str) -> Problem:
     """MMLU-Pro: options, of which the answer is a letter."""
-    choices = zip("ABCDEFGHIJ", field(row, "options", list, where))
+    choices = dict(zip(ascii_uppercase, field(row, "options", list, where)))
     return multiple_choice(row, "question", choices, row["answer"], where)
 
 
 def from_gpqa(row: dict, where: str) -> Problem:
-    """GPQA: the right answer and three wrong ones, shuffled by a function of the question."""
+    """GPQA: the right answer and three wrong ones."""
     answers = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
-    order = random.Random(field(row, "Question", str, where)).sample(range(4), 4)
-    choices = zip("ABCD", [answers[i].strip() for i in order])
-    return multiple_choice(row, "Question", choices, "ABCD"[order.index(0)], where)
+    return multiple_choice(row, "Question", dict(zip("ABCD", answers)), "A", where)
 
 
 def multiple_choice(
-    row: dict, column: str, choices: Iterable[tuple[str, str]], answer: str, where: str
+    row: dict, column: str, choices: dict[str, str], answer: str, where: str
 ) -> Problem:
-    options = "\n".join(f"{label}) {text}" for label, text in choices)
-    return bare({column: f"{field(row, column, str, where)}\n\n{options}\n"}, column, answer, where)
+    """Shuffled by a function of the question, for the paper shuffles, and lettered anew.
+
+    choices: label -> text; answer: one of the labels.
+    """
+    if answer not in choices:
+        raise InputError(
+            f"{where}: the answer {answer!r} is not the label of a choice: {', '.join(choices)}"
+        )
+    question = field(row, column, str, where)
+    order = random.Random(question).sample(list(choices), len(choices))
+    texts = [str(choices[label]).strip() for label in order]
+    options = "\n".join(f"{letter}) {text}" for letter, text in zip(ascii_uppercase, texts))
+    right = ascii_uppercase[order.index(answer)]
+    return bare({column: f"{question}\n\n{options}\n"}, column, right, where)
 
 
 def bare(row: dict, column: str, answer: Any, where: str) -> Problem:
@@ -387,8 +399,36 @@ def load_benchmarks(
     names: Iterable[str], tokenizer: Tokenizer, max_prompt_tokens: int
 ) -> list[Problem]:
     """The problems of some sources to evaluate on, encoded; says what it drops."""
-    problems = [p for name in names for p in load_problems(name, split="test")]
-    return to_evaluate(problems, tokenizer, max_prompt_tokens=max_prompt_tokens)
+    sources = [without_repeats(load_problems(name, split="test")) for name in names]
+    return to_evaluate(sum(sources, []), tokenizer, max_prompt_tokens=max_prompt_tokens)
+
+
+def without_repeats(problems: list[Problem]) -> list[Problem]:
+    """Rows that a file repeats, as the official one does for avg@32, become one with that k.
+
+    Only where a source repeats each of its problems equally often, and above once; says so.
+    Anything else is no k: such rows stay as they are.
+    """
+    rows = Counter((p.source, key_of(p)) for p in problems)
+    counts: dict[str, set[int]] = defaultdict(set)
+    for (source, _), n in rows.items():
+        counts[source].add(n)
+    repeats = {source: max(n) for source, n in counts.items() if len(n) == 1 and n != {1}}
+    first = {(p.source, key_of(p)): p for p in reversed(problems)}
+    kept = [
+        replace(p, k=repeats.get(p.source, 0))
+        for p in problems
+        if p.source not in repeats or first[p.source, key_of(p)] is p
+    ]
+    for source, n in repeats.items():
+        few = sum(p.source == source for p in kept)
+        say(f"{source or 'no source'}: {few} problems, each {n} times: k = {n}, if no flag sets it")
+    return kept
+
+
+def key_of(problem: Problem) -> tuple[str, str]:
+    """Rows with the same one ask the same: the prompt and the answer."""
+    return json.dumps(problem.prompt), problem.answer
 
 
 def to_evaluate(
