@@ -56,7 +56,8 @@ def test_which_responses_become_traces():
         [traces] = choose(answered, ["<end>", "<eos>"], per_problem, max_tokens).values()
         return [row["target"][0]["content"] for row in traces.values()]
 
-    assert kept({}, {"reward": 0.0}, {"truncated": True}) == ["a\\boxed{5}"]
+    bad = {"response": "w", "reward": 0.0}, {"response": "t", "truncated": True}
+    assert kept({}, *bad) == ["a\\boxed{5}"]
     assert kept({"response": "b<eos><end>"}, {}, {}) == ["b<eos>", "a\\boxed{5}"]  # as sampled
     assert kept({"response": "bbb"}, {"response": "b"}, per_problem=1) == ["bbb"]
     assert kept({"tokens": 6}, {"response": "b", "tokens": 5}, max_tokens=5) == ["b"]
