@@ -357,8 +357,6 @@ def prepare_directory(args: argparse.Namespace) -> None:
     """By all ranks. Refuses the directory of another evaluation."""
     names = "model", "template", "seed", "max_response_tokens"
     config = {name: getattr(args, name) for name in names}
-    if args.url:
-        config["template"] = "the server's"
     file = args.out / "config.json"
     if file.exists() and (old := json.loads(file.read_text())) != config:
         differ = [
@@ -391,6 +389,7 @@ def main() -> None:
         tokenizer, config = load_tokenizer(path), load_config(path)
         context = config.max_position_embeddings
     benchmarks, originals = ask(args, tokenizer, context)
+    args.template = "the server's" if args.url else args.template
     prepare_directory(args)
     longest = max(len(p.prompt_ids) for _, problems in benchmarks.values() for p in problems)
     room = {

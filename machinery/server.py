@@ -112,7 +112,8 @@ class Server:
             except urllib.error.HTTPError as error:
                 said, asked = describe(error), error.headers.get("Retry-After", "")
                 if error.code not in (408, 429) and error.code < 500:
-                    raise self.complaint(said) from None
+                    no_v1 = error.code == 404 and not self.url.endswith("/v1")
+                    raise self.complaint(said + "; is /v1 missing?" * no_v1) from None
             except (OSError, http.client.HTTPException) as error:
                 said, asked = describe(error), ""
             except json.JSONDecodeError as error:
