@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, command, run
 
-from data import Problem, load_problems, load_training_set, render
+from data import SYSTEM, Problem, load_problems, load_training_set, render
 from eval import collect
 from machinery import toy
 from machinery.distill import choose
@@ -21,8 +21,7 @@ from verify import Grader, grade
 
 
 def messages(question: str) -> list[dict[str, str]]:
-    roles = {"system": "a \\boxed{}", "user": question}
-    return [{"role": role, "content": content} for role, content in roles.items()]
+    return [{"role": "user", "content": question}]
 
 
 def write_problems(path, questions: dict[str, str]):
@@ -101,7 +100,8 @@ def teacher(tmp_path_factory):
     """Knows that the answer is 1, 2 or 3; the rest is luck. In a second."""
     directory, tokenizer = tmp_path_factory.mktemp("teacher") / "model", toy.make_tokenizer()
     model = toy.make_model(tokenizer, seed=0)
-    prompts = [render(messages(f"{letter}?"), tokenizer) for letter in "abcdefgh"]
+    system = [{"role": "system", "content": SYSTEM}]  # as eval.to_prompt has it
+    prompts = [render(system + messages(f"{letter}?"), tokenizer) for letter in "abcdefgh"]
     ids = [tokenizer.encode(f"{p}z\\boxed{{{d}}}<eos>") for p in prompts for d in "123"]
     ids = torch.tensor(ids)
     labels = ids.clone()
@@ -125,7 +125,8 @@ def test_the_file_of_a_local_teacher_goes_into_training(teacher, tmp_path):
     tokenizer = toy.make_tokenizer()
     kept = training_set(file, tokenizer)
     assert {p.answer for p in kept} == {"1", "2", "3"} and {p.source for p in kept} == {"mine"}
-    assert all(p.prompt[0]["role"] == "system" and "<eos>" not in p.trace for p in kept)
+    assert all(p.prompt == messages(p.prompt[0]["content"]) for p in kept)  # as in the file
+    assert all("<eos>" not in p.trace for p in kept)
     assert 6 <= len(kept) == len(load_problems(str(file))) <= 12
     trained = "--data", file, "--model", teacher, "--problems_per_step", 2, "--eval_data", "none"
     run("luffy.py", *trained, "--steps", 2, "--out", tmp_path / "run")
