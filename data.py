@@ -14,13 +14,14 @@ import math
 import random
 import re
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from reprlib import repr as brief
+from string import ascii_uppercase
 from typing import Any
 
 import jinja2
@@ -70,6 +71,7 @@ class Problem:
     opened: str = ""  # "<think>\n" if the prompt ends in <think>: the response is in a thought
     trace_logps: Sequence[float] = ()  # the teacher's log π_φ, one for each of trace_ids; none: 0
     others: tuple["Problem", ...] = ()  # the same problem with its other traces
+    k: int = 0  # responses in an evaluation, where its file says so by repeating it; 0: it does not
 
 
 # ------------------------------------------------------------------ sources
@@ -253,13 +255,13 @@ def from_gsm8k(row: Row) -> Problem:
 
 
 def from_arc(row: Row) -> Problem:
-    """ARC: choices with their labels."""
+    """ARC: choices with their labels, which are letters or digits."""
     given = row["choices"]
     given = given if isinstance(given, dict) else {}
     labels, texts = strings(given.get("label")), strings(given.get("text"))
     if not labels or len(labels) != len(texts):
         raise row.wrong("choices", "{label: [...], text: [...]}, as many of each", row["choices"])
-    return multiple_choice(row, "question", zip(labels, texts), row.text("answerKey"))
+    return multiple_choice(row, "question", dict(zip(labels, texts)), row.text("answerKey"))
 
 
 def from_mmlu_pro(row: Row) -> Problem:
@@ -267,24 +269,32 @@ def from_mmlu_pro(row: Row) -> Problem:
     options = strings(row["options"])
     if not options:
         raise row.wrong("options", "a list of strings", row["options"])
-    return multiple_choice(row, "question", zip("ABCDEFGHIJ", options), row.text("answer"))
+    choices = dict(zip(ascii_uppercase, options))
+    return multiple_choice(row, "question", choices, row.text("answer"))
 
 
 def from_gpqa(row: Row) -> Problem:
-    """GPQA: the right answer and three wrong ones, shuffled by a function of the question."""
+    """GPQA: the right answer and three wrong ones."""
     columns = "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))
-    answers = [row.text(column) for column in columns]
-    order = random.Random(row.text("Question")).sample(range(4), 4)
-    choices = zip("ABCD", [answers[i].strip() for i in order])
-    return multiple_choice(row, "Question", choices, "ABCD"[order.index(0)])
+    choices = {letter: row.text(column) for letter, column in zip("ABCD", columns)}
+    return multiple_choice(row, "Question", choices, "A")
 
 
-def multiple_choice(
-    row: Row, column: str, choices: Iterable[tuple[str, str]], answer: str
-) -> Problem:
-    options = "\n".join(f"{label}) {text}" for label, text in choices)
-    prompt = [ASK_FOR_A_BOX, {"role": "user", "content": f"{row.text(column)}\n\n{options}\n"}]
-    return Problem(prompt, answer, source=source_of(row))
+def multiple_choice(row: Row, column: str, choices: dict[str, str], answer: str) -> Problem:
+    """Shuffled by a function of the question, for the paper shuffles, and lettered anew.
+
+    choices: label -> text; answer: one of the labels.
+    """
+    if answer not in choices:
+        raise InputError(
+            f"{row.where}: the answer {answer!r} is not the label of a choice: {', '.join(choices)}"
+        )
+    asked = row.text(column)
+    order = random.Random(asked).sample(list(choices), len(choices))
+    texts = [choices[label].strip() for label in order]
+    options = "\n".join(f"{letter}) {text}" for letter, text in zip(ascii_uppercase, texts))
+    prompt = [ASK_FOR_A_BOX, {"role": "user", "content": f"{asked}\n\n{options}\n"}]
+    return Problem(prompt, ascii_uppercase[order.index(answer)], source=source_of(row))
 
 
 SCHEMAS: dict[tuple[str, ...], Callable[[Row], Problem]] = {
@@ -601,9 +611,9 @@ def one_a_trace(problems: list[Problem]) -> list[Problem]:
 
 def one_a_problem(problems: list[Problem]) -> list[Problem]:
     """Those of the same prompt and answer become one, with `others`. The first ones' order."""
-    found: dict[tuple, list[Problem]] = {}
+    found: dict[tuple[str, str], list[Problem]] = {}
     for p in problems:
-        found.setdefault((json.dumps(p.prompt), p.answer), []).append(p)
+        found.setdefault(key_of(p), []).append(p)
     merged = []
     for same in found.values():
         first, *others = [p for p in same if p.trace is not None] or same[:1]
@@ -614,8 +624,36 @@ def one_a_problem(problems: list[Problem]) -> list[Problem]:
 def load_benchmarks(names: str, tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Problem]:
     """The problems of the sources A,B to evaluate on, encoded; says what it drops."""
     sources = [source for source in names.split(",") if source not in ("", "none")]
-    problems = [p for name in sources for p in load_problems(name, split="test")]
-    return to_evaluate(problems, tokenizer, max_prompt_tokens=max_prompt_tokens)
+    found = [without_repeats(load_problems(name, split="test")) for name in sources]
+    return to_evaluate(sum(found, []), tokenizer, max_prompt_tokens=max_prompt_tokens)
+
+
+def without_repeats(problems: list[Problem]) -> list[Problem]:
+    """Rows that a file repeats, as the official one does for avg@32, become one with that k.
+
+    Only where a source repeats each of its problems equally often, and above once; says so.
+    Anything else is no k: such rows stay as they are.
+    """
+    rows = Counter((p.source, key_of(p)) for p in problems)
+    counts: dict[str, set[int]] = defaultdict(set)
+    for (source, _), n in rows.items():
+        counts[source].add(n)
+    repeats = {source: max(n) for source, n in counts.items() if len(n) == 1 and n != {1}}
+    first = {(p.source, key_of(p)): p for p in reversed(problems)}
+    kept = [
+        replace(p, k=repeats.get(p.source, 0))
+        for p in problems
+        if p.source not in repeats or first[p.source, key_of(p)] is p
+    ]
+    for source, n in repeats.items():
+        few = sum(p.source == source for p in kept)
+        say(f"{source or 'no source'}: {few} problems, each {n} times: k = {n}, if no flag sets it")
+    return kept
+
+
+def key_of(problem: Problem) -> tuple[str, str]:
+    """Rows with the same one ask the same: the prompt and the answer."""
+    return json.dumps(problem.prompt), problem.answer
 
 
 def to_evaluate(

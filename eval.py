@@ -2,6 +2,7 @@
 
     python eval.py --model runs/toy-luffy-seed0/checkpoint-000200 --bench toy
     python eval.py --paper oat-zero --bench six --data_dir LUFFY/data    # a row of the paper
+    python eval.py --model TEACHER --bench problems.jsonl --traces traces.parquet    # distil
     python eval.py compare DIR DIR ...                                   # what such runs wrote
     python eval.py report RUN_DIR ...                                    # pages to look into runs
 
@@ -14,9 +15,10 @@ import json
 import math
 import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
@@ -24,9 +26,9 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from data import Problem, choose_template, load_problems, to_evaluate
+from data import Problem, choose_template, key_of, load_problems, to_evaluate, without_repeats
 from luffy import VLLMSampler
-from machinery import plan
+from machinery import distill, plan
 from machinery.files import append, read_jsonl, to_jsonl, write
 from machinery.model import end_ids, find, from_pretrained, load_config, load_tokenizer
 from machinery.processes import InputError, barrier, init_processes, launch, progress, rank, say
@@ -34,12 +36,14 @@ from machinery.processes import world_size
 from machinery.published import BENCHMARKS, GROUPS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
 from machinery.published import Benchmark
 from machinery.samplers import TORCH_ROWS, Sampler, TorchSampler, sampler_kind
-from machinery.scores import by_problem, by_source, respond, standard_error, summarize
+from machinery.scores import by_k, by_problem, by_source, respond, standard_error, summarize
 from machinery.scores import pass_at_k as pass_at_k
+from machinery.server import Server
 from verify import Grader
 
 Scores = dict[tuple[str, float], dict]  # (benchmark, temperature) -> of `summarize`
 Rows = dict[tuple[str, float, int], list[dict]]  # (benchmark, temperature, k) -> of `respond`
+Respond = Callable[..., Iterator[list[dict]]]  # of `one_by_one`, or of a Server
 VLLM_ROWS = 4096  # responses asked for together, and lost together if the run is killed
 
 
@@ -47,8 +51,8 @@ VLLM_ROWS = 4096  # responses asked for together, and lost together if the run i
 def load_benchmark(name: str, data_dir: str = "") -> tuple[Benchmark, list[Problem]]:
     """A row of BENCHMARKS, or else a source of load_problems, and its problems.
 
-    data_dir: a directory or a file to read instead of the hub. Rows that a file repeats, as the
-    official one does for avg@32, become k. Raises InputError if there is nothing to read.
+    data_dir: a directory or a file to read instead of the hub. Raises InputError if there is
+    nothing to read.
     """
     bench = BENCHMARKS.get(name, Benchmark(name, 8))
     parent = BENCHMARKS.get(name.split("/")[0])
@@ -68,10 +72,7 @@ def load_benchmark(name: str, data_dir: str = "") -> tuple[Benchmark, list[Probl
     problems = load_problems(where, split="test")
     if len({p.source for p in problems}) > 1 and bench.source:
         problems = [p for p in problems if p.source == bench.source]
-    repeats = Counter((json.dumps(p.prompt), p.answer) for p in problems)
-    if len(problems) > len(repeats) and len(set(repeats.values())) == 1:
-        bench = replace(bench, k=len(problems) // len(repeats))
-        problems = list({(json.dumps(p.prompt), p.answer): p for p in problems}.values())
+    problems = without_repeats(problems)
     if not problems:
         raise InputError(f"--bench {name}: {where} has no row with data_source {bench.source!r}")
     if bench.letters and (bad := [p for p in problems if not re.fullmatch("[A-J1-5]", p.answer)]):
@@ -107,23 +108,25 @@ def collect(
     problems: list[Problem],
     numbers: Sequence[int],
     k: int,
-    sampler: Sampler,
+    respond: Respond,
     grader: Grader,
-    tokenizer: Tokenizer,
     rows_at_once: int,
+    right_texts: bool,
     **options: Any,
 ) -> list[dict]:
     """The rows of all responses to problems[i], i in numbers: those on disk, and the missing ones.
 
-    Blocks of problems are dealt to the ranks. A block of which a killed run wrote only a part does
-    not count, so that an evaluation that was interrupted ends as any other: the same problems are
-    sampled together.
+    Texts stay on disk, but for those of right responses, if right_texts. Blocks of problems are
+    dealt to the ranks. A block of which a killed run wrote only a part does not count, so that an
+    evaluation that was interrupted ends as any other: the same problems are sampled together.
     """
 
     def on_disk() -> dict[int, list[dict]]:
         done = defaultdict(list)
         for file in out.glob(f"{name}-rank*.jsonl"):
             for row in whole_blocks(file):
+                if not (right_texts and row["reward"]):
+                    row["response"] = ""  # all of a large teacher's would not fit into memory
                 done[row["problem"]].append(row)
         return done
 
@@ -136,19 +139,30 @@ def collect(
     with progress(name, k * len(numbers)) as bar:
         bar.update(k * sum(i in done for i in numbers))
         rewards = [row["reward"] for rows in done.values() for row in rows]
-        for block in blocks[rank() :: world_size()]:
-            some = [i for i in block if i not in done]
-            if not some:
-                continue
-            asked = sampler, problems, some, grader, tokenizer
-            rows = respond(*asked, samples=k, lenient=True, **options)
-            append(mine, *(row | {"block": some[0], "of": len(rows)} for row in rows))
+        missing = [[i for i in block if i not in done] for block in blocks[rank() :: world_size()]]
+        for rows in respond(
+            problems, list(filter(None, missing)), grader, samples=k, lenient=True, **options
+        ):
+            append(mine, *(row | {"block": rows[0]["problem"], "of": len(rows)} for row in rows))
             rewards += [row["reward"] for row in rows]
             bar.update(len(rows) * world_size())
-            bar.set_postfix(avg=f"{mean(rewards):.3f}")
+            bar.set_postfix(right=f"{mean(rewards):.1%}")
     barrier()
     found = on_disk()
     return [row for i in numbers for row in sorted(found[i], key=lambda row: row["sample"])]
+
+
+def one_by_one(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    blocks: list[list[int]],
+    grader: Grader,
+    **options: Any,
+) -> Iterator[list[dict]]:
+    """The rows of `respond`, a block at a time."""
+    for block in blocks:
+        yield respond(sampler, problems, block, grader, tokenizer, **options)
 
 
 def whole_blocks(file: Path) -> list[dict]:
@@ -224,16 +238,18 @@ def percent(value: float, error: float = math.nan) -> str:
 def load_rows(out: Path) -> Rows:
     """An evaluation's directory -> (benchmark, temperature, k) -> its rows."""
     found: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    sources_of: dict[tuple, set[str]] = defaultdict(set)  # a file's may differ in k
     for file in sorted(out.glob("*-rank*.jsonl")):
         match = re.fullmatch(r"(.+)-t([0-9.]+)-k([0-9]+)-rank[0-9]+", file.stem)
         if match is not None:
             key = match[1], float(match[2]), int(match[3])
             for row in whole_blocks(file):
                 found[key][row["source"]].append(row)
+                sources_of[key[:2]].add(row["source"])
     if not found:
         raise InputError(f"{out}: not the directory of an evaluation (no *-rank*.jsonl in it)")
     return {
-        (f"{name}/{source}" if len(sources) > 1 else name, t, k): rows
+        (f"{name}/{source}" if len(sources_of[name, t]) > 1 else name, t, k): rows
         for (name, t, k), sources in sorted(found.items())
         for source, rows in sorted(sources.items())
     }
@@ -286,7 +302,8 @@ def difference_table(models: dict[str, Rows]) -> str:
 # ------------------------------------------------------------------ the command line
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", help="a directory or a hub name")
+    parser.add_argument("--model", help="a directory or a hub name; with --url, as it is served")
+    parser.add_argument("--url", help="of an OpenAI-compatible server that samples, up to /v1")
     parser.add_argument("--paper", choices=SYSTEMS, help="a system of the paper: model and prompt")
     parser.add_argument("--template", help=f"{', '.join(TEMPLATES)}, or a jinja file [own]")
     parser.add_argument(
@@ -304,6 +321,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sampler", choices=["auto", "vllm", "torch"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="[runs/eval/MODEL]")
+    parser.add_argument("--traces", type=Path, help="write right responses to this file: distil")
+    parser.add_argument("--traces_per_problem", type=int, default=1, help="at most [1]")
+    parser.add_argument("--max_trace_tokens", type=int, help="the model's, with EOS [no limit]")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests to --url [16]")
     args = parser.parse_args()
     system = SYSTEMS.get(args.paper)
     args.model = args.model or (system.model if system else "")
@@ -323,9 +344,13 @@ def parse_args() -> argparse.Namespace:
         args.temperatures = [float(t) for t in (args.temperature or "").split(",") if t]
     except ValueError:
         raise InputError(f"--temperature {args.temperature}: expected A or A,B,...") from None
-    for flag in ("samples", "limit"):
+    for flag in ("samples", "limit", "traces_per_problem", "max_trace_tokens", "concurrency"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
+    if args.url and args.template != "own":
+        raise InputError(f"--template {args.template}: a server has its own; leave it out")
+    if args.traces:
+        distill.check_file(args.traces, args.bench.split(","))
     path = Path(args.model)
     name = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
     args.out = args.out or Path("runs/eval", args.paper or name)
@@ -358,56 +383,87 @@ def main() -> None:
         return report(sys.argv[2:])
     args = parse_args()
     init_processes()
-    path = find(args.model)
-    tokenizer, config = load_tokenizer(path), load_config(path)
-    benchmarks = ask(args, tokenizer, config.max_position_embeddings)
+    tokenizer, context = None, sys.maxsize  # a server has them
+    if args.url:
+        if world_size() > 1:
+            raise InputError("--url: one process asks, --concurrency N requests at a time")
+        server = Server(args.url, args.model, args.concurrency)
+    else:
+        path = find(args.model)
+        tokenizer, config = load_tokenizer(path), load_config(path)
+        context = config.max_position_embeddings
+    benchmarks, originals = ask(args, tokenizer, context)
+    args.template = "the server's" if args.url else args.template
     prepare_directory(args)
     longest = max(len(p.prompt_ids) for _, problems in benchmarks.values() for p in problems)
     room = {
-        name: min(
-            args.max_response_tokens or b.max_tokens, config.max_position_embeddings - longest
-        )
+        name: min(args.max_response_tokens or b.max_tokens, context - longest)
         for name, (b, _) in benchmarks.items()
     }
     most = max(room.values())
-    sampler, rows_at_once = load_sampler(
-        sampler_kind(args.sampler), path, config, end_ids(path, tokenizer), longest + most
-    )
+    ends: list[str] = []  # a server's responses are without
+    if tokenizer is None:
+        respond: Respond = server.respond
+        rows_at_once = 1
+    else:
+        ids = end_ids(path, tokenizer)
+        ends = [str(tokenizer.decode([end])) for end in ids]
+        kind = sampler_kind(args.sampler)
+        sampler, rows_at_once = load_sampler(kind, path, config, ids, longest + most)
+        respond = partial(one_by_one, sampler, tokenizer)
+    distils = bool(args.traces) and rank() == 0
+    answered: list[tuple[Problem, Problem, dict]] = []
     scores: Scores = {}
     with Grader() as grader:
         for name, (bench, problems) in benchmarks.items():
             n = min(args.limit or len(problems), len(problems))
             numbers = [i * len(problems) // n for i in range(n)]
             for t in args.temperatures or [bench.temperature]:
-                k = 1 if t == 0 else args.samples or bench.k
-                what = args.out, f"{name.replace('/', '.')}-t{t:g}-k{k}", problems, numbers, k
+                rows: list[dict] = []
                 how = dict(temperature=t, max_tokens=room[name], seed=args.seed)
-                rows = collect(*what, sampler, grader, tokenizer, rows_at_once, **how)
+                samples = 1 if t == 0 else args.samples
+                for k, some in by_k(problems, numbers, samples, bench.k).items():
+                    what = args.out, f"{name.replace('/', '.')}-t{t:g}-k{k}", problems, some, k
+                    rows += collect(*what, respond, grader, rows_at_once, distils, **how)
                 found = by_source(rows)
                 for source, score in found.items():
                     scores[f"{name}/{source}" if len(found) > 1 else name, t] = score
+                for row in rows if distils else ():
+                    asked = problems[row["problem"]]
+                    answered.append((originals[key_of(asked)], asked, row))
     show(args, scores, most)
+    if distils:
+        distill.finish(args, answered, ends)
+
+
+Benchmarks = dict[str, tuple[Benchmark, list[Problem]]]
+Originals = dict[tuple[str, str], Problem]  # data.key_of a problem as it is asked -> as in its file
 
 
 def ask(
-    args: argparse.Namespace, tokenizer: Tokenizer, context: int
-) -> dict[str, tuple[Benchmark, list[Problem]]]:
+    args: argparse.Namespace, tokenizer: Tokenizer | None, context: int
+) -> tuple[Benchmarks, Originals]:
     """--bench -> name -> the benchmark, and its problems as the model is to see them."""
-    benchmarks = {}
+    benchmarks: Benchmarks = {}
+    originals: Originals = {}
     for name in sum((list(GROUPS.get(n, [n])) for n in args.bench.split(",")), []):
         bench, problems = load_benchmark(name, args.data_dir)
+        asked = problems
         if args.template in TEMPLATES:
-            problems = [to_prompt(p, args.template) for p in problems]
-        else:
+            asked = [to_prompt(p, args.template) for p in problems]
+        elif tokenizer is not None:  # a server has its own
             choose_template(problems, tokenizer, args.template)
+        originals |= {key_of(p): problem for p, problem in zip(asked, problems)}
         room = min(args.max_prompt_tokens, context - 1)
-        benchmarks[name] = bench, to_evaluate(problems, tokenizer, max_prompt_tokens=room)
-        if not benchmarks[name][1]:
+        if tokenizer is not None:
+            asked = to_evaluate(asked, tokenizer, max_prompt_tokens=room)
+        if not asked:
             raise InputError(
                 f"--bench {name}: no problem has a prompt of --max_prompt_tokens "
                 f"{args.max_prompt_tokens} or less"
             )
-    return benchmarks
+        benchmarks[name] = bench, asked
+    return benchmarks, originals
 
 
 def load_sampler(

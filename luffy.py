@@ -123,7 +123,7 @@ class Config:
     grade_timeout: float = flag(5.0, "seconds for a response, then its reward is 0", above=0)
     save_every: int = flag(50, "steps between checkpoints", 1)
     eval_every: int = flag(0, "steps between evaluations; 0: only before and after", 0)
-    eval_samples: int = flag(8, "responses to an evaluation problem, at temperature 0.6", 1)
+    eval_samples: int = flag(0, "k, at temperature 0.6; 0: its repeats in the file, else 8", 0)
     sample_every: int = flag(10, "steps between files of sampled groups, for report.html", 1)
     sample_groups: int = flag(8, "groups in such a file", 1)
     note: str = flag("", "shown on report.html")

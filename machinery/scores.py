@@ -105,6 +105,11 @@ def respond(
         for i, group in zip(numbers, groups)
         for j, sample in enumerate(group)
     ]
+    return graded(rows, problems, grader, lenient)
+
+
+def graded(rows: list[dict], problems: list[Problem], grader: Grader, lenient: bool) -> list[dict]:
+    """With the fields that `respond` says."""
     jobs = [(problems[row["problem"]].opened + row["response"], row["answer"]) for row in rows]
     for row, reward in zip(rows, grader(jobs)):
         row["reward"] = reward
@@ -121,17 +126,35 @@ def evaluate(
 
     The scores depend on the number of ranks by rounding only.
     """
-    mine = range(rank(), len(problems), world_size())
-    how = dict(samples=cfg.eval_samples, max_tokens=cfg.max_response_tokens, seed=cfg.seed)
-    rows = respond(sampler, problems, mine, grader, tokenizer, temperature=0.6, **how)
+    how = dict(max_tokens=cfg.max_response_tokens, seed=cfg.seed, temperature=0.6)
+    rows: list[dict] = []
+    for k, some in by_k(problems, range(len(problems)), cfg.eval_samples, 8).items():
+        mine = some[rank() :: world_size()]  # perhaps none: the ranks of an engine ask together
+        rows += respond(sampler, problems, mine, grader, tokenizer, samples=k, **how)
     return by_source(sum(gather([{**row, "response": ""} for row in rows]), []))
 
 
+def by_k(
+    problems: list[Problem], numbers: Sequence[int], samples: int | None, default: int
+) -> dict[int, list[int]]:
+    """k -> those of the numbers to answer k times: `samples` if given, or as their file says."""
+    found = defaultdict(list)
+    for i in numbers:
+        found[samples or problems[i].k or default].append(i)
+    return dict(sorted(found.items()))
+
+
 def by_source(rows: list[dict]) -> dict[str, dict]:
-    sources = defaultdict(list)
+    """Source -> scores; of a source whose problems differ in k, those of each k apart."""
+    k = {problem: len(rewards) for problem, rewards in by_problem(rows).items()}
+    found: dict[str, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for row in sorted(rows, key=lambda row: (row["problem"], row["sample"])):
-        sources[row["source"]].append(row)
-    return {source: summarize(sources[source]) for source in sorted(sources)}
+        found[row["source"]][k[row["problem"]]].append(row)
+    return {
+        source + f" (k = {n})" * (len(parts) > 1): summarize(part)
+        for source, parts in sorted(found.items())
+        for n, part in sorted(parts.items())
+    }
 
 
 def table(columns: dict[str, dict[str, dict]]) -> str:

@@ -9,8 +9,8 @@ from conftest import ROOT, SHARED, Judge
 import data
 from luffy import Config
 from machinery import toy
-from data import SCHEMAS, TRACES, Problem, batch_at, encode, load_problems, load_training_set
-from data import read_problems, render
+from data import SCHEMAS, TRACES, Problem, batch_at, encode, load_benchmarks, load_problems
+from data import load_training_set, read_problems, render, without_repeats
 from machinery.processes import InputError
 from verify import grade
 
@@ -312,6 +312,27 @@ def test_look_says_what_a_run_would_drop_and_why(tmp_path, monkeypatch, capsys):
     assert picture.stat().st_size > 10_000
     defaults = {name: getattr(Config(), name) for name in data.LIMITS}
     assert data.LIMITS == defaults
+
+
+def test_rows_that_a_source_repeats_equally_often_are_its_k(tokenizer, tmp_path, capsys):
+    def row(source: str, answer: int) -> dict:
+        gold = {"ground_truth": str(answer)}
+        return OPENR1 | {"data_source": source, "reward_model": gold}
+
+    rows = [row("aime", i) for i in range(3)] * 4 + [row("math", i) for i in range(2)]
+    rows += [row("odd", 0), row("odd", 1), row("odd", 0)]
+    path = write(tmp_path / "a.jsonl", *rows)
+    found = [(p.source, p.answer, p.k) for p in load_benchmarks(path, tokenizer, 64)]
+    assert found == [("aime", str(i), 4) for i in range(3)] + [
+        *[("math", "0", 0), ("math", "1", 0), ("odd", "0", 0), ("odd", "1", 0), ("odd", "0", 0)]
+    ]
+    assert capsys.readouterr().out == "aime: 3 problems, each 4 times: k = 4, if no flag sets it\n"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real data files")
+def test_the_official_benchmarks_are_1590_problems():
+    problems = without_repeats(load_problems(str(SHARED / "six_benchmarks_luffy.parquet")))
+    assert len(problems) == 1590 and sum(p.k for p in problems) == 32 * (30 + 30 + 83)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data files")

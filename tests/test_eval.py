@@ -10,12 +10,16 @@ from statistics import fmean, stdev
 import pytest
 from conftest import SHARED, run
 
-from data import Problem, render
+from data import Problem, Row, render, to_problem
 from eval import by_source, difference_table, load_benchmark, load_rows, parse_args, pass_at_k
 from eval import published_table, score_table, standard_error, summarize, to_prompt
+from luffy import Config
+from machinery import toy
+from machinery.files import to_jsonl
 from machinery.published import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
 from machinery.processes import InputError
-from machinery.scores import table
+from machinery.samplers import Sample
+from machinery.scores import evaluate, table
 from verify import Grader
 
 
@@ -184,26 +188,73 @@ def test_hub_formats_become_problems(tmp_path):
         elif name == "math500":
             assert (text, problem.answer) == ("1/2?", "0.5")
         else:
-            assert text == "Why?\n\nA) x\nB) y\n" and problem.answer == "B"
+            assert problem.answer in "AB" and f"\n{problem.answer}) y\n" in text and ") x\n" in text
+    bad = rows["arc_c"] | {"answerKey": "E"}
+    with pytest.raises(
+        InputError, match="row 7: the answer 'E' is not the label of a choice: A, B"
+    ):
+        to_problem(Row(bad, "row 7"))
     (tmp_path / "arc_c.jsonl").write_text(json.dumps(rows["math500"]) + "\n")
     for name, message in (("arc_c", "not the letter"), ("minerva", "minerva.jsonl or")):
         with pytest.raises(InputError, match=message):
             load_benchmark(name, str(tmp_path))
 
 
+def test_choices_are_shuffled_and_the_gold_follows():
+    """By a function of the question; each letter is right now and then; digits become letters."""
+    golds = set()
+    for labels in ("ABCDE", "12345"):
+        for n in range(40):
+            choices = {"label": list(labels), "text": ["no", "nor", "yes", "not", "none"]}
+            row = {"question": f"Why {n}?", "choices": choices, "answerKey": labels[2]}
+            problem = to_problem(Row(row, ""))
+            head, *options = problem.prompt[1]["content"].strip().split("\n")
+            assert head == f"Why {n}?" and f"{problem.answer}) yes" in options
+            assert sorted(option[0] for option in options if option) == list("ABCDE")
+            golds.add(problem.answer)
+            assert to_problem(Row(row, "")) == problem
+    assert golds == set("ABCDE")
+
+
+def test_a_problem_is_sampled_as_often_as_its_file_or_a_flag_says():
+    class Yes:
+        def generate(self, prompts, n, **_):
+            return [[Sample([1], [0.0])] * n for _ in prompts]
+
+    problems = [Problem("", "", source=s, k=k) for s, k in (("a", 4), ("b", 0), ("c", 2), ("c", 0))]
+    tokenizer = toy.make_tokenizer()
+    tokenizer.eos_token_id = 1
+
+    def asked(samples: int) -> dict[str, int]:
+        cfg = Config(eval_samples=samples)
+        scores = evaluate(Yes(), problems, lambda jobs: [1.0] * len(jobs), tokenizer, cfg)
+        assert all(s["avg"] == 1 and len(s["pass_at"]) == s["k"] for s in scores.values())
+        return {source: s["k"] for source, s in scores.items()}
+
+    assert asked(0) == {"a": 4, "b": 8, "c (k = 2)": 2, "c (k = 8)": 8}
+    assert asked(3) == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_file_of_several_k_is_compared_by_source(tmp_path):
+    for k in (1, 2):
+        rows = rows_of([[1.0] * k], f"s{k}", block=0, of=k)
+        (tmp_path / f"f-t0.6-k{k}-rank0.jsonl").write_text(to_jsonl(rows))
+    assert list(load_rows(tmp_path)) == [("f/s1", 0.6, 1), ("f/s2", 0.6, 2)]
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
 def test_the_papers_files():
     """Counts, repeats as k, and every gold answer in a box is right."""
     found = {name: load_benchmark(name, str(SHARED)) for name in (*SIX, "arc_c", "gsm8k")}
-    for name, (bench, problems) in found.items():
+    for name, (_, problems) in found.items():
         assert len(problems) == BENCHMARKS[name].problems
-        assert bench.k == (32 if name in ("aime24", "aime25", "amc") else 1)
     for name in SIX:  # the official file with its repeats, and the same without
         (bench, some), (_, others) = (
             load_benchmark(name, str(SHARED / f"six_benchmarks_{file}"))
             for file in ("luffy.parquet", "unique.jsonl")
         )
-        assert bench.k == found[name][0].k and some[0].prompt[0]["role"] == "system"
+        assert {p.k or bench.k for p in some} == {32 if name in ("aime24", "aime25", "amc") else 1}
+        assert some[0].prompt[0]["role"] == "system"
         assert sorted(p.answer for p in some) == sorted(p.answer for p in others)
     problems = [p for _, problems in found.values() for p in problems]
     for template in TEMPLATES:
