@@ -9,8 +9,9 @@ import torch.distributed as dist
 from conftest import rows
 
 import luffy
+from data import Problem
 from machinery.processes import InputError, init_processes
-from machinery.samplers import TorchSampler
+from machinery.samplers import Sample, TorchSampler
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -211,3 +212,20 @@ def test_a_schedule_of_what_cannot_change_is_refused(monkeypatch, changes, words
     monkeypatch.setitem(luffy.SCHEDULES, "late", late)
     with pytest.raises(InputError, match=words):
         luffy.check(luffy.parse_args(["--schedule", "late"]), ranks=1)
+
+
+def test_a_trace_never_goes_through_the_sampler():
+    """The policy is given the problem alone; the trace stands last in its group, as it is."""
+    asked = []
+
+    class Stub:
+        def generate(self, prompts, n, **options):
+            asked.extend(map(tuple, prompts))
+            return [[Sample([7, 1], [-0.1, -0.2])] * n for _ in prompts]
+
+    batch = {i: Problem("", "", prompt_ids=(2, i), trace_ids=(40 + i, 1)) for i in range(3)}
+    made = luffy.rollout(Stub(), batch, 0, luffy.parse_args(["--rollouts", "2"]))
+    assert asked == [(2, 0), (2, 1), (2, 2)]
+    rollout = ((7, 1), False)
+    groups = [[rollout, rollout, ((40 + i, 1), True)] for i in range(3)]
+    assert [(tuple(t.response), t.off_policy) for t in made] == sum(groups, [])

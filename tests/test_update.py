@@ -374,6 +374,24 @@ def test_one_rank_is_plain_adamw_bit_for_bit():
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("scale", [1.0, 64.0])
+def test_the_clip_acts_on_the_scaled_gradient(policy, scale):
+    """A plain gradient step then has the length max_grad_norm / scale, or the gradient's own."""
+
+    class SGD(ShardedAdamW):
+        def optimizer_of(self, master):
+            return torch.optim.SGD([master], lr=self.settings["lr"])
+
+    cfg = config(scale=scale)
+    before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+    metrics = update(policy, SGD(policy.parameters(), lr=1.0), make_trajectories(cfg), cfg)
+    moved = torch.cat([p.detach().flatten() for p in policy.parameters()]) - before
+    clipped = scale > 1
+    assert metrics["clipped"] == clipped and metrics["grad_norm"] < cfg.max_grad_norm
+    expected = cfg.max_grad_norm / scale if clipped else metrics["grad_norm"]
+    assert moved.norm().item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_objectives_default_arguments_are_luffys():
     cfg = Config()
     x = (torch.tensor([-1.0]), torch.tensor([0.0]), torch.tensor([0.5]), torch.tensor([True]))
