@@ -559,7 +559,7 @@ def token_loss(
     factor = token_factors(logp.detach(), logp_behavior, off_policy, **how)
     (slope,) = torch.autograd.grad(objective.sum(), logp, retain_graph=True)
     micro_batch.give(logp=logp, logp_behavior=logp_behavior, factor=factor, slope=slope)
-    add_token_metrics(means, micro_batch, logp.detach(), logp_old, entropy.detach(), factor)
+    add_token_metrics(means, micro_batch, logp.detach(), logp_old, entropy.detach(), factor, slope)
     return loss
 
 
