@@ -124,6 +124,7 @@ class Config:
     sample_every: int = flag(10, "steps between files of sampled groups, for report.html", 1)
     sample_groups: int = flag(8, "groups in such a file", 1)
     note: str = flag("", "shown on report.html")
+    track: str = flag("", "and log there, too", choices=("", "wandb", "trackio", "tensorboard"))
     dry_run: str = flag("", "print the plan for this machine, or for GPUSxGIB (8x80), and stop")
 
     @property

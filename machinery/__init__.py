@@ -10,6 +10,7 @@ prefixes        rollouts that go on from a prefix of their trace
 optimizer       AdamW, its state shared out among the ranks
 samplers        what samples: the protocol, transformers alone, options of vLLM's engine
 metrics         what is measured of a step
+track           the same in wandb, trackio or tensorboard
 scores          avg@k and pass@k on held-out problems; what a run came to
 run_directory   log, checkpoints, resumption
 plan            --dry_run: batches, tokens and memory of each GPU

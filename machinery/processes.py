@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
+
+
+ending = ExitStack()  # closed when a program's main ends, however it does
 
 
 class InputError(ValueError):
@@ -77,7 +81,8 @@ def launch(main: Callable[[], None]) -> None:
 
     def main_or_complaint() -> None:
         try:
-            main()
+            with ending:
+                main()
         except InputError as error:
             program = os.path.basename(sys.argv[0])
             sys.exit(f"{program}: {error}" if rank() == 0 else 1)
