@@ -127,6 +127,7 @@ class Config:
     sample_every: int = flag(10, "steps between files of sampled groups, for report.html", 1)
     sample_groups: int = flag(8, "groups in such a file", 1)
     note: str = flag("", "shown on report.html")
+    track: str = flag("", "and log there, too", choices=("", "wandb", "trackio", "tensorboard"))
     dry_run: str = flag("", "print the plan for this machine, or for GPUSxGIB (8x80), and stop")
 
     @property
@@ -562,7 +563,7 @@ def token_loss(
     factor = token_factors(logp.detach(), logp_behavior, off_policy, **how)
     (slope,) = torch.autograd.grad(objective.sum(), logp, retain_graph=True)
     micro_batch.give(logp=logp, logp_behavior=logp_behavior, factor=factor, slope=slope)
-    add_token_metrics(means, micro_batch, logp.detach(), logp_old, entropy.detach(), factor)
+    add_token_metrics(means, micro_batch, logp.detach(), logp_old, entropy.detach(), factor, slope)
     return loss
 
 

@@ -10,6 +10,7 @@ prefixes        rollouts that go on from a prefix of their trace
 optimizer       AdamW, its state shared out among the ranks
 samplers        what samples: the protocol, transformers alone, options of vLLM's engine
 metrics         what is measured of a step
+track           the same in wandb, trackio or tensorboard
 server          what samples instead of a local model: an OpenAI-compatible server
 distill         a teacher's traces, from the rows of an evaluation
 scores          avg@k and pass@k on held-out problems; what a run came to

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any
 
+from machinery import track
 from machinery.processes import InputError
 
 Config = Any  # luffy.Config, wherever the machinery names it: an import would be a circle
@@ -61,7 +62,8 @@ def check_values(cfg: Config, tables: Mapping[str, Iterable[str]]) -> None:
         value, m = getattr(cfg, f.name), f.metadata
         choices: Container = tables.get(f.name, m["choices"])
         if choices and value not in choices:
-            raise InputError(f"--{f.name} {value}: expected one of {', '.join(choices)}")
+            known = ", ".join(filter(None, choices))
+            raise InputError(f"--{f.name} {value}: expected one of {known}")
         if isinstance(value, bool | str) or value is None:
             continue
         in_range = m["low"] <= value <= m["high"] and m["above"] < value < m["below"]
@@ -81,6 +83,8 @@ def check(
     """
     check_values(cfg, tables)
     check_schedule(cfg, steps, tables)
+    if not cfg.dry_run:
+        track.check(cfg.track)
     shards = cfg.updates_per_step * ranks
     rows = cfg.rollouts + (cfg.traces if cfg.baseline == "group" else 0)
     if rows < 2 and not (cfg.rollouts == 0 and cfg.trace_advantage is not None):
@@ -137,7 +141,7 @@ def check_schedule(
 
 def differences(cfg: Config, plain: Config) -> str:
     """How a config differs from another one, in words."""
-    same = "model", "algo", "out", "seed", "dry_run", "note"  # said elsewhere, or no matter
+    same = {"model", "algo", "out", "seed", "dry_run", "note", "track"}  # said elsewhere
     names = [f.name for f in fields(cfg) if f.name not in same]
     differ = [f"{n} {getattr(cfg, n)}" for n in names if getattr(cfg, n) != getattr(plain, n)]
     return f", but {', '.join(differ)}" if differ else ""

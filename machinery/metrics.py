@@ -16,13 +16,15 @@ class Means:
     """Averages and maxima of quantities that come in parts, from micro-batches and from ranks."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))  # sum, count
+        self.parts: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0))  # sum, count
         self.peaks: dict[str, float] = {}  # maximum
 
-    def add(self, name: str, values: Tensor | list) -> None:
+    def add(self, name: str, values: Tensor | list, weights: Tensor | None = None) -> None:
+        """weights: the mean is theirs, over all parts together; none: all count alike."""
         values = torch.as_tensor(values, dtype=torch.float64)
+        weights = torch.ones_like(values) if weights is None else weights.double()
         total, count = self.parts[name]
-        self.parts[name] = total + values.sum().item(), count + values.numel()
+        self.parts[name] = total + (weights * values).sum().item(), count + weights.sum().item()
 
     def peak(self, name: str, values: Tensor) -> None:
         if values.numel():
@@ -75,7 +77,13 @@ def failure_metrics(failures: Counter) -> dict[str, float]:
 
 
 def add_token_metrics(
-    means: Means, batch: MicroBatch, logp: Tensor, old: Tensor, entropy: Tensor, factor: Tensor
+    means: Means,
+    batch: MicroBatch,
+    logp: Tensor,
+    old: Tensor,
+    entropy: Tensor,
+    factor: Tensor,
+    slope: Tensor,
 ) -> None:
     """From one micro-batch, all (N,): each metric over rollout tokens or over trace tokens only."""
     on, off = ~batch.off_policy, batch.off_policy
@@ -89,6 +97,22 @@ def add_token_metrics(
     means.add("trace_prob", logp[off].exp())
     means.add("trace_unlikely", logp[off] < math.log(UNLIKELY))
     means.add("trace_f", factor[off])
+    # of Σ |∂J / ∂log π|: a ratio of sums over micro-batches, updates and ranks
+    means.add("trace_share", off, (batch.inv_z * slope).abs())
+
+
+def evaluation_metrics(scores: dict[str, dict]) -> dict[str, float]:
+    """From the scores of a row of evals.jsonl."""
+    return {f"eval/{source}": score["avg"] for source, score in scores.items()}
+
+
+def smooth(values: list, window: int = 10) -> list[float]:
+    """The mean of the last `window` values; NaN where there are none."""
+    means = []
+    for i in range(len(values)):
+        last = [v for v in values[max(0, i + 1 - window) : i + 1] if v is not None]
+        means.append(sum(last) / len(last) if last else math.nan)
+    return means
 
 
 def one_line(row: dict, seconds: dict) -> str:

@@ -14,9 +14,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 from machinery.files import read_jsonl, write
+from machinery.metrics import evaluation_metrics, smooth
 from machinery.processes import InputError
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -49,13 +51,20 @@ def describe(directory: Path, budget: int) -> dict:
     for row in metrics + read_jsonl(directory / "timing.jsonl"):
         rows[row.pop("step")] |= row
     for row in read_jsonl(directory / "evals.jsonl"):
-        rows[row["step"]] |= {f"eval/{name}": s["avg"] for name, s in row["scores"].items()}
+        scores = evaluation_metrics(row["scores"])
+        rows[row["step"]] |= scores | {"eval": mean(scores.values())}
     names, steps = sorted({name for row in rows.values() for name in row}), sorted(rows)
+    curves = {name: [rows[step].get(name) for step in steps] for name in names}
     return {
         "name": directory.resolve().name,
         "config": json.loads(config.read_text("utf-8")),
         "steps": steps,
-        "curves": {name: [short(rows[step].get(name)) for step in steps] for name in names},
+        "curves": {name: list(map(short, values)) for name, values in curves.items()},
+        "smoothed": {
+            name: list(map(short, smooth(values)))
+            for name, values in curves.items()
+            if not name.startswith("eval")  # they are far apart
+        },
         "groups": groups(directory, budget),
         "watched": watched(directory, budget // 5),
         "head": SHOWN_HEAD,

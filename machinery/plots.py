@@ -1,7 +1,6 @@
 """Pictures: the curves of a training run, and evaluations of several models side by side."""
 
 import json
-import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean as mean
@@ -9,6 +8,7 @@ from statistics import fmean as mean
 import matplotlib
 
 from machinery.files import read_jsonl
+from machinery.metrics import smooth
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -28,10 +28,11 @@ def draw_curves(directory: Path) -> None:
             ("groups/mixed", "some right"),
             ("groups/all", "all right"),
         ],
-        "probability and entropy": [
+        "probability, entropy, imitation": [
             ("trace_prob", "mean π of a trace token"),
             ("trace_f", "mean f(π) of a trace token"),
             ("entropy", "entropy of rollout tokens (nats)"),
+            ("trace_share", "share of traces in the gradient's weight"),
         ],
         "response length (tokens)": [("length", "rollouts"), ("trace_length", "traces")],
     }
@@ -61,15 +62,6 @@ def draw_curves(directory: Path) -> None:
     )
     figure.savefig(directory / "curves.png", dpi=130)
     plt.close(figure)
-
-
-def smooth(values: list, window: int = 10) -> list[float]:
-    """The mean of the last `window` values; NaN where there are none."""
-    means = []
-    for i in range(len(values)):
-        last = [v for v in values[max(0, i + 1 - window) : i + 1] if v is not None]
-        means.append(sum(last) / len(last) if last else math.nan)
-    return means
 
 
 def draw_comparison(models: dict[str, dict[tuple, tuple]], file: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from machinery.files import print_what_can_be
+
+
+ending = ExitStack()  # closed when a program's main ends, however it does
 
 
 class InputError(ValueError):
@@ -92,7 +96,8 @@ def launch(main: Callable[[], None]) -> None:
 
     def main_or_complaint() -> None:
         try:
-            main()
+            with ending:
+                main()
         except InputError as error:
             program = os.path.basename(sys.argv[0])
             mine = rank() == 0 or isinstance(error, OwnInputError)

@@ -10,6 +10,7 @@ watched.jsonl          the same values for a fixed set of traces, every few step
 checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's shards
 curves.png             drawn at the end and on Ctrl-C
 report.html            made at the end and on Ctrl-C: a page to look into all of this
+tracked_as.txt         the run's name in another program: --track
 """
 
 import json
@@ -30,17 +31,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from machinery import track
 from machinery.batches import Trajectory
 from machinery.files import append, read_jsonl, to_jsonl, write
 from machinery.flags import Config
-from machinery.metrics import one_line
+from machinery.metrics import evaluation_metrics, one_line
 from machinery.processes import InputError, all_reduce, barrier, rank, say
 
 # A finished or interrupted run may go on with these changed: they do not change the objective,
 # but for `steps` where a schedule may use it.
 MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "sample_groups", "note"}
 MAY_CHANGE |= {"graders", "token_budget", "sampler", "tensor_parallel", "cache_gib"}
-MAY_CHANGE |= {"checkpointing", "dry_run"}
+MAY_CHANGE |= {"checkpointing", "track", "dry_run"}
 # Fields of a Trajectory that report.html shows: of the whole, of each token.
 VERDICTS = "right", "reward", "advantage", "learns", "inv_z"
 TOKENS = "logp", "logp_behavior", "factor", "slope"
@@ -121,6 +123,7 @@ class Run:
         for file in (self.out / "samples").glob("step-*.jsonl"):
             if int(file.stem.split("-")[1]) > self.first_step:
                 file.unlink()
+        self.track = track.start(self.cfg.track, self.out, asdict(self.cfg))
         if self.checkpoint:
             say(f"resuming {self.out} after step {self.first_step}")
 
@@ -186,6 +189,7 @@ class Run:
         if rank() == 0:
             append(self.out / "metrics.jsonl", row)
             append(self.out / "timing.jsonl", {"step": step} | self.seconds | speed)
+            self.track(metrics, step)
             print(one_line(row, self.seconds), flush=True)
             if show:
                 self.log_samples(step, trajectories, tokenizer)
@@ -212,6 +216,7 @@ class Run:
     def log_evaluation(self, step: int, scores: dict[str, dict]) -> None:
         if rank() == 0 and scores:
             append(self.out / "evals.jsonl", {"step": step, "scores": scores})
+            self.track(evaluation_metrics(scores), step)
 
     # -------------------------------------------------------------- checkpoints
     def save(self, step: int, model: PreTrainedModel, tokenizer: Tokenizer) -> None:

@@ -133,6 +133,7 @@ def test_the_papers_recipe_is_the_default_and_the_toy_changes_sizes_only():
         (["--tis_cap", "0"], ["--tis_cap"]),
         (["--cache_gib", "-1"], ["--cache_gib"]),
         (["--sampler", "sglang"], ["--sampler", "vllm"]),
+        (["--track", "mlflow"], ["--track mlflow", "one of wandb, trackio, tensorboard"]),
         (["--tensor_parallel", "2"], ["--tensor_parallel 2"]),
     ],
 )
@@ -153,6 +154,16 @@ def test_vllm_where_it_is_not_installed(monkeypatch):
     with pytest.raises(InputError, match="vLLM is not installed"):
         check(real, ranks=8)
     check(parse_args([]), ranks=1)  # the toy needs none
+
+
+def test_trackers_that_are_not_installed(monkeypatch, tmp_path):
+    cfg = parse_args(["--track", "wandb"])
+    (tmp_path / "wandb").mkdir()  # its own logs, where a run was started: no package
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(InputError, match="--track wandb: not installed; pip install wandb"):
+        check(cfg, ranks=1)
+    check(replace(cfg, dry_run="1x80"), ranks=1)
 
 
 def test_a_dry_run_needs_no_weights_and_leaves_nothing(tiny_model, tmp_path):

@@ -79,6 +79,7 @@ def test_the_script_loads_each_module_once(tiny_model, tmp_path):
     ours = [name for name in loaded if name in ON_TOP or name.startswith("machinery")]
     assert "machinery.page" in ours and "luffy" not in ours  # it is __main__
     assert len(ours) == len(set(ours))
+    assert not {"tensorboard", "trackio", "wandb"} & set(loaded)  # unless --track asks for it
 
 
 def test_small_stays_small():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import luffy
-from machinery import page
+from machinery import page, plots
 from machinery.batches import Trajectory
 from machinery.run_directory import Run, token_texts
 
@@ -53,6 +53,7 @@ class Words:
 
 
 METRICS = ("reward/hard", "groups/none", "groups/mixed", "groups/all", "trace_prob", "trace_f")
+METRICS += ("length", "trace_length", "trace_share")
 ROLLOUT = {"right": 0.0, "reward": 0.0, "advantage": -0.125, "inv_z": 0.00123}
 TRACE = ROLLOUT | {"right": 1.0, "reward": 1.0, "advantage": 0.875}
 
@@ -296,6 +297,31 @@ def test_a_reader_looks_around(browser, tmp_path):
     at.check()
 
 
+def test_figures_5_and_6_come_first_smoothed_as_in_curves_png(browser, tmp_path):
+    runs = [write_run(tmp_path / name, steps=range(1, 15)) for name in ("one", "two")]
+    bare = write_run(tmp_path / "bare", steps=(1, 2))  # of a version without the share of traces
+    rows = (bare / "metrics.jsonl").read_text()
+    (bare / "metrics.jsonl").write_text(rows.replace(', "trace_share": 0.25', ""))
+    page.write_page([*runs, bare], tmp_path / "report.html")
+    at = Page(browser, tmp_path / "report.html")
+    titles = at.js("return [...document.querySelectorAll('#curves h3')].map(h => h.textContent)")
+    assert [title[:9] for title in titles[:4]] == ["Figure 5:"] * 3 + ["Figure 6:"]
+    shares = titles.index("share of traces in the gradient's weight")
+    panels = at.js(
+        "return [...document.querySelectorAll('#curves .plot')].map(p => p.data.map("
+        "({name, x, y, line, opacity}) => ({name, x, y, dash: line.dash, opacity})))"
+    )
+    raw, mean = panels[0][:2]
+    rewards = [step / 10 for step in range(1, 15)]
+    assert raw["y"] == rewards and raw["opacity"] < 0.5 and mean["x"] == [*range(1, 15)]
+    assert mean["y"] == pytest.approx(plots.smooth(rewards), rel=5e-3)  # three digits
+    lengths = {line["name"]: line["dash"] for line in panels[1][1::2]}  # of rollouts, of traces
+    assert len(lengths) == 6 and lengths["two, rollouts"] != lengths["two, traces"] == "dot"
+    assert [line["name"] for line in panels[3]] == ["one", "two", "bare"]  # points, as they are
+    assert [line["name"] for line in panels[shares][1::2]] == ["one", "two"]
+    at.check()
+
+
 def test_the_weights_that_were_recorded_are_drawn(browser, tmp_path):
     def weight(p):  # as if someone had made this of a trace's tokens
         return 1.3 + math.sin(math.log(p))
@@ -354,7 +380,7 @@ def test_odd_links_and_other_runs(browser, tmp_path):
         assert "step=2" in at.link() and "run=0" in at.link() and "shaping=run" in at.link()
         assert at.js("return document.querySelector('#flat').checkVisibility()")
         at.check()
-    assert at.js("return document.querySelector('#curves .plot').data.length") == 3  # runs
+    assert at.js("return document.querySelector('#curves .plot').data.length") == 6  # of 3 runs
     at.js(
         "chooseRun = i => { const s = document.querySelector('#run'); s.selectedIndex = i;"
         "s.dispatchEvent(new Event('change')); }; chooseRun(1)"

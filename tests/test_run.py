@@ -1,8 +1,12 @@
 """What a person reads of a step is what the metrics say."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from machinery.metrics import Means, one_line
+from machinery import metrics
+from machinery.metrics import Means, add_token_metrics, one_line
 
 
 def test_means_are_over_all_parts_alike():
@@ -13,6 +17,28 @@ def test_means_are_over_all_parts_alike():
     for values in ([1.0, 3.0], [], [2.0]):
         means.peak("z", torch.tensor(values))
     assert means.reduce() == {"x": 3.0, "z": 3.0}
+
+
+def test_the_share_of_traces_is_a_ratio_of_sums_over_micro_batches_and_ranks(monkeypatch):
+    def add(means, off_policy, inv_z, slope):
+        zero = torch.zeros(len(slope))
+        batch = SimpleNamespace(
+            off_policy=torch.tensor(off_policy), inv_z=torch.tensor(inv_z), logp_sampler=zero
+        )
+        add_token_metrics(means, batch, zero, zero, zero, zero, torch.tensor(slope))
+
+    means, other_rank = Means(), Means()
+    add(means, [True, False], [0.5, 0.5], [2.0, -1.0])  # 1 of 1.5
+    add(means, [False, False], [0.25, 0.0], [4.0, 9.0])  # 0 of 1: the last one does not learn
+    assert means.reduce()["trace_share"] == pytest.approx(1 / 2.5)
+    add(other_rank, [True], [0.5], [-3.0])  # 1.5 of 1.5
+    both = [(dict(m.parts), m.peaks) for m in (means, other_rank)]
+    monkeypatch.setattr(metrics, "gather", lambda _: both)
+    assert means.reduce()["trace_share"] == pytest.approx(2.5 / 4)
+    monkeypatch.undo()
+    still = Means()
+    add(still, [True, False], [0.5, 0.5], [0.0, 0.0])
+    assert "trace_share" not in still.reduce()
 
 
 def test_one_line():

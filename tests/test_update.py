@@ -410,7 +410,11 @@ def test_what_is_recorded_is_what_was_computed(policy):
             if not t.off_policy:
                 t.logp_sampler = [-3.0] * len(t.response)
         moving = copy.deepcopy(policy)
-        update(moving, ShardedAdamW(moving.parameters(), lr=cfg.lr), trajectories, cfg)
+        metrics = update(moving, ShardedAdamW(moving.parameters(), lr=cfg.lr), trajectories, cfg)
+        weights = [((t.inv_z * t.slope).abs().sum().item(), t.off_policy) for t in trajectories]
+        of_traces = sum(weight for weight, off_policy in weights if off_policy)
+        share = of_traces / sum(weight for weight, _ in weights)
+        assert metrics["trace_share"] == pytest.approx(share, rel=1e-5)
         for t in trajectories:
             pi, old = t.logp.exp(), t.logp_behavior.exp()
             if t.off_policy:
