@@ -93,8 +93,8 @@ class System:
     model: str  # on the hub; "" where none was published
     template: str
     average: float  # of the six
-    six: tuple[float, ...] = ()  # in the order of SIX; some have only an average
-    ood: tuple[float, ...] = ()  # in the order of OUT_OF_DISTRIBUTION
+    six: tuple[float, ...]  # in the order of SIX
+    ood: tuple[float, ...] = ()  # in the order of OUT_OF_DISTRIBUTION; of Table 1 alone
 
 
 # fmt: off
@@ -127,18 +127,21 @@ SYSTEMS = {
                              (7.2, 3.6, 26.4, 28.0, 9.6, 21.2)),
     "qwen-math-1.5b-instruct": System("Qwen/Qwen2.5-Math-1.5B-Instruct", "qwen", 35.7,
                                       (12.1, 8.9, 48.1, 77.4, 28.7, 39.1)),
-    "sft-1.5b": System("", "own_no_system", 31.9),
-    "on-policy-1.5b": System("", "own_no_system", 30.0),
+    "sft-1.5b": System("", "own_no_system", 31.9, (11.7, 13.2, 37.8, 70.6, 26.8, 31.3)),
+    "on-policy-1.5b": System("", "own_no_system", 30.0, (11.8, 7.7, 40.2, 61.8, 26.8, 32.0)),
     "luffy-1.5b": System("Elliott/LUFFY-Qwen-Math-1.5B-Zero", "own_no_system", 38.0,
                          (16.0, 13.1, 47.1, 80.2, 30.5, 41.0)),
-    "qwen-instruct": System("Qwen/Qwen2.5-7B-Instruct", "qwen", 34.4),
-    "sft-instruct": System("", "own_no_system", 29.0),
-    "on-policy-instruct": System("", "own_no_system", 35.2),
+    "qwen-instruct": System("Qwen/Qwen2.5-7B-Instruct", "qwen", 34.4,
+                            (11.7, 7.5, 43.8, 71.8, 30.9, 40.4)),
+    "sft-instruct": System("", "own_no_system", 29.0, (7.9, 9.2, 36.0, 68.6, 21.3, 31.1)),
+    "on-policy-instruct": System("", "own_no_system", 35.2, (14.1, 8.3, 43.5, 74.0, 33.8, 37.6)),
     "luffy-instruct": System("Elliott/LUFFY-Qwen-Instruct-7B", "own_no_system", 40.7,
                              (17.7, 14.8, 50.9, 82.0, 31.3, 47.4)),
-    "llama-instruct": System("meta-llama/Llama-3.1-8B-Instruct", "own", 17.1),
-    "sft-llama": System("", "own_no_system", 5.9),  # these three: from Llama-3.1-8B
-    "on-policy-llama": System("", "own_no_system", 9.6),
+    "llama-instruct": System("meta-llama/Llama-3.1-8B-Instruct", "own", 17.1,
+                             (5.1, 0.4, 18.6, 44.6, 19.5, 14.1)),
+    # from Llama-3.1-8B:
+    "sft-llama": System("", "own_no_system", 5.9, (0.5, 0.1, 5.4, 20.2, 4.0, 5.3)),
+    "on-policy-llama": System("", "own_no_system", 9.6, (0.3, 0.5, 9.4, 23.4, 17.6, 6.1)),
     "luffy-llama": System("", "own_no_system", 13.2, (1.9, 0.1, 13.5, 39.0, 15.1, 9.6)),
 }
 # fmt: on
