@@ -3,36 +3,32 @@
     python data.py problems.jsonl --model Qwen2.5-Math-7B    # look before you train
 
 A source is a name that `load_problems` understands: "toy", a local .jsonl or .parquet file, or the
-name of a data set on the Hugging Face hub. Its rows may have one of the schemas in `SCHEMAS`; for
-another one, add a function there. docs/data.md has a row of each.
+name of a data set on the Hugging Face hub (read in machinery.sources). Its rows may have one of the
+schemas in `SCHEMAS`; for another one, add a function there. docs/data.md has a row of each.
 """
 
-import argparse
 import hashlib
 import json
-import math
 import random
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
-from reprlib import repr as brief
 from string import ascii_uppercase
 from typing import Any
 
 import jinja2
-import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from machinery import toy
 from machinery.files import write
 from machinery.flags import Config
 from machinery.processes import InputError, gather, launch, progress, rank, say, world_size
-import verify
+from machinery.sources import Row, final, is_logp, messages, read_rows, say_ignored, source_of
+from machinery.sources import strings
 from verify import Grader, extract_answer
 
 THINK = "<think>\n"
@@ -111,105 +107,7 @@ def read_problems(
     return problems, places, [column for column in columns if column not in read]
 
 
-def say_ignored(name: str, ignored: list[str]) -> None:
-    """What stands in a source and has no effect, once."""
-    if ignored:
-        hint = "; trace_logps takes a teacher's log-probs" if "target_probs" in ignored else ""
-        columns = f"column{'s' * (len(ignored) > 1)} {', '.join(ignored)}"
-        say(f"{name}: ignores the {columns} (docs/data.md has those that are read){hint}")
-
-
-OTHER_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|zst|xz|bz2)$", re.IGNORECASE)
-
-
-def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands, row) for each row of the toy, a file or a hub data set."""
-    path, suffix = Path(name), Path(name).suffix.lower()
-    is_toy = path.parts[:1] == ("toy",)
-    if path.is_dir() and not is_toy:
-        raise InputError(f"{name}: a directory; name a .jsonl or .parquet file in it")
-    if not path.is_file() and (path.is_absolute() or OTHER_FILE.search(name)):
-        raise InputError(f"{name}: no such file")
-    if suffix == ".jsonl":
-        try:
-            # utf-8-sig: Windows' editors put a mark first; not splitlines: U+2028 is text
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{name}: cannot be read as UTF-8 text ({error})") from None
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{name}, line {number}", parse_line(line, f"{name}, line {number}")
-        return
-    if is_toy:
-        rows = toy.rows(*path.parts[1:])
-    elif suffix == ".parquet":
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise InputError(f"{name}: not a parquet file that can be read ({error})") from error
-    elif path.is_file():
-        raise InputError(
-            f"{name}: neither .jsonl (one JSON object a line) nor .parquet. Unpack it, or convert "
-            "it: pandas.read_json or read_csv(...).to_json('NAME.jsonl', orient='records', "
-            "lines=True)"
-        )
-    else:
-        import datasets  # slow to import, and only the hub needs it
-
-        repository, _, named = name.partition(":")
-        organisation, *parts = repository.split("/", 2)  # NAME and perhaps CONFIG
-        try:
-            rows = datasets.load_dataset(
-                "/".join([organisation, *parts[:1]]), *parts[1:], split=named or split
-            )
-        except Exception as error:  # a dozen kinds, and all mean that there is no data
-            raise InputError(
-                f"{name}: not a .jsonl or .parquet file, and no data set with a split "
-                f"{named or split!r} that this machine reaches on the hub "
-                f"({error})"
-            ) from error
-    for number, row in enumerate(rows):
-        yield f"{name}, row {number}", row
-
-
-def parse_line(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-        if r"\ud" in line.lower():  # half a surrogate pair is no text: it could not be written
-            json.dumps(row, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # not JSON, or a number or nesting without end
-        raise InputError(f"{where}: not JSON ({error}); expected one object a line") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return row
-
-
 # ------------------------------------------------------------------ schemas
-class Row:
-    """A row of a source: its columns, where it stands, and the columns that were looked at."""
-
-    def __init__(self, columns: dict[str, Any], where: str):
-        self.columns, self.where = columns, where
-        self.read: set[str] = set()
-
-    def __contains__(self, column: str) -> bool:
-        return column in self.columns
-
-    def __getitem__(self, column: str) -> Any:
-        self.read.add(column)
-        return self.columns.get(column)
-
-    def text(self, column: str) -> str:
-        value = self[column]
-        if not isinstance(value, str) or not value.strip():
-            raise self.wrong(column, "a non-empty string", value)
-        return value
-
-    def wrong(self, column: str, expected: str, found: Any) -> InputError:
-        found = f"{brief(found)} ({type(found).__name__})"
-        return InputError(f"{self.where}, column {column}: expected {expected}, found {found}")
-
-
 def from_openr1(row: Row) -> Problem:
     """Elliott/Openr1-Math-46k-8192, and the official code's benchmark files (without target)."""
     gold = row["reward_model"]
@@ -374,44 +272,6 @@ def with_trace(bare: Problem, trace: Any, logps: Any, column: str, row: Row) -> 
     if not (isinstance(logps, list) and logps and all(map(is_logp, logps))):
         raise row.wrong("trace_logps", "a list of finite numbers <= 0, one a token", logps)
     return replace(bare, trace=trace, trace_logps=array("f", logps))
-
-
-def is_logp(value: Any) -> bool:
-    return type(value) in (int, float) and -1e30 < value <= 1e-6  # may be rounded
-
-
-def final(value: Any, column: str, row: Row) -> str:
-    """A final answer: text, a number, or a list of one of them."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if type(value) is float and math.isfinite(value):  # a column of 25 and null is one of floats
-        value = int(value) if value.is_integer() and abs(value) < 1e15 else repr(value)
-    if type(value) is int:
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise row.wrong(column, "a final answer (a string or a number)", value)
-    return value
-
-
-def source_of(row: Row) -> str:
-    value = row["data_source"] or row["benchmark"] or ""
-    if not isinstance(value, str):
-        raise row.wrong("data_source", "a string", value)
-    return value
-
-
-def strings(value: Any) -> list[str]:
-    """The list, if it is one of strings alone, else an empty one."""
-    return value if isinstance(value, list) and all(isinstance(v, str) for v in value) else []
-
-
-def messages(value: Any, column: str, row: Row) -> list[dict[str, str]]:
-    if not (isinstance(value, list) and value) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in value
-    ):
-        raise row.wrong(column, "a string, or a list of {role, content} messages", value)
-    return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 # ------------------------------------------------------------------ tokens
@@ -690,51 +550,11 @@ def batch_at(problems: list[Problem], step: int, size: int, seed: int) -> list[P
 
 
 # ------------------------------------------------------------------ look before you train
-# luffy.py's defaults
-LIMITS = {"max_prompt_tokens": 1024, "max_response_tokens": 8192, "max_trace_tokens": 0}
-
-
-def unread(golds: list[str], grader: Grader) -> list[bool]:
-    """Which no parser reads? Beside the same text, only verify.compare's rules make one right."""
-    plain = [verify.normal_form(gold[: verify.MAX_LENGTH]) for gold in golds]
-    plain = [verify.ASSIGNMENT.sub("", text) for text in plain]
-    rules = verify.number, verify.sequence, verify.BASED.fullmatch
-    hard = [text for text in plain if all(rule(text) is None for rule in rules)]
-    replies = grader.pool.map([(text, text, False) for text in hard], key=itemgetter(0))
-    bad = {text for text, (reply, _) in zip(hard, replies) if not (reply and reply[0])}
-    return [text in bad for text in plain]
-
-
-def parse_args() -> tuple[argparse.Namespace, dict[str, int]]:
-    """-> flags, and `encode`'s limits: given, or the model's own, or luffy.py's."""
-    from machinery.model import recipe
-
-    parser = argparse.ArgumentParser(description="Look before you train.", allow_abbrev=False)
-    parser.add_argument("data", metavar="FILE", help="or another source, as luffy.py's --data")
-    parser.add_argument("--model", default="toy", help="a directory or a hub name [toy]")
-    for name in LIMITS:
-        parser.add_argument(f"--{name}", type=int, help="[luffy.py's for this model]")
-    parser.add_argument("--template", default="auto", help="auto, own or a jinja file [auto]")
-    parser.add_argument("--out", type=Path, help="the picture of lengths [runs/data/NAME.png]")
-    args = parser.parse_args()
-    args.out = args.out or Path(
-        "runs/data", re.sub(r"[^\w.-]+", "-", Path(args.data).name) + ".png"
-    )
-    given = {name: getattr(args, name) for name in LIMITS}
-    own = LIMITS | recipe(args.model)
-    limits = {name: own[name] if n is None else n for name, n in given.items()}
-    for name, n in limits.items():
-        if n < (least := int(LIMITS[name] > 0)):
-            raise InputError(f"--{name} {n}: must be at least {least}")
-    longest = limits["max_trace_tokens"] or limits["max_response_tokens"]
-    return args, {"max_prompt_tokens": limits["max_prompt_tokens"], "max_trace_tokens": longest}
-
-
 def main() -> None:
     from machinery import look  # it draws, and training from this file's functions does not
     from machinery.model import full_name, load_tokenizer
 
-    args, limits = parse_args()
+    args, limits = look.parse_args()
     is_toy = args.model == "toy"  # its tokenizer needs no trained model
     tokenizer = toy.make_tokenizer() if is_toy else load_tokenizer(full_name(args.model))
     broken: list[str] = []
@@ -755,7 +575,7 @@ def main() -> None:
     look.show_unknown(problems, tokenizer)
     with Grader() as grader:
         golds = {p.answer: place for place, p in reversed(list(zip(places, problems)))}
-        look.show_golds(golds, grader.verdicts, partial(unread, grader=grader))
+        look.show_golds(golds, grader.verdicts, grader.unread)
         jobs = [
             (place, p, p.opened + text_of(p.trace_ids, tokenizer))
             for place, p in kept

@@ -250,11 +250,11 @@ def mixed_policy_objective(
     with π_φ = 1 the ratio π_θ is at most 1, and the minimum takes the clamped value only where
     π_θ < 1 - ε and A < 0, which a right trace never has.
     """
-    x = token_factors(logp, logp_behavior, off_policy, shaping, gamma, shape_rollouts)
-    objective = x * advantage
+    factor = token_factors(logp, logp_behavior, off_policy, shaping, gamma, shape_rollouts)
+    objective = factor * advantage
     if clip is not None or clip_high is not None:
         low, high = rivals.epsilons(clip, clip_high)
-        clipped = torch.min(objective, x.clamp(1 - low, 1 + high) * advantage)
+        clipped = torch.min(objective, factor.clamp(1 - low, 1 + high) * advantage)
         objective = torch.where(off_policy, objective, clipped)
     return objective
 
@@ -403,7 +403,7 @@ def rollout(
     seeds = [seed_of(cfg.seed, step, i) for i in batch]
     how: Any = dict(temperature=cfg.temperature, max_tokens=cfg.max_response_tokens)
     groups = sampler.generate(prompts, cfg.rollouts - cfg.continuations, seeds=seeds, **how)
-    # None, but for some rivals; for --untraced rollout: in place of a trace that is not there.
+    # No more, but for some rivals; with --untraced rollout: one in place of a missing trace.
     continued = continue_prefixes(sampler, batch, step, cfg)
     trajectories = []
     for (i, problem), group in zip(batch.items(), groups):
@@ -542,7 +542,7 @@ def add_up_gradients(
 def token_loss(
     logp: Tensor, entropy: Tensor, micro_batch: MicroBatch, cfg: Config, means: Means
 ) -> Tensor:
-    """Its part of -J, from log π_θ (N,) and entropies (N,) of response tokens; keeps a record."""
+    """A micro-batch's part of -J, from log π_θ and entropies (N,); records its tokens."""
     off_policy, rivals_pi_phi = micro_batch.off_policy, SHAPINGS[cfg.shaping].log_pi_phi
     # π_old: in a step's first update it is the policy itself
     logp_old = torch.where(micro_batch.logp_old.isnan(), logp.detach(), micro_batch.logp_old)

@@ -380,6 +380,15 @@ class Grader:
         self.failures.update(failures)
         return list(zip(right, rewards))
 
+    def unread(self, golds: list[str]) -> list[bool]:
+        """Which no parser reads? Beside their own text, only `compare`'s rules find one right."""
+        plain = [ASSIGNMENT.sub("", normal_form(gold[:MAX_LENGTH])) for gold in golds]
+        rules = number, sequence, BASED.fullmatch
+        hard = [text for text in plain if all(rule(text) is None for rule in rules)]
+        replies = self.pool.map([(text, text, False) for text in hard], key=itemgetter(0))
+        bad = {text for text, (reply, _) in zip(hard, replies) if not (reply and reply[0])}
+        return [text in bad for text in plain]
+
     def close(self) -> None:
         self.pool.close()
         if self.rewards:

@@ -3,7 +3,9 @@
 What data.py and verify.py do is given as arguments. Each function prints its part.
 """
 
+import argparse
 import json
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -13,14 +15,40 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from machinery.model import recipe
 from machinery.plots import plt
-from machinery.processes import progress, say
+from machinery.processes import InputError, progress, say
 from machinery.run_directory import token_texts
 
 Problem = Any  # data.Problem: an import would be a circle
 Lengths = dict[str, list[int]]  # "prompt" and "trace" -> numbers of tokens
 EXAMPLES = 3  # of each kind of trouble
 CHUNK = 256  # answers graded between two moves of the bar
+# luffy.py's defaults
+LIMITS = {"max_prompt_tokens": 1024, "max_response_tokens": 8192, "max_trace_tokens": 0}
+
+
+def parse_args() -> tuple[argparse.Namespace, dict[str, int]]:
+    """-> flags, and data.encode's limits: given, or the model's own, or luffy.py's."""
+    parser = argparse.ArgumentParser(description="Look before you train.", allow_abbrev=False)
+    parser.add_argument("data", metavar="FILE", help="or another source, as luffy.py's --data")
+    parser.add_argument("--model", default="toy", help="a directory or a hub name [toy]")
+    for name in LIMITS:
+        parser.add_argument(f"--{name}", type=int, help="[luffy.py's for this model]")
+    parser.add_argument("--template", default="auto", help="auto, own or a jinja file [auto]")
+    parser.add_argument("--out", type=Path, help="the picture of lengths [runs/data/NAME.png]")
+    args = parser.parse_args()
+    args.out = args.out or Path(
+        "runs/data", re.sub(r"[^\w.-]+", "-", Path(args.data).name) + ".png"
+    )
+    given = {name: getattr(args, name) for name in LIMITS}
+    own = LIMITS | recipe(args.model)
+    limits = {name: own[name] if n is None else n for name, n in given.items()}
+    for name, n in limits.items():
+        if n < (least := int(LIMITS[name] > 0)):
+            raise InputError(f"--{name} {n}: must be at least {least}")
+    longest = limits["max_trace_tokens"] or limits["max_response_tokens"]
+    return args, {"max_prompt_tokens": limits["max_prompt_tokens"], "max_trace_tokens": longest}
 
 
 def with_others(problem: Problem) -> list[Problem]:

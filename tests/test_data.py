@@ -11,6 +11,7 @@ from luffy import Config
 from machinery import toy
 from data import SCHEMAS, TRACES, Problem, batch_at, encode, load_benchmarks, load_problems
 from data import load_training_set, read_problems, render, without_repeats
+from machinery.look import LIMITS
 from machinery.processes import InputError
 from verify import grade
 
@@ -310,8 +311,8 @@ def test_look_says_what_a_run_would_drop_and_why(tmp_path, monkeypatch, capsys):
     ):
         assert words in said, (words, said)
     assert picture.stat().st_size > 10_000
-    defaults = {name: getattr(Config(), name) for name in data.LIMITS}
-    assert data.LIMITS == defaults
+    defaults = {name: getattr(Config(), name) for name in LIMITS}
+    assert LIMITS == defaults
 
 
 def test_rows_that_a_source_repeats_equally_often_are_its_k(tokenizer, tmp_path, capsys):
