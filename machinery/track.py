@@ -64,7 +64,11 @@ def wandb(out: Path, name: str, config: dict) -> tuple[Log, Finish]:
         if step >= run.starting_step:
             run.log(metrics, step=step)
 
-    return log, lambda failed: run.finish(exit_code=int(failed))
+    def finish(failed: bool) -> None:
+        run.finish(exit_code=int(failed))
+        wandb.teardown()  # waits until its process has written everything
+
+    return log, finish
 
 
 TRACKERS = {"wandb": wandb, "trackio": trackio, "tensorboard": tensorboard}

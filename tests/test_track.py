@@ -127,7 +127,9 @@ def test_a_killed_run_that_goes_on_has_each_step_once_and_its_last(tiny_model, t
 ENDING = """
     import sys; sys.path.insert(0, ".")
     import luffy
+    import trackio.run
     from machinery.processes import launch
+    trackio.run.BATCH_SEND_INTERVAL = 3600  # until it is asked to finish
     how, score, calls = sys.argv.pop(1), luffy.score, []
     def fail(*args):
         calls.append(args)
@@ -142,7 +144,7 @@ ENDING = """
 @needs("trackio")
 @pytest.mark.parametrize("how", ["error", pytest.param("ctrl-c", marks=pytest.mark.slow)])
 def test_a_run_that_ends_early_leaves_no_step_behind(tiny_model, tmp_path, how):
-    """trackio writes now and then, and the program leaves at once."""
+    """trackio writes every half second, and the program leaves at once."""
     (tmp_path / "ending.py").write_text(textwrap.dedent(ENDING))
     arguments = luffy(tiny_model, tmp_path / "run", "--track", "trackio", *few(tmp_path))[1:]
     result = run(tmp_path / "ending.py", how, *arguments, check=False)
