@@ -39,8 +39,8 @@ def finish(args: argparse.Namespace, answered: Answered, ends: list[str]) -> Non
     save(args.traces, rows)
     have = sum(map(bool, found.values()))
     say(
-        f"\ntraces      {len(rows)} of {have} problems ({have / len(found):.1%}) in {args.traces}; "
-        f"without a right and complete one{limit}: {len(found) - have} problems"
+        f"\ntraces      {len(rows)}, of {have} of {len(found)} problems ({have / len(found):.1%}), "
+        f"in {args.traces}; without a right and complete one{limit}: {len(found) - have} problems"
     )
     say(f"next        python luffy.py --data {args.traces} --model STUDENT")
 

@@ -55,7 +55,8 @@ def trajectory_metrics(trajectories: list[Trajectory], rollouts: int) -> dict[st
         means.add(f"{kind}length", [len(t.response)])
         if not t.off_policy:
             means.add("right", [t.right])
-            means.add(f"reward/{t.problem.source}", [t.reward])
+            if t.problem.source:
+                means.add(f"reward/{t.problem.source}", [t.reward])
             means.add("truncated", [t.truncated])
     if rollouts:
         groups: dict[int, list[float]] = defaultdict(list)
@@ -122,11 +123,12 @@ def one_line(row: dict, seconds: dict) -> str:
         text = format(row[name], form) if name in row else "-"
         return text[1:] if text.startswith("0.") else text
 
-    sources = " ".join(f"{k[7:]} {number(k)}" for k in row if k.startswith("reward/"))
+    sources = "".join(f"{k[7:]} {number(k)} " for k in row if k.startswith("reward/")).rstrip()
+    sources += ", " if sources else ""
     groups = "/".join(number(f"groups/{kind}") for kind in ("none", "mixed", "all"))
     parts = (
         f"step {row['step']}",
-        f"reward {number('reward')} ({sources}, trace {number('trace_reward')})",
+        f"reward {number('reward')} ({sources}trace {number('trace_reward')})",
         f"groups 0/mix/1 {groups}",
         f"len {number('length', '.0f')}",
         f"trunc {number('truncated', '.0%')}",

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data import Problem
 from machinery import metrics
-from machinery.metrics import Means, add_token_metrics, one_line
+from machinery.batches import Trajectory
+from machinery.metrics import Means, add_token_metrics, one_line, trajectory_metrics
 
 
 def test_means_are_over_all_parts_alike():
@@ -64,3 +66,14 @@ def test_one_line():
         "sample 1.3s",
     ):
         assert part in line
+    unnamed = {key: value for key, value in row.items() if not key.startswith("reward/")}
+    assert "reward .25 (trace -)" in one_line(unnamed, {})
+
+
+def test_problems_without_a_source_have_no_reward_of_their_own():
+    def row(source):
+        problem = Problem([], "1", source=source)
+        return trajectory_metrics([Trajectory(0, problem, [2], right=1.0)], 1)
+
+    assert {key for key in row("easy") if key.startswith("reward/")} == {"reward/easy"}
+    assert not {key for key in row("") if key.startswith("reward/")}
