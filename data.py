@@ -329,7 +329,8 @@ def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
     """The text that the model sees: messages through the chat template, or a plain prompt as it is.
 
     Both begin with the tokenizer's BOS. Our own system message is left out where the template asks
-    for a box.
+    for a box, and stands in the user's message where the template takes none. Raises InputError if
+    the template fails.
     """
     if isinstance(prompt, str):
         bos = bos_of(tokenizer)
@@ -341,9 +342,21 @@ def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
         )
     given = [m for m in prompt if m != ASK_FOR_A_BOX]
     template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
-    text = str(template(given))
-    asked = "boxed" in text + tokenizer.chat_template  # by the template, or in the problem
-    return text if asked or len(given) == len(prompt) else str(template(prompt))
+    try:
+        text = str(template(given))
+    except Exception as error:  # whatever a template may compute
+        raise InputError(
+            f"the chat template cannot render {brief(given)} ({type(error).__name__}: {error}). "
+            "--template FILE names another one"
+        ) from error
+    asked = "boxed" in text + str(tokenizer.chat_template)  # by the template, or in the problem
+    if asked or len(given) == len(prompt):
+        return text
+    try:
+        return str(template(prompt))
+    except jinja2.TemplateError:  # Gemma's refuses system messages: then in the first one
+        first, *others = given
+        return str(template([first | {"content": f"{SYSTEM}\n\n{first['content']}"}, *others]))
 
 
 def bos_of(tokenizer: Tokenizer) -> str:
@@ -388,17 +401,21 @@ def use_template(tokenizer: Tokenizer, text: str, chats: list, name: str) -> Non
     if not chats:
         raise InputError(f"--template {name}: the prompts are plain text, not chat messages")
     tokenizer.chat_template = text
+    asked = [*chats[0][:-1], chats[0][-1] | {"content": "PROBLEM"}]
     try:
         if not render(chats[0], tokenizer).startswith(bos_of(tokenizer)):
             tokenizer.chat_template = "{{ bos_token }}" + text
-        say(f"template    {name}: ...{render(chats[0], tokenizer)[-40:]!r}")
-    except jinja2.TemplateError as error:
+        if "PROBLEM" not in render(asked, tokenizer):
+            raise InputError("its prompts do not have the problem's text in them")
+    except InputError as error:
         raise InputError(f"--template {name}: {error}") from error
+    say(f"template    {name}: ...{render(chats[0], tokenizer)[-40:]!r}")
 
 
 def template_file(name: str) -> str:
     try:
-        return Path(name).read_text("utf-8").removesuffix("\n")  # editors end a file with one
+        # editors end a file with a newline, and Windows' begin it with a mark
+        return Path(name).read_text("utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--template {name}: expected auto, own, or a file ({error})") from error
 

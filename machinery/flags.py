@@ -104,6 +104,11 @@ def check(
             f"--continuations {cfg.continuations}: they are some of the rollouts, so at most "
             f"--rollouts {cfg.rollouts}"
         )
+    if cfg.continuations and cfg.max_trace_tokens > cfg.max_response_tokens:
+        raise InputError(
+            f"--max_trace_tokens {cfg.max_trace_tokens}: with --continuations at most "
+            f"--max_response_tokens {cfg.max_response_tokens}, for a prefix is part of a response"
+        )
     if cfg.rollouts + cfg.traces == 0:
         raise InputError("--rollouts 0 --traces 0: a group needs one of them")
     if cfg.prefix != "none" and not cfg.continuations:

@@ -145,8 +145,9 @@ def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_t
     if not qwen_math or needed > 16384:
         raise InputError(
             f"--max_prompt_tokens {max_prompt_tokens} + --max_response_tokens "
-            f"{max_response_tokens} is more than the model's context, {context} tokens: lower one "
-            "of the two, or set max_position_embeddings in its config.json if you know better"
+            f"{max_response_tokens} (or --max_trace_tokens, if that is more) is more than the "
+            f"model's context, {context} tokens: lower one of the two, or set "
+            "max_position_embeddings in its config.json if you know better"
         )
     config.max_position_embeddings = 16384
     config.rope_parameters = rope | {"rope_theta": 40000.0}

@@ -7,7 +7,6 @@ import grade`). What is wrong with it comes back as a text that names file and l
 import hashlib
 import importlib.util
 import inspect
-import math
 import sys
 import traceback
 from collections import Counter
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from machinery.pool import Pool
+
+LARGEST = 1e18  # rewards are float32 later, and their squares have to be
 
 
 # ------------------------------------------------------------------ in a worker
@@ -43,9 +44,9 @@ class Reward:
             return None, self.broken
         try:
             found = self.function(*job)
-            if isinstance(found, int | float) and math.isfinite(found):
+            if isinstance(found, int | float) and abs(float(found)) <= LARGEST:
                 return float(found), None
-            got = f"expected a finite number, got {found!r:.80}"
+            got = f"expected a finite number, got {found!r:.80}; at most {LARGEST:g} in size"
         except MemoryError:  # a limit of ours, as time is
             raise
         except (Exception, SystemExit) as error:

@@ -39,7 +39,7 @@ class Server:
                 raise self.complaint(said) from None
         except (OSError, http.client.HTTPException) as error:
             raise self.complaint(f"nothing answers ({describe(error)})") from error
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no text at all
             raise self.complaint("not an OpenAI-compatible server; is /v1 missing?") from None
 
     def respond(
@@ -95,7 +95,8 @@ class Server:
         try:
             choice = found["choices"][0]
             text, tokens = text_of(choice["message"]), int(found["usage"]["completion_tokens"])
-        except (KeyError, IndexError, TypeError, ValueError):
+            text = text.encode(errors="replace").decode()  # half a surrogate pair: no file takes it
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise self.complaint(
                 "expected an answer with a choice, its message and usage.completion_tokens, "
                 f"found {json.dumps(found):.300}"
@@ -116,7 +117,7 @@ class Server:
                     raise self.complaint(said + "; is /v1 missing?" * no_v1) from None
             except (OSError, http.client.HTTPException) as error:
                 said, asked = describe(error), ""
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise self.complaint(f"its answer is not JSON ({error})") from None
             if said not in self.told:
                 self.told.add(said)

@@ -121,6 +121,7 @@ def test_the_papers_recipe_is_the_default_and_the_toy_changes_sizes_only():
         (["--algo", "sft", "--traces", "0"], ["--rollouts 0 --traces 0"]),
         (["--prefix", "uniform"], ["--prefix uniform", "--continuations"]),
         (["--continuations", "8"], ["--continuations 8", "--rollouts 7"]),
+        (["--algo", "uft", "--max_trace_tokens", "9000"], ["--max_trace_tokens 9000"]),
         (["--algo", "gspo", "--token_mean", "true"], ["--token_mean", "--sequence_mean"]),
         (["--rl_coef", "0"], ["--rl_coef 0", "above 0"]),
         (["--algo", "rl_sft", "--rollouts", "1"], ["two rewards"]),

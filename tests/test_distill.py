@@ -1,5 +1,6 @@
 """A teacher's traces, from a local model or a server: right ones, whole, whatever interrupts."""
 
+import io
 import json
 import subprocess
 import threading
@@ -314,3 +315,33 @@ def test_a_server_is_distilled_and_a_killed_run_ends_as_any_other(server, tmp_pa
     assert len(rows) > 20 and all(grade(p.trace, p.answer) for p in rows)
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert config["template"] == "the server's"
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        (b"\xff\xfe\x00", "not JSON"),
+        (
+            b'{"choices": [{"message": "2"}], "usage": {"completion_tokens": 1}}',
+            "expected an answer",
+        ),
+        (
+            b'{"choices": [{"message": {"content": ["2"]}}], "usage": {"completion_tokens": 1}}',
+            "expe",
+        ),
+    ],
+)
+def test_an_answer_of_another_form_is_said(body, words, server, monkeypatch):
+    client = Server(server.url, "m", 1)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(body))
+    with pytest.raises(InputError, match=words):
+        client.ask([], temperature=1.0, max_tokens=1, seed=0)
+
+
+def test_half_a_surrogate_pair_costs_no_evaluation(server, monkeypatch):
+    body = (
+        b'{"choices": [{"message": {"content": "\\ud800 2"}}], "usage": {"completion_tokens": 1}}'
+    )
+    client = Server(server.url, "m", 1)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(body))
+    assert client.ask([], temperature=1.0, max_tokens=1, seed=0)["response"] == "? 2"

@@ -105,15 +105,31 @@ def test_a_template_of_the_users_own(tokenizer, tmp_path):
 def test_a_template_that_is_none(tokenizer, tmp_path):
     (tmp_path / "broken.jinja").write_text("{% for m in messages %}{{ m }}")
     (tmp_path / "refuses.jinja").write_text("{{ raise_exception('no system text') }}")
+    (tmp_path / "computes.jinja").write_text("{{ 1 / 0 }}")
+    (tmp_path / "empty.jinja").write_text("")
     for name, words in {
         "absent.jinja": "expected auto, own, or a file",
         "broken.jinja": "endfor",
         "refuses.jinja": "no system text",
+        "computes.jinja": "ZeroDivisionError",
+        "empty.jinja": "the problem's text",
     }.items():
         with pytest.raises(InputError, match=f"--template .*{name}.*{words}"):
             choose_template([problem()], tokenizer, str(tmp_path / name))
     with pytest.raises(InputError, match="plain text"):
         choose_template([problem("1+1?")], tokenizer, str(tmp_path / "broken.jinja"))
+
+
+def test_a_template_that_takes_no_system_message(tokenizer, tmp_path):
+    """As Gemma's: ours then stands before the problem, and one of the data's is refused."""
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (tmp_path / "gemma.jinja").write_text("\ufeff" + refuse + CHAT, "utf-8")
+    bare = problem([ASK_FOR_A_BOX, {"role": "user", "content": "1+1?"}])
+    choose_template([bare], tokenizer, str(tmp_path / "gemma.jinja"))
+    prompt = tokenizer.decode(encoded(bare, tokenizer).prompt_ids)
+    assert prompt.count("boxed") == 1 and "\n\n1+1?" in prompt and "\ufeff" not in prompt
+    with pytest.raises(InputError, match="'Think.'.*no system.*--template FILE"):
+        encoded(problem(), tokenizer)
 
 
 def test_the_box_is_asked_for_once(tokenizer):

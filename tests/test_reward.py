@@ -102,6 +102,7 @@ def test_a_wrong_name_is_refused_before_anything_is_made(train, tmp_path):
         ("None", "line 2: expected a finite number, got None"),
         ("'1'", "got '1'"),
         ("float('nan')", "got nan"),
+        ("1e300", "got 1e.300; at most 1e.18"),  # no float32
         ("10**400", "OverflowError"),
         ("__import__('sys').exit()", "line 3: SystemExit"),
         ("__import__('decimal').Decimal(1)", r"got Decimal"),
