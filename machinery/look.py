@@ -218,7 +218,7 @@ def show_traces(
 def show_prompt(problem: Problem, text: str, tokenizer: Tokenizer) -> None:
     """The first problem as the model sees it: its prompt, and tokens around the trace's ends."""
     say(f"\nprompt      the first problem's, {len(problem.prompt_ids)} tokens:\n{text}")
-    if "boxed" not in text:
+    if "boxed" not in text + str(tokenizer.chat_template):
         say("\nno box      the reward needs \\boxed{}, and nothing in this prompt asks for it")
 
     def shown(ids: Any) -> str:

@@ -118,6 +118,7 @@ def teacher(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_file_of_a_local_teacher_goes_into_training(teacher, tmp_path):
     questions = {f"{letter}?": str(n % 4) for n, letter in enumerate("abcdefgh")}
     problems, file = write_problems(tmp_path / "p.jsonl", questions), tmp_path / "new" / "t.parquet"

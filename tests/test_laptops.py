@@ -96,6 +96,7 @@ def test_simulated_graders_start_and_kill_and_say_once_that_memory_has_no_limit(
     assert err.count("memory is not limited") == (rank == "0"), err
 
 
+@pytest.mark.slow
 def test_simulated_windows_trains_the_toy_and_resumes(tiny_model, tmp_path):
     """The second half meets files that are there, and a checkpoint's optimizer to be deleted."""
     sizes = "--problems_per_step 2 --eval_data none --steps 1 --model".split()

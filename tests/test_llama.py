@@ -183,11 +183,18 @@ def test_a_run(llama, tmp_path):
     assert end_ids(saved, AutoTokenizer.from_pretrained(saved)) == [2, 1]
     assert AutoTokenizer.from_pretrained(saved).chat_template.startswith("{{ bos_token }}User")
 
+
+@pytest.mark.slow
+def test_evaluations(llama, tmp_path):
+    """The base model is asked with the template that training would give it."""
+    data, template = tmp_path / "a.jsonl", tmp_path / "paper.jinja"
+    data.write_text(json.dumps(ROW) + "\n")
+    template.write_text(OF_THE_PAPER)
     asked = ["--bench", data, "--max_response_tokens", 8, "--samples", 2, "--temperature", 1]
-    for model, how in ((llama, template), (saved, "own")):  # the base, asked as the trained
-        out = tmp_path / f"of-{model.name}"
-        run("eval.py", "--model", model, "--template", how, *asked, "--out", out)
-        (file,) = out.glob("*-rank0.jsonl")
-        assert len(file.read_text().splitlines()) == 2
+    out = tmp_path / "out"
+    said = run("eval.py", "--model", llama, "--template", template, *asked, "--out", out).stdout
+    assert 'step by step."' in said
+    (file,) = out.glob("*-rank0.jsonl")
+    assert len(file.read_text().splitlines()) == 2
     refused = run("eval.py", "--model", llama, "--template", "chatml", *asked, check=False)
     assert "--template chatml: expected a file, or one of own," in refused.stderr

@@ -141,6 +141,7 @@ def test_a_limit_of_its_own_for_traces(tmp_path, tokenizer):
     assert shape_of("toy").max_position_embeddings == 256
 
 
+@pytest.mark.slow
 def test_runs_with_all_of_it(tmp_path, tiny_model):
     """Several traces, one with log-probs, and none: a run and its resumption."""
     rows = [row("a4,b1,-;d?", "5", t) for t in ("\\boxed{5}", "d=5;\\boxed{5}")]
