@@ -9,7 +9,7 @@ from conftest import SHARED
 from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from data import load_problems, load_training_set
+from data import load_problems, load_training_set, one_a_problem, one_a_trace
 from luffy import Config
 from machinery.run_directory import token_texts
 from verify import Grader
@@ -75,11 +75,11 @@ def test_real_traces_keep_every_character_and_are_right(qwen_math, tmp_path):
     with Grader() as grader:
         cfg = Config(data=str(TRACES))
         problems = load_training_set(cfg, qwen_math, grader, tmp_path / "verdicts.json")
-    assert len(problems) == 5  # of two traces each, which follow one another in the file
-    problems = [trace for p in problems for trace in (p, *p.others)]
+    assert len(problems) == 5  # of two traces each
+    problems, originals = map(one_a_trace, (problems, one_a_problem(load_problems(str(TRACES)))))
     assert len(problems) == 10 and all(p.trace_reward == 1 for p in problems)
     eos = qwen_math.eos_token_id
-    for original, problem in zip(load_problems(str(TRACES)), problems):
+    for original, problem in zip(originals, problems):
         prompt, trace = map(qwen_math.decode, (problem.prompt_ids, problem.trace_ids))
         system, question = (message["content"] for message in original.prompt)
         assert prompt == (
