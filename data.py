@@ -63,7 +63,7 @@ class Problem:
     source: str = ""  # metrics are reported by source
     prompt_ids: Sequence[int] = ()
     trace_ids: Sequence[int] = ()  # ends in the one EOS
-    trace_right: float = 0.0  # of the trace, by the verifier
+    trace_right: float = 0.0  # the verifier's word on the trace, 1 or 0
     trace_reward: float = 0.0  # the same, or by the function of --reward
     opened: str = ""  # "<think>\n" if the prompt ends in <think>: the response is in a thought
     trace_logps: Sequence[float] = ()  # the teacher's log π_φ, one for each of trace_ids; none: 0

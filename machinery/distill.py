@@ -77,4 +77,4 @@ def save(file: Path, rows: list[dict]) -> None:
         return write(file, to_jsonl(rows))
     half_written = file.with_name(f".{file.name}.tmp")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), half_written)
-    half_written.rename(file)
+    half_written.replace(file)  # rename refuses a file that exists, on Windows

@@ -110,7 +110,7 @@ def encode_each(
         first = next((p for _, p in kept), first or (found[0] if found else None))
         for p in found:
             lengths["prompt"].append(len(p.prompt_ids))
-            lengths["trace"] += [len(q.trace_ids) for q in with_others(p) if q.trace_ids]
+            lengths["trace"] += [len(p.trace_ids)] if p.trace_ids else []
         bar.update()
     bar.close()
     say(f"dropped     {sum(dropped.values())}")

@@ -15,7 +15,7 @@ from machinery.samplers import Sampler
 
 def prefix_of(trace: Sequence[int], ratio: float) -> Sequence[int]:
     """The leading tokens of a trace that a rollout is given; never its EOS."""
-    return trace[: int(ratio * max(len(trace) - 1, 0))]
+    return trace[: int(ratio * (len(trace) - 1))]
 
 
 def continue_prefixes(

@@ -166,7 +166,7 @@ def test_whatever_ends_a_turn_or_a_text_ends_a_response(llama, tokenizer):
 
 
 def test_a_run(llama, tmp_path):
-    """The whole program on it, with the paper's template, and again from its checkpoint."""
+    """The whole program on it, with the paper's template, which its checkpoint keeps."""
     data, template = tmp_path / "a.jsonl", tmp_path / "paper.jinja"
     data.write_text(json.dumps(ROW) + "\n")
     template.write_text(OF_THE_PAPER)
