@@ -5,9 +5,9 @@ are scored by rule, advantages are taken over the mixed group, and the trace's t
 f, so that right but unlikely ones are learnt, too. (arXiv:2504.14945; equations as in its v5)
 
     python luffy.py                                                # the toy, minutes on a laptop
-    python luffy.py --algo on_policy                               # RL alone
     torchrun --nproc_per_node=8 luffy.py --model Qwen2.5-Math-7B   # the paper's run
     python luffy.py --model Qwen2.5-Math-7B --dry_run 8x80         # will it fit? needs no GPU
+    torchrun ... luffy.py --model Qwen2.5-Math-7B --preflight      # will it run? three minutes
 
 The equations, in the paper's symbols:
     A_i   = r_i - mean(r_1..r_G)           over rollouts and trace together   Eq. 4, without / std
@@ -31,7 +31,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +47,7 @@ from machinery.flags import flag
 from machinery.metrics import Means, add_token_metrics, failure_metrics, trajectory_metrics
 from machinery.model import Policy, end_ids, find, fit_context, load_config, load_model
 from machinery.model import load_tokenizer, recipe, token_logprobs as token_logprobs
-from machinery.optimizer import ShardedAdamW
+from machinery.optimizer import DDP_OPTIONS, ShardedAdamW
 from machinery.prefixes import continue_prefixes, keep_uncertain
 from machinery.processes import all_reduce, gather, init_processes, launch, progress, rank, say
 from machinery.processes import my_share, seed_of, world_size
@@ -114,11 +113,13 @@ class Config:
     scale: float = flag(64.0, "of the loss, before the clip: the official sum's, 512 / 8", above=0)
     max_grad_norm: float = flag(1.0, "a longer gradient is scaled down to it", above=0)
     # the machine
+    device: str = flag("auto", "auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
     sampler: str = flag("auto", "auto: vllm on a GPU", choices=("auto", "vllm", "torch"))
     tensor_parallel: int = flag(1, "GPUs that share one vLLM engine", 1)
     cache_gib: float = flag(0.0, "vLLM's keys and values on a GPU; 0: what the plan leaves", 0)
     token_budget: int = flag(32768, "tokens of a micro-batch: memory, and rounding only", 1)
     checkpointing: bool = flag(True, "compute activations again in the backward pass")
+    offload_optimizer: bool = flag(False, "AdamW's step and state on the host, not on the GPU")
     graders: int = flag(2, "verifier processes of each rank", 1)
     grade_timeout: float = flag(5.0, "seconds for a response, then its reward is 0", above=0)
     save_every: int = flag(50, "steps between checkpoints", 1)
@@ -129,6 +130,7 @@ class Config:
     note: str = flag("", "shown on report.html")
     track: str = flag("", "and log there, too", choices=("", "wandb", "trackio", "tensorboard"))
     dry_run: str = flag("", "print the plan for this machine, or for GPUSxGIB (8x80), and stop")
+    preflight: bool = flag(False, "prove on this machine what the run needs, and stop")
 
     @property
     def samples(self) -> bool:
@@ -282,9 +284,8 @@ def train(cfg: Config, base: str) -> None:
     run = Run(cfg)
     with Grader(cfg.graders, cfg.grade_timeout, cfg.lenient, cfg.reward) as grader:
         tokenizer, problems, watched, held_out, sampler, model = load(cfg, run, base, grader)
-        policy = DDP(Policy(model, cfg.temperature), gradient_as_bucket_view=True)
-        settings = cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, 1e-8 / cfg.scale
-        optimizer = run.keep("optimizer", ShardedAdamW(policy.parameters(), *settings))
+        policy, optimizer = learner(model, cfg)
+        run.keep("optimizer", optimizer)
 
         def look(step: int, due: Due) -> None:
             if due.show:
@@ -319,6 +320,13 @@ def train(cfg: Config, base: str) -> None:
     report(run.out)
 
 
+def learner(model: PreTrainedModel, cfg: Config) -> tuple[DDP, ShardedAdamW]:
+    """The policy as all ranks train it, and its AdamW."""
+    policy = DDP(Policy(model, cfg.temperature), **DDP_OPTIONS)
+    settings = cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, 1e-8 / cfg.scale
+    return policy, ShardedAdamW(policy.parameters(), *settings, offload=cfg.offload_optimizer)
+
+
 class VLLMSampler:
     """One vLLM engine in this process, beside the trainer: the weights go to it in memory.
 
@@ -335,18 +343,14 @@ class VLLMSampler:
         of keys and values, on each GPU; tp: consecutive ranks that share an engine.
         """
         self.ends, self.frees_memory, self.awake = ends, torch.cuda.is_available(), True
-        with samplers.vllm_environment():
-            from vllm import LLM  # slow to import, and only here
-
+        with samplers.vllm_environment() as LLM:
             self.llm = LLM(
                 path,
                 load_format="dummy",  # the weights come by `push`
-                generation_config="vllm",
                 max_model_len=longest,
                 kv_cache_memory_bytes=cache,
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                 tensor_parallel_size=tp,
-                distributed_executor_backend="external_launcher",
                 **samplers.vllm_options(config, longest),
             )
         self.ranks = samplers.engine_ranks() if tp > 1 else None  # those that share this engine
@@ -409,7 +413,7 @@ def rollout(
     for (i, problem), group in zip(batch.items(), groups):
         trajectories += [Trajectory.sampled(i, problem, sample) for sample in group] + continued[i]
         if cfg.traces and problem.trace_ids:
-            trajectories.append(Trajectory(i, problem, problem.trace_ids, off_policy=True))
+            trajectories.append(Trajectory.of_trace(i, problem))
     return trajectories
 
 
@@ -587,20 +591,18 @@ def load(
     fit_context(config, prompt, longest - prompt)
     problems = load_training_set(cfg, tokenizer, grader, run.out / "trace_rewards.json")
     held_out = load_benchmarks(cfg.eval_data, tokenizer, prompt)
+    kind, ends = samplers.sampler_kind(cfg.sampler, cfg.samples), end_ids(path, tokenizer)
+    say(f"sampler     {kind}")
     sampler: Sampler = NoSampler()
-    if cfg.samples:
-        kind, ends = samplers.sampler_kind(cfg.sampler), end_ids(path, tokenizer)
-        say(f"sampler     {kind}")
-        if kind == "vllm":
-            cache = plan.cache_bytes(cfg, config, world_size())
-            sampler = VLLMSampler(path, config, ends, longest, cache, cfg.tensor_parallel)
-        else:
-            sampler = TorchSampler(path, config, ends)
+    if kind == "vllm":
+        cache = plan.cache_bytes(cfg, config, world_size())
+        sampler = VLLMSampler(path, config, ends, longest, cache, cfg.tensor_parallel)
+    elif kind == "torch":
+        sampler = TorchSampler(path, config, ends)
     # The trainer's model comes last, for vLLM looks at what the GPU has free.
     model = load_model(path, config, cfg.checkpointing)
     first = batch_at(problems, 0, cfg.problems_per_step, cfg.seed)[: cfg.sample_groups]
-    traces = [(i, p) for i, p in enumerate(first) if p.trace_ids]
-    watched = [Trajectory(i, p, p.trace_ids, off_policy=True, advantage=1.0) for i, p in traces]
+    watched = [Trajectory.of_trace(i, p, 1.0) for i, p in enumerate(first) if p.trace_ids]
     return tokenizer, problems, watched, held_out, sampler, model
 
 
@@ -609,17 +611,14 @@ def parse_args(argv: list[str] | None = None, algo: str = "luffy") -> Config:
     given = {"algo": algo} | flags.parse(Config, argv, (__doc__ or "").split("\n")[0])
     algo, model = given["algo"], given.get("model", "toy")
     cfg = Config(**ALGORITHMS.get(algo, {}) | recipe(model) | given)
-    path = "-".join(Path(cfg.model).parts[-2:]).removeprefix(Path(cfg.model).anchor)
-    return replace(cfg, out=cfg.out or f"runs/{path}-{algo}-seed{cfg.seed}")
+    return replace(cfg, out=cfg.out or flags.directory(cfg.model, algo, cfg.seed))
 
 
 def check(cfg: Config, ranks: int) -> None:
-    """flags.check, and whether the sampler is installed: InputErrors before anything is loaded."""
+    """InputErrors on what cannot run, before anything is loaded."""
     tables: Any = dict(algo=ALGORITHMS, shaping=SHAPINGS, route=ROUTES, schedule=SCHEDULES)
     tables |= dict(advantage=ADVANTAGES, objective=OBJECTIVES, prefix=rivals.PREFIXES)
     flags.check(cfg, ranks, tables, (at_step(cfg, step) for step in range(cfg.steps)))
-    if cfg.samples and not cfg.dry_run:
-        samplers.sampler_kind(cfg.sampler)  # is it installed?
     Grader(1, cfg.grade_timeout, reward=cfg.reward).close()  # is there such a function?
 
 
@@ -629,11 +628,10 @@ def main(algo: str = "luffy", **replaced: Any) -> None:
     cfg = parse_args(algo=algo)
     if cfg.dry_run:
         return plan.show(cfg, partial(check, cfg), flags.differences(cfg, Config()))
-    init_processes()
+    init_processes(cfg.device)
     check(cfg, world_size())
-    differences = flags.differences(cfg, parse_args(["--model", cfg.model]))
-    say(f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{differences}")
-    train(cfg, find(cfg.model))
+    say(flags.title(cfg, parse_args(["--model", cfg.model])))
+    train(cfg, find(cfg.model, cfg.device))
 
 
 if __name__ == "__main__":

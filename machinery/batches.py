@@ -46,6 +46,10 @@ class Trajectory:
         rest = dict(logp_sampler=sample.logps, truncated=sample.truncated)
         return cls(position, problem, sample.tokens, **rest)
 
+    @classmethod
+    def of_trace(cls, position: int, problem: Any, advantage: float = math.nan) -> "Trajectory":
+        return cls(position, problem, problem.trace_ids, off_policy=True, advantage=advantage)
+
     @property
     def signal(self) -> bool:
         """Has it an advantage that counts, or an SFT part? After set_normaliser()."""

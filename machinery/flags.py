@@ -4,10 +4,12 @@ import argparse
 import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any
 
 from machinery import track
 from machinery.processes import InputError
+from machinery.samplers import sampler_kind
 
 Config = Any  # luffy.Config, wherever the machinery names it: an import would be a circle
 
@@ -30,6 +32,8 @@ def flag(
 def parse(config: type, argv: list[str] | None, description: str) -> dict[str, Any]:
     """The flags that are given -> field -> value. Exits with a message if one is malformed."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    alone: dict[str, Any] = {f.name: True for f in fields(config) if f.type is bool}
+    alone["dry_run"] = "this"  # what a flag means without a value
     for f in fields(config):
         kind = {bool: truth, float | None: float_or_none}.get(f.type, f.type)
         parser.add_argument(
@@ -38,7 +42,7 @@ def parse(config: type, argv: list[str] | None, description: str) -> dict[str, A
             metavar=getattr(f.type, "__name__", str(f.type)),
             default=argparse.SUPPRESS,
             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"),
-            **(dict(nargs="?", const="this") if f.name == "dry_run" else {}),
+            **(dict(nargs="?", const=alone[f.name]) if f.name in alone else {}),
         )
     given = vars(parser.parse_args(argv))
     if given.get("clip", 0) is None:  # --clip none: on neither side, whatever the row has
@@ -83,8 +87,9 @@ def check(
     """
     check_values(cfg, tables)
     check_schedule(cfg, steps, tables)
-    if not cfg.dry_run:
+    if not cfg.dry_run:  # are they installed?
         track.check(cfg.track)
+        sampler_kind(cfg.sampler, cfg.samples)
     shards = cfg.updates_per_step * ranks
     rows = cfg.rollouts + (cfg.traces if cfg.baseline == "group" else 0)
     if rows < 2 and not (cfg.rollouts == 0 and cfg.trace_advantage is not None):
@@ -144,9 +149,20 @@ def check_schedule(
                 raise InputError(f"--schedule {cfg.schedule}: cannot change {f.name} in a run")
 
 
+def directory(model: str, algo: str, seed: int) -> str:
+    """The run directory, if --out names none."""
+    path = Path(model)
+    name = "-".join(path.parts[-2:]).removeprefix(path.anchor)
+    return f"runs/{name}-{algo}-seed{seed}"
+
+
+def title(cfg: Config, plain: Config) -> str:
+    return f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{differences(cfg, plain)}"
+
+
 def differences(cfg: Config, plain: Config) -> str:
-    """How a config differs from another one, in words."""
-    same = {"model", "algo", "out", "seed", "dry_run", "note", "track"}  # said elsewhere
+    """How a config differs from another one, in words; but in what is said elsewhere."""
+    same = {"model", "algo", "out", "seed", "dry_run", "preflight", "note", "track"}
     names = [f.name for f in fields(cfg) if f.name not in same]
     differ = [f"{n} {getattr(cfg, n)}" for n in names if getattr(cfg, n) != getattr(plain, n)]
     return f", but {', '.join(differ)}" if differ else ""

@@ -48,7 +48,7 @@ def full_name(name: str) -> str:
     return f"Qwen/{name}" if is_bare_qwen else name
 
 
-def find(name: str) -> str:
+def find(name: str, device: str = "auto") -> str:
     """What from_pretrained takes: a directory or a name on the hub. The toy is made, by rank 0."""
     if name != "toy":
         return full_name(name)

@@ -1,12 +1,16 @@
 """AdamW on float32 masters, its state shared out among the ranks (ZeRO-1, by whole tensors)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from machinery.processes import rank, world_size
+
+
+DDP_OPTIONS: dict[str, Any] = dict(gradient_as_bucket_view=True)
 
 
 class ShardedAdamW:
@@ -25,6 +29,7 @@ class ShardedAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         eps: float = 1e-8,
+        offload: bool = False,
     ):
         self.settings = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
         self.params = [p for p in params if p.requires_grad]

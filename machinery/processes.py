@@ -28,7 +28,7 @@ class OwnInputError(InputError):
     """One that the other ranks may not meet: whoever does prints it."""
 
 
-def init_processes() -> None:
+def init_processes(device: str = "auto") -> None:
     """Join torchrun's process group, or make one of a single process."""
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():

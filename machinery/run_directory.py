@@ -42,7 +42,7 @@ from machinery.processes import InputError, all_reduce, barrier, rank, say
 # but for `steps` where a schedule may use it.
 MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "sample_groups", "note"}
 MAY_CHANGE |= {"graders", "token_budget", "sampler", "tensor_parallel", "cache_gib"}
-MAY_CHANGE |= {"checkpointing", "track", "dry_run"}
+MAY_CHANGE |= {"checkpointing", "track", "dry_run", "preflight", "device", "offload_optimizer"}
 # Fields of a Trajectory that report.html shows: of the whole, of each token.
 VERDICTS = "right", "reward", "advantage", "learns", "inv_z"
 TOKENS = "logp", "logp_behavior", "factor", "slope"

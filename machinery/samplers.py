@@ -198,8 +198,13 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 # ------------------------------------------------------------------ vLLM
-def sampler_kind(kind: str) -> str:
-    """--sampler -> "vllm" or "torch". Raises InputError if vLLM is asked for and not installed."""
+def sampler_kind(kind: str, samples: bool = True) -> str:
+    """--sampler -> "vllm" or "torch", or "none" for a run that does not sample.
+
+    Raises InputError if vLLM is asked for and not installed.
+    """
+    if not samples:
+        return "none"
     on_gpu = "vllm" if torch.cuda.is_available() else "torch"
     kind = on_gpu if kind == "auto" else kind
     if kind == "vllm" and find_spec("vllm") is None:
@@ -211,8 +216,11 @@ def sampler_kind(kind: str) -> str:
 
 
 @contextmanager
-def vllm_environment() -> Iterator[None]:
-    """Set the environment that vLLM starts in; undo its change of torch.set_num_threads."""
+def vllm_environment() -> Iterator[Any]:
+    """Set the environment that vLLM starts in; undo its change of torch.set_num_threads.
+
+    Gives vllm.LLM, which is slow to import.
+    """
     for name, value in {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
@@ -225,7 +233,9 @@ def vllm_environment() -> Iterator[None]:
         os.environ.setdefault(name, value)
     set_num_threads = torch.set_num_threads
     try:
-        yield
+        from vllm import LLM
+
+        yield LLM
     finally:
         torch.set_num_threads = set_num_threads  # the CPU build takes it away
 
@@ -249,7 +259,11 @@ def jobs_of_engine(mine: list, group: Any) -> tuple[list, int]:
 def vllm_options(config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
     """For LLM(): the context as `fit_context` left it; the machine, a GPU or (in tests) a CPU."""
     context = "max_position_embeddings", "rope_parameters"
-    common = {"hf_overrides": {name: getattr(config, name) for name in context}}
+    common = {
+        "hf_overrides": {name: getattr(config, name) for name in context},
+        "generation_config": "vllm",  # none of the model's: what is asked for counts
+        "distributed_executor_backend": "external_launcher",  # torchrun's processes, and one alone
+    }
     if torch.cuda.is_available():
         return common | dict(
             dtype="bfloat16",
