@@ -42,7 +42,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from data import Problem, batch_at, load_benchmarks, load_training_set, text_of
 from machinery import flags, plan, rivals, samplers
-from machinery.batches import MicroBatch, Tokens, Trajectory, pack
+from machinery.batches import MicroBatch, Tokens, Trajectory, deal, pack
 from machinery.flags import flag
 from machinery.metrics import Means, add_token_metrics, failure_metrics, trajectory_metrics
 from machinery.model import Policy, end_ids, find, fit_context, load_config, load_model
@@ -300,16 +300,17 @@ def train(cfg: Config, base: str) -> None:
         for step in run.steps():  # from the last checkpoint on
             now = at_step(cfg, step)
             optimizer.set_lr(now.lr)
-            mine = my_share(batch_at(problems, step, cfg.problems_per_step, cfg.seed))
+            batch = batch_at(problems, step, cfg.problems_per_step, cfg.seed)
             with run.clock("sync"):
                 if cfg.rollouts:  # SFT has none
                     sampler.push(model.named_parameters())
             with run.clock("sample"):
-                trajectories = rollout(sampler, mine, step, now)
+                trajectories = rollout(sampler, my_share(batch), step, now)
             with run.clock("sync"):
                 sampler.sleep()
             with run.clock("score"):
                 metrics = score(trajectories, grader, tokenizer, now)
+            trajectories = deal(trajectories, batch, cfg.updates_per_step)
             with run.clock("update"):
                 metrics |= update(policy, optimizer, trajectories, now)
             due = run.due(step + 1)

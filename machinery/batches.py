@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from machinery.processes import device
+from machinery.processes import device, gather, rank, world_size
 
 
 @dataclass
@@ -117,17 +117,46 @@ class Tokens(NamedTuple):
     sft_ratio: Tensor
 
 
+def deal(trajectories: list[Trajectory], batch: Sequence[Any], updates: int) -> list[Trajectory]:
+    """A step's groups, dealt to the ranks anew: in each update to each about as many tokens.
+
+    In sampling a rank has as many problems as any other, and one with long responses would let the
+    others wait. trajectories: this rank's, of before and of now. batch: the problems by position.
+    """
+    if world_size() == 1:
+        return trajectories
+    # Ranks have the problems of the batch: they are not sent, and stay what they are.
+    sent = [replace(t, problem=None) if t.problem is batch[t.position] else t for t in trajectories]
+    groups: dict[int, list[Trajectory]] = {}
+    for t in sorted(sum(gather(sent), []), key=lambda t: t.position):
+        t.problem = t.problem or batch[t.position]
+        groups.setdefault(t.position, []).append(t)
+    mine = []
+    for i in range(updates):
+        share = len(batch) // updates
+        tokens = {p: sum(map(length, groups[p])) for p in groups if p // share == i}
+        load = [0] * world_size()
+        for p in sorted(tokens, key=lambda p: -tokens[p]):
+            least = load.index(min(load))
+            load[least] += tokens[p]
+            mine += [p] * (least == rank())
+    return [t for p in sorted(mine) for t in groups[p]]
+
+
+def length(t: Trajectory) -> int:
+    return len(t.problem.prompt_ids) + len(t.response)
+
+
 def pack(trajectories: list[Trajectory], token_budget: int) -> list[MicroBatch]:
     """Rows of up to `token_budget` tokens, longest trajectories first; a longer one is alone."""
     rows: list[list[Trajectory]] = []
     room = 0
-    for t in sorted(trajectories, key=lambda t: -len(t.problem.prompt_ids) - len(t.response)):
-        length = len(t.problem.prompt_ids) + len(t.response)
-        if length > room or not rows:
+    for t in sorted(trajectories, key=length, reverse=True):
+        if length(t) > room or not rows:
             rows.append([])
             room = token_budget
         rows[-1].append(t)
-        room -= length
+        room -= length(t)
     return [collate(row) for row in rows]
 
 

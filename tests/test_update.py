@@ -13,7 +13,7 @@ from data import Problem
 from luffy import ALGORITHMS, Config, ShardedAdamW, Trajectory
 from luffy import group_advantages, mixed_policy_objective, pack, record_old_logprobs
 from luffy import score, set_normaliser, update
-from machinery import rivals
+from machinery import batches, rivals
 from machinery.batches import collate
 from machinery.model import Policy, from_pretrained
 
@@ -510,3 +510,35 @@ def test_another_optimizer_is_one_method():
     q.grad = torch.ones(2)
     two.step(1e9)
     assert q.tolist() == pytest.approx([0.4, 0.4])  # .75 - .2 (1 + .5 (1 + .5))
+
+
+def test_groups_are_dealt_by_their_tokens(monkeypatch):
+    """Whole, each once, in both updates about as many tokens; a problem stays the object it is."""
+    batch = [Problem("", "", prompt_ids=range(5)) for _ in range(16)]
+    by_rank = [
+        [Trajectory(p, batch[p], [7] * n) for p in range(r, 16, 2) for n in (1, 4 * p * p)]
+        for r in range(2)
+    ]
+    sent = []
+    monkeypatch.setattr(batches, "world_size", lambda: 2)
+
+    def dealt(r: int, gather) -> list[Trajectory]:
+        monkeypatch.setattr(batches, "gather", gather)
+        monkeypatch.setattr(batches, "rank", lambda: r)
+        return batches.deal(by_rank[r], batch, 2)
+
+    for r in range(2):
+        dealt(r, lambda own: sent.append(copy.deepcopy(own)) or [own])
+    now = [dealt(r, lambda own: copy.deepcopy(sent)) for r in range(2)]
+    assert sorted(t.position for ts in now for t in ts) == sorted([*range(16)] * 2)
+    for ts in now:
+        assert all(t.problem is batch[t.position] for t in ts)
+        assert [t.position for t in ts[::2]] == [t.position for t in ts[1::2]]
+        assert [len(t.response) for t in ts[::2]] == [1] * (len(ts) // 2)
+
+    def tokens(of_ranks, half):
+        return [sum(batches.length(t) for t in ts if t.position // 8 == half) for ts in of_ranks]
+
+    for half in range(2):
+        before, after = sorted(tokens(by_rank, half)), sorted(tokens(now, half))
+        assert before[1] > 1.1 * before[0] and after[1] < 1.06 * after[0], (before, after)
