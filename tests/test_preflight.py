@@ -7,7 +7,6 @@ import textwrap
 import pytest
 from conftest import run
 
-import luffy
 from machinery import preflight
 
 has_vllm = importlib.util.find_spec("vllm") is not None
