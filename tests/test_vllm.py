@@ -21,7 +21,8 @@ pytestmark = [
 
 ON_GPU = torch.cuda.is_available()  # there in bfloat16, with ties that either may break
 two_gpus = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else vLLM compiles a function for log-probs, with g++
+if not ON_GPU:  # there vLLM needs the compiler; the CPU build only takes g++ to what is tiny
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 # luffy.py with a watched sampler: after each push of weights it is compared with TorchSampler and
 # with the trainer's own log-probs, and what it is asked for is noted.
@@ -34,7 +35,7 @@ WATCHED = textwrap.dedent("""
     from machinery.batches import collate
     from machinery.model import Policy, from_pretrained
     from machinery.processes import gather, launch
-    from machinery.samplers import TorchSampler
+    from machinery.samplers import TorchSampler, engine_facts
 
     PROMPTS = [(2, 15, 7, 3), (2, 17, 3), (2, 30, 9, 51, 31, 8, 52, 33, 53),
                (2, *range(5, 50)) * 3]  # the last one is long enough for the prefix cache
@@ -45,6 +46,7 @@ WATCHED = textwrap.dedent("""
         class Watched(kind):
             def __init__(self, path, config, ends, *engine):
                 super().__init__(path, config, ends, *engine)
+                notes["facts"] = engine_facts(getattr(self, "llm", None))
                 self.reference = TorchSampler(path, config, ends)
                 self.policy = Policy(from_pretrained(path, config=config,
                                                      attn_implementation="packed"), 1.0)
@@ -127,6 +129,7 @@ def check_pushes(pushes: list[dict]) -> None:
 
 def test_one_process_samples_what_the_trainer_is(watched):
     (notes,), rows = watched("--sampler", "vllm")
+    assert notes["facts"]["head"] == "torch.float32" and "unknown" not in notes["facts"].values()
     check_pushes(notes["pushes"])
     assert all(row["sampler_kl"] < (1e-2 if ON_GPU else 1e-6) for row in rows)
     assert ON_GPU or all(0.999 < row["sampler_ratio_max"] < 1.001 for row in rows)
