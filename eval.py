@@ -117,8 +117,9 @@ def collect(
     """The rows of all responses to problems[i], i in numbers: those on disk, and the missing ones.
 
     Texts stay on disk, but for those of right responses, if right_texts. Blocks of problems are
-    dealt to the ranks. A block of which a killed run wrote only a part does not count, so that an
-    evaluation that was interrupted ends as any other: the same problems are sampled together.
+    dealt to the ranks, none larger than a rank's share. A block of which a killed run wrote only a
+    part does not count, so that an evaluation that was interrupted ends as any other: on as many
+    ranks, the same problems are sampled together.
     """
 
     def on_disk() -> dict[int, list[dict]]:
@@ -134,15 +135,15 @@ def collect(
     barrier()  # all have read before any writes
     mine = out / f"{name}-rank{rank()}.jsonl"
     write(mine, to_jsonl(whole_blocks(mine)))
-    size = max(1, rows_at_once // k)
-    blocks = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    size, ranks = max(1, rows_at_once // k) * world_size(), range(world_size())
+    rounds = [numbers[i : i + size] for i in range(0, len(numbers), size)]  # a block for each rank
+    blocks = [some[r :: len(ranks)] for some in rounds for r in ranks]
+    missing = list(filter(None, ([i for i in block if i not in done] for block in blocks)))
     with progress(name, k * len(numbers)) as bar:
         bar.update(k * sum(i in done for i in numbers))
         rewards = [row["reward"] for rows in done.values() for row in rows]
-        missing = [[i for i in block if i not in done] for block in blocks[rank() :: world_size()]]
-        for rows in respond(
-            problems, list(filter(None, missing)), grader, samples=k, lenient=True, **options
-        ):
+        own = missing[rank() :: world_size()]
+        for rows in respond(problems, own, grader, samples=k, lenient=True, **options):
             append(mine, *(row | {"block": rows[0]["problem"], "of": len(rows)} for row in rows))
             rewards += [row["reward"] for row in rows]
             bar.update(len(rows) * world_size())
@@ -318,6 +319,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="problems of each benchmark, spread evenly")
     parser.add_argument("--max_prompt_tokens", type=int, default=1024)
     parser.add_argument("--max_response_tokens", type=int, help="[the paper's, 8192]")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--sampler", choices=["auto", "vllm", "torch"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="[runs/eval/MODEL]")
@@ -382,14 +384,14 @@ def main() -> None:
 
         return report(sys.argv[2:])
     args = parse_args()
-    init_processes()
+    init_processes("cpu" if args.url else args.device)
     tokenizer, context = None, sys.maxsize  # a server has them
     if args.url:
         if world_size() > 1:
             raise InputError("--url: one process asks, --concurrency N requests at a time")
         server = Server(args.url, args.model, args.concurrency)
     else:
-        path = find(args.model)
+        path = find(args.model, args.device)
         tokenizer, config = load_tokenizer(path), load_config(path)
         context = config.max_position_embeddings
     benchmarks, originals = ask(args, tokenizer, context)

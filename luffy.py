@@ -381,7 +381,7 @@ class VLLMSampler:
             return [[] for _ in prompts]
         samplers.check_awake(self.awake)
         options = dict(temperature=temperature, max_tokens=max_tokens, stop_token_ids=self.ends)
-        options |= dict(n=n if temperature else 1, logprobs=0, detokenize=False)
+        options |= dict(n=n if temperature else 1, logprobs=0, flat_logprobs=True, detokenize=False)
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt, _ in jobs],
             [SamplingParams(seed=seed, **options) for _, seed in jobs],

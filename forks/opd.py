@@ -59,7 +59,7 @@ def check(cfg: Config, ranks: int) -> None:
 
 def load_teacher(cfg: Config, base: str) -> Policy:
     """Frozen, in this machine's precision. InputError unless base has the same vocabulary."""
-    path = find(cfg.teacher)
+    path = find(cfg.teacher, cfg.device)
     try:
         vocabulary, config = load_tokenizer(path).get_vocab(), load_config(path)
     except InputError as error:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -15,9 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 from machinery import toy
 from machinery.batches import MicroBatch
-from machinery.processes import InputError, barrier, device, rank, say
+from machinery.processes import InputError, barrier, device, gpu_problem, rank, say
 
 transformers_logging.disable_progress_bar()  # ours say what takes long
+FITS_A_LAPTOP = 100_000_000  # parameters, and so many at most without a GPU, unasked
+FITS_A_CPU = 1_000_000_000
 
 
 # The paper's base models, for a plan on a machine that does not reach the hub.
@@ -49,13 +52,42 @@ def full_name(name: str) -> str:
 
 
 def find(name: str, device: str = "auto") -> str:
-    """What from_pretrained takes: a directory or a name on the hub. The toy is made, by rank 0."""
+    """What from_pretrained takes: a directory or a name on the hub. The toy is made, by rank 0.
+
+    device: --device. Raises InputError for a model that is too large for the CPU, unless "cpu".
+    """
     if name != "toy":
+        if device != "cpu" and not torch.cuda.is_available():
+            check_size_on_cpu(name)
         return full_name(name)
     if rank() == 0:
         toy.base_model()
     barrier()
     return str(toy.base_model())
+
+
+def check_size_on_cpu(name: str) -> None:
+    try:
+        parameters = sum(parameter_sizes(shape_of(name)))
+    except (OSError, ValueError):  # not found, or nothing that generates: loading says so better
+        return
+    problem = gpu_problem()
+    if parameters > (FITS_A_LAPTOP if problem else FITS_A_CPU):
+        raise InputError(
+            f"--device auto: {full_name(name)} has {parameters:,} parameters, and torch sees no "
+            f"GPU{': ' * bool(problem)}{problem}. Run it where there is one, or with --device cpu, "
+            "where it may take weeks"
+        )
+
+
+def on_paper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The trainer's model with fake tensors for weights; under FakeTensorMode only."""
+    return AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=dtype)
+
+
+def parameter_sizes(config: PretrainedConfig) -> list[int]:
+    with FakeTensorMode():
+        return [p.numel() for p in on_paper(config, torch.bfloat16).parameters()]
 
 
 def recipe(name: str) -> dict[str, Any]:

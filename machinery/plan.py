@@ -15,10 +15,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from machinery.flags import Config
-from machinery.model import Policy, fit_context, full_name, shape_of
+from machinery.model import FITS_A_LAPTOP, Policy, fit_context, full_name, on_paper
+from machinery.model import parameter_sizes, shape_of
 from machinery.processes import InputError, say
 from machinery.samplers import TORCH_ROWS
 
@@ -26,7 +27,6 @@ GIB = 2**30
 RESERVE = 6 * GIB  # assumed: CUDA, NCCL, vLLM's graphs, fragmentation
 ENGINE = 4 * GIB  # assumed: vLLM's buffers for MAX_PREFILL tokens and MAX_SEQUENCES responses
 ADVICE = "More GPUs share the optimizer's state; a smaller --token_budget has fewer activations"
-FITS_A_LAPTOP = 100_000_000  # parameters: without a GPU, the plan is for this machine's CPU
 MEAN_TOKENS = dict(prompt=200, rollout=2200, trace=4200)  # the paper's run, by arXiv:2604.23747
 
 
@@ -57,16 +57,6 @@ class AllocationCounter(TorchDispatchMode):
     def forget(self, key: int, size: int) -> None:
         self.known.remove(key)
         self.now -= size
-
-
-def on_paper(config, dtype: torch.dtype):
-    """The trainer's model with fake tensors for weights; under FakeTensorMode only."""
-    return AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=dtype)
-
-
-def parameter_sizes(config) -> list[int]:
-    with FakeTensorMode():
-        return [p.numel() for p in on_paper(config, torch.bfloat16).parameters()]
 
 
 def activation_bytes(config, dtype: torch.dtype, checkpointing: bool, lengths: list[int]) -> int:
@@ -217,7 +207,7 @@ def machine(text: str, parameters: int) -> tuple[int, int | None]:
     if torch.cuda.is_available():
         capacity = torch.cuda.get_device_properties(0).total_memory
         return ranks or torch.cuda.device_count(), capacity
-    if parameters < FITS_A_LAPTOP:
+    if parameters < FITS_A_LAPTOP:  # then the plan is for this machine's CPU
         return ranks or 1, None
     return ranks or 8, 80 * GIB  # the paper's machine
 

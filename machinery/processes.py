@@ -1,12 +1,16 @@
-"""Processes: torchrun's ranks, numbers over all of them, and how a program ends."""
+"""Processes: torchrun's ranks and their GPUs, numbers over all of them, how a program ends."""
 
 import hashlib
 import os
+import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from machinery.files import print_what_can_be
 
 
 ending = ExitStack()  # closed when a program's main ends, however it does
+DRIVER = Path("/proc/driver/nvidia/version")  # of the kernel's module, on Linux
 
 
 class InputError(ValueError):
@@ -29,15 +34,107 @@ class OwnInputError(InputError):
 
 
 def init_processes(device: str = "auto") -> None:
-    """Join torchrun's process group, or make one of a single process."""
+    """Join torchrun's process group, or make one of a single process; each on its GPU.
+
+    device: auto, cuda or cpu. Raises InputError if there is, or has to be, a GPU that is no use.
+    To be called before anything starts CUDA.
+    """
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # then every torch.cuda.is_available() says no
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     timeout = timedelta(hours=2)  # ranks wait for the one with the longest responses
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=lone_store(), rank=0, world_size=1)
+    choose_device(device)
+
+
+def choose_device(asked: str) -> None:
+    """Give this process its GPU; InputErrors as init_processes."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    complaint = OwnInputError if local == 0 else InputError  # one of a node's ranks says it
+    if torch.cuda.is_available():
+        if problem := ranks_problem(int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))):
+            raise complaint(problem)
+        return start_gpu(local)
+    problem = "" if asked == "cpu" else gpu_problem()
+    # A torch that was installed without CUDA is a choice, for small models: `model.find` knows.
+    if problem and (asked == "cuda" or torch.version.cuda):
+        raise complaint(f"--device {asked}: {problem}. Or --device cpu, for small models")
+    if asked == "cuda":
+        raise complaint("--device cuda: torch finds no GPU, and there is no driver of one")
+    if problem:
+        say(f"device      cpu: {problem}")
+
+
+def start_gpu(index: int) -> None:
+    # Runs that share a GPU with vLLM ran out of memory at the engine's second wake-up, with 15 to
+    # 20 GiB reserved by torch and not allocated. vLLM turns this off for its own memory. It is read
+    # at the first allocation.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    torch.cuda.set_device(index)
+
+
+def ranks_problem(ranks: int) -> str:
+    """Why the ranks of this node cannot have a GPU each, and the fix; "" if they can."""
+    count = torch.cuda.device_count()
+    if ranks > count:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return (
+            f"--nproc_per_node={ranks}: {ranks} processes and {count} GPUs that torch sees"
+            + (f" (CUDA_VISIBLE_DEVICES={hidden})" if hidden else "")
+            + f". A process needs a GPU of its own: --nproc_per_node={count}, or more GPUs"
+        )
+    for i in range(ranks):
+        major, minor = torch.cuda.get_device_capability(i)
+        if major < 8:
+            return (
+                f"--device: GPU {i}, {torch.cuda.get_device_name(i)}, has compute capability "
+                f"{major}.{minor}; bfloat16 and packed attention need 8.0 (A100, RTX 30) or more. "
+                "CUDA_VISIBLE_DEVICES chooses other GPUs; --device cpu, for small models, none"
+            )
+    return ""
+
+
+def gpu_problem() -> str:
+    """Why torch cannot use the GPU that is there, and the fix; "" if it can, or there is none."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    if hidden or torch.cuda.is_available() or not (driver() or listed_gpus()):
+        return ""
+    if torch.version.cuda is None:
+        return (
+            f"there is a GPU, but torch {torch.__version__} was built without CUDA. On Linux `pip "
+            "uninstall -y torch && pip install -r requirements.txt` gets the other one"
+        )
+    try:
+        torch.cuda.init()
+        words = "nothing"
+    except RuntimeError as error:
+        words = str(error).split("\n")[0]
+    return (
+        f"there is a GPU (driver {driver() or 'unknown'}), but torch {torch.__version__} cannot "
+        f"use it: {words!r}. It is built for CUDA {torch.version.cuda}; CUDA 13 needs driver 580 "
+        "or newer. A container needs --gpus all"
+    )
+
+
+def driver() -> str:
+    """The version of the NVIDIA driver that is loaded, such as 580.95.05, or ""."""
+    found = re.search(r" (\d{3,}\.[\d.]+) ", DRIVER.read_text()) if DRIVER.is_file() else None
+    return found[1] if found else ""
+
+
+def listed_gpus() -> list[str]:
+    """What `nvidia-smi -L` prints of each GPU, where there is such a program."""
+    if not (program := shutil.which("nvidia-smi")):
+        return []
+    try:
+        asked = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return []
+    return [line for line in asked.stdout.splitlines() if line.startswith("GPU ")]
 
 
 def lone_store() -> dist.Store:

@@ -6,10 +6,13 @@ only.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from machinery.model import from_pretrained
-from machinery.processes import InputError, barrier, device, progress, rank, world_size
+from machinery.processes import InputError, barrier, device, progress, rank, say, world_size
 
 TORCH_ROWS = 512  # responses that TorchSampler decodes together
 DROP_EVERY = 8  # tokens: dropping finished rows copies the whole cache
@@ -260,14 +263,19 @@ def vllm_options(config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
     """For LLM(): the context as `fit_context` left it; the machine, a GPU or (in tests) a CPU."""
     context = "max_position_embeddings", "rope_parameters"
     common = {
-        "hf_overrides": {name: getattr(config, name) for name in context},
+        # Logits in float32: in bfloat16 those above 16 are .125 apart, and an update moves less.
+        "hf_overrides": {name: getattr(config, name) for name in context}
+        | {"head_dtype": "float32"},
         "generation_config": "vllm",  # none of the model's: what is asked for counts
         "distributed_executor_backend": "external_launcher",  # torchrun's processes, and one alone
     }
     if torch.cuda.is_available():
+        if missing := no_compiler():
+            say(f"vllm        {missing}")
         return common | dict(
             dtype="bfloat16",
             enable_sleep_mode=True,
+            sleep_mode_offload_cudagraph=True,  # else about 1 GiB stays with the engine
             max_num_seqs=MAX_SEQUENCES,
             max_num_batched_tokens=MAX_PREFILL,
             # The cache has its size already, but so much has to be free at the start.
@@ -288,12 +296,50 @@ def vllm_options(config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
     )
 
 
+def no_compiler() -> str:
+    """What Triton lacks on this machine to compile its kernels, and the fix; "" if nothing.
+
+    Without Triton, vLLM takes its older runner, and says so below our log level.
+    """
+    compiler = os.environ.get("CC") or "gcc"
+    if not shutil.which(compiler) and (compiler != "gcc" or not shutil.which("clang")):
+        return f"no C compiler {compiler} for Triton: apt install gcc, or name another in $CC"
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    if not header.is_file():
+        return f"no {header} for Triton: apt install python3-dev, or a Python with its headers"
+    return ""
+
+
+def engine_facts(llm: Any) -> dict[str, str]:
+    """What a vLLM engine came to be, as far as its objects tell: else "unknown"."""
+    runner = "llm_engine.model_executor.driver_worker.worker.model_runner"
+    config = "llm_engine.vllm_config"
+    facts: dict[str, Callable[[], Any]] = {
+        "runner": lambda: "V2" if attrgetter(f"{config}.use_v2_model_runner")(llm) else "V1",
+        "attention": lambda: attrgetter(f"{runner}.attn_groups")(llm)[0][0].backend.get_name(),
+        "graphs": lambda: attrgetter(f"{config}.compilation_config.cudagraph_mode.name")(llm),
+        "head": lambda: attrgetter(f"{config}.model_config.head_dtype")(llm),
+    }
+
+    def told(fact: Callable[[], Any]) -> str:
+        try:
+            return str(fact())
+        except (AttributeError, IndexError):  # another version's objects
+            return "unknown"
+
+    return {name: told(fact) for name, fact in facts.items()}
+
+
 def to_samples(output: Any, ends: Sequence[int]) -> list[Sample]:
-    """From vLLM's RequestOutput."""
+    """From vLLM's RequestOutput with flat log-probs: one a token. RuntimeError if they are not."""
     samples = []
     for o in output.outputs:
-        logps = [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)]
-        samples.append(Sample(list(o.token_ids), logps, o.token_ids[-1] not in ends))
+        tokens, flat = list(o.token_ids), o.logprobs
+        if flat.token_ids != tokens:
+            raise RuntimeError(
+                f"vLLM gave log-probs of {len(flat.token_ids)} tokens, but sampled {len(tokens)}"
+            )
+        samples.append(Sample(tokens, list(flat.logprobs), tokens[-1] not in ends))
     return samples
 
 

@@ -3,7 +3,9 @@
 import json
 import math
 import random
+import runpy
 import shutil
+import textwrap
 from itertools import combinations
 from statistics import fmean, stdev
 
@@ -12,7 +14,7 @@ from conftest import SHARED, run
 
 from data import Problem, Row, render, to_problem
 from eval import by_source, difference_table, load_benchmark, load_rows, parse_args, pass_at_k
-from eval import published_table, score_table, standard_error, summarize, to_prompt
+from eval import published_table, score_table, standard_error, summarize, to_prompt, whole_blocks
 from luffy import Config
 from machinery import toy
 from machinery.files import to_jsonl
@@ -290,6 +292,52 @@ def test_our_grading_agrees_with_recorded_labels():
 
 
 # ------------------------------------------------------------------ the command
+DEALT = textwrap.dedent("""
+    # eval.collect of 10 problems, 2 samples each, from a sampler that answers at once
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, ".")
+    from eval import collect
+    from machinery.processes import init_processes, launch, say
+
+    def respond(problems, blocks, grader, samples, **_):
+        for block in blocks:
+            yield [dict(problem=i, sample=j, reward=(i + j) % 3, response="", source="")
+                   for i in block for j in range(samples)]
+
+    def collected(out, rows_at_once):
+        out.mkdir(exist_ok=True)
+        rows = collect(out, "b", [], range(0, 20, 2), 2, respond, None, rows_at_once, False)
+        return [(row["problem"], row["sample"], row["reward"]) for row in rows]
+
+    def main():
+        init_processes()
+        for rows_at_once in (4096, 8):
+            say(collected(Path(sys.argv[1], str(rows_at_once)), rows_at_once))
+
+    if __name__ == "__main__":
+        launch(main)
+""")
+
+
+def test_ranks_share_a_benchmark(tmp_path):
+    """And each problem has its k samples, if some ranks are killed and others go on."""
+    script = tmp_path / "dealt.py"
+    script.write_text(DEALT)
+    collected = runpy.run_path(str(script))["collected"]
+    expected = collected(tmp_path / "alone", 4096)
+    assert len(expected) == 20 == len(set(expected))
+    assert run(script, tmp_path, ranks=2).stdout.splitlines() == [str(expected)] * 2
+    for rows_at_once, left in ((4096, 0), (8, 8)):  # blocks of 5 problems; of 4 and of 1
+        out = tmp_path / str(rows_at_once)
+        files = [out / f"b-rank{i}.jsonl" for i in range(2)]
+        assert [len(whole_blocks(file)) for file in files] == [10, 10]
+        lines = files[1].read_text().splitlines(keepends=True)
+        files[1].write_text("".join(lines[:9]))  # its last block is not whole
+        assert len(whole_blocks(files[1])) == left
+        assert collected(out, rows_at_once) == expected
+
+
 @pytest.mark.slow
 def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     """And the command, its tables and its picture."""
@@ -321,9 +369,12 @@ def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     run(*arguments, "--out", killed, ranks=2)
     assert (killed / "scores.json").read_text() == (whole / "scores.json").read_text()
 
+    def answered(row: dict) -> dict:  # without which rows were written together
+        return {name: value for name, value in row.items() if name not in ("block", "of")}
+
     complete, continued = (
         {
-            key: sorted(rows, key=lambda row: (row["problem"], row["sample"]))
+            key: sorted(map(answered, rows), key=lambda row: (row["problem"], row["sample"]))
             for key, rows in load_rows(out).items()
         }
         for out in (whole, killed)

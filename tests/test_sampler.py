@@ -11,7 +11,7 @@ from luffy import Trajectory
 from machinery.batches import collate
 from machinery.model import Policy, from_pretrained, load_config
 from luffy import VLLMSampler
-from machinery.samplers import TorchSampler, draw, grouped_attention
+from machinery.samplers import Sample, TorchSampler, draw, grouped_attention, to_samples
 
 PROMPTS = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3], [2, 17, 3]]
 
@@ -172,3 +172,15 @@ def test_weights_pushed_are_weights_used(sampler, tiny_model):
     assert generate(sampler, temperature=0) != before
     sampler.push(original.items())
     assert generate(sampler, temperature=0) == before
+
+
+def test_a_log_prob_for_each_token_that_vllm_sampled():
+    def output(tokens, of):
+        flat = SimpleNamespace(token_ids=of, logprobs=[-0.5] * len(of))
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(tokens), logprobs=flat)])
+
+    (sample,) = to_samples(output([7, 1], [7, 1]), ends=[1])
+    assert sample == Sample([7, 1], [-0.5, -0.5], truncated=False)
+    for others in ([7, 1, 1], [7], [1, 7]):
+        with pytest.raises(RuntimeError, match="sampled 2"):
+            to_samples(output([7, 1], others), ends=[1])

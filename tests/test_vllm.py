@@ -21,7 +21,8 @@ pytestmark = [
 
 ON_GPU = torch.cuda.is_available()  # there in bfloat16, with ties that either may break
 two_gpus = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else vLLM compiles a function for log-probs, with g++
+if not ON_GPU:  # on one vLLM needs torch.compile; the CPU build has it for log-probs, with g++
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 # luffy.py with a watched sampler: after each push of weights it is compared with TorchSampler and
 # with the trainer's own log-probs, and what it is asked for is noted.
@@ -194,3 +195,37 @@ def test_an_evaluation_is_the_same_with_either_sampler(tiny_model, tmp_path):
         for sampler in ("vllm", "torch")
     ]
     assert len(found[0]) == 12 and (ON_GPU or found[0] == found[1])
+
+
+IN_BFLOAT16 = textwrap.dedent("""
+    # an engine in bfloat16, as on a GPU, with the sampler's options: its logits
+    import json, sys
+    sys.path.insert(0, ".")
+    from machinery import samplers
+    from machinery.model import load_config
+    from machinery.processes import init_processes, launch
+
+    def main():
+        init_processes()
+        path, room = sys.argv[1], 240
+        with samplers.vllm_environment() as LLM:
+            options = samplers.vllm_options(load_config(path), room) | dict(dtype="bfloat16")
+            llm = LLM(path, max_model_len=room, kv_cache_memory_bytes=2**28,
+                      logprobs_mode="raw_logits", **options)
+        from vllm import SamplingParams
+        how = SamplingParams(temperature=0, max_tokens=8, logprobs=20, detokenize=False)
+        (output,) = llm.generate([{"prompt_token_ids": [2, 15, 7, 3]}], [how], use_tqdm=False)
+        logits = [at.logprob for token in output.outputs[0].logprobs for at in token.values()]
+        print(json.dumps([samplers.engine_facts(llm), logits]))
+
+    launch(main)
+""")
+
+
+def test_logits_of_a_bfloat16_engine_are_float32(tiny_model, tmp_path):
+    script = tmp_path / "engine.py"
+    script.write_text(IN_BFLOAT16)
+    facts, logits = json.loads(run(script, tiny_model).stdout.splitlines()[-1])
+    assert facts["head"] == "torch.float32" and "unknown" not in facts.values()
+    logits = torch.tensor(logits)
+    assert (logits != logits.bfloat16().float()).float().mean() > 0.9
