@@ -341,11 +341,3 @@ def to_samples(output: Any, ends: Sequence[int]) -> list[Sample]:
             )
         samples.append(Sample(tokens, list(flat.logprobs), tokens[-1] not in ends))
     return samples
-
-
-def no_compiler() -> str:
-    return ""
-
-
-def engine_facts(llm: Any) -> dict[str, str]:
-    return {}
