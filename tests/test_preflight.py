@@ -15,9 +15,9 @@ has_vllm = importlib.util.find_spec("vllm") is not None
 FAULTS = textwrap.dedent("""
     import copy, shutil, sys, time
     sys.path.insert(0, ".")
-    import torch.distributed as dist
+    import torch
     import luffy
-    from machinery import preflight, samplers
+    from machinery import preflight, processes, samplers
     from machinery.processes import InputError, init_processes, launch, rank, say
 
     class DoesNotPush(luffy.TorchSampler):
@@ -52,6 +52,9 @@ FAULTS = textwrap.dedent("""
     def slow(*args, **how):
         time.sleep(30 * (rank() == 1))
 
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).")
+
     class Usage:
         free = 10**6
 
@@ -63,6 +66,8 @@ FAULTS = textwrap.dedent("""
                        (samplers, "vllm_options", vllm_options)],
         "other weights": [(luffy, "learner", learner)],
         "full disk": [(preflight.shutil, "disk_usage", lambda path: Usage)],
+        "no driver": [(processes, "driver", lambda: "535.183.01"), (torch.cuda, "init", init),
+                      (torch.version, "cuda", "13.0")],
         "wrong head": [(preflight, "token_logprobs", token_logprobs)],
         "no answer": [(preflight, "SECONDS", 3), (preflight.dist, "all_reduce", slow)],
     }
@@ -76,6 +81,7 @@ FAULTS = textwrap.dedent("""
                 setattr(*patch)
             functions = luffy.Grader, luffy.load, luffy.learner, luffy.rollout, luffy.update
             try:
+                processes.choose_device(cfg.device)
                 preflight.run(*functions, cfg, luffy.find(cfg.model))
                 say(f"{fault}: passed")
             except InputError as error:
@@ -106,12 +112,15 @@ def preflights(tmp_path, tiny_model):
 
 
 def test_what_is_wrong_is_named(preflights):
-    printed = preflights("nothing", "not pushed", "wrong RoPE", "full disk", "wrong head")
+    printed = preflights(
+        "nothing", "not pushed", "wrong RoPE", "full disk", "no driver", "wrong head"
+    )
     assert "nothing: passed" in printed and "0% differ" in printed
     assert "not pushed: preflight, push, other weights, rank 0: KL" in printed
     assert "wrong RoPE: preflight, sampler and trainer, rank 0: KL" in printed
     assert "full disk: preflight, disk, rank 0: 0.0 GiB are free" in printed
     assert "Make room in" in printed
+    assert "no driver: --device auto: there is a GPU (driver 535.183.01), but torch" in printed
     assert "wrong head: preflight, head, in chunks, rank 0: off by" in printed
 
 
