@@ -1,6 +1,6 @@
 """What a reader of the paper may skip. Nothing in here imports luffy, data, verify or eval.
 
-processes       ranks of torchrun, numbers over all of them, how a program ends
+processes       ranks of torchrun and their GPUs, numbers over all of them, how a program ends
 files           .jsonl logs, and text that is written whole or not at all
 flags           a dataclass as a command line; values that cannot be
 sources         rows of a file, the toy or a hub data set, and what their cells may be
@@ -17,6 +17,7 @@ distill         a teacher's traces, from the rows of an evaluation
 scores          avg@k and pass@k on held-out problems; what a run came to
 run_directory   log, checkpoints, resumption
 plan            --dry_run: batches, tokens and memory of each GPU
+preflight       --preflight: what a run needs, proven on this machine
 look            python data.py: what a file of problems comes to
 page, plots     report.html, curves.png and a picture of evaluations
 pool, reward    worker processes that can be killed; a user's reward function in them
