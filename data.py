@@ -308,20 +308,37 @@ def tokenize(
             "Set eos_token in its tokenizer_config.json"
         )
 
-    def some(problems: list[Problem]) -> list[tuple[dict[str, Any], str]]:
-        texts = [render(p.prompt, tokenizer) for p in problems]
-        opened = [THINK if t.rstrip().endswith(THINK.rstrip()) else "" for t in texts]
-        prompts = token_ids(texts, tokenizer)
-        traces = trace_tokens([p.trace for p in problems], opened, tokenizer)
-        fields: list[dict[str, Any]] = [
-            dict(prompt_ids=array("i", a), trace_ids=array("i", b), opened=c)  # 4 bytes a token
-            for a, b, c in zip(prompts, traces, opened)
-        ]
-        limits = max_prompt_tokens, max_trace_tokens
-        return [(f, unfit(replace(p, **f), eos, *limits)) for p, f in zip(problems, fields)]
+    def some(problems: list[Problem]) -> list[tuple]:  # without the texts: every rank has them
+        limits = eos, max_prompt_tokens, max_trace_tokens
+        filled = with_tokens(problems, tokenizer)
+        return [(p.prompt_ids, p.trace_ids, p.opened, unfit(p, *limits)) for p in filled]
 
-    found = share("tokens", some, problems, TEXTS)
-    return [(replace(p, **fields), reason) for p, (fields, reason) in zip(problems, found)]
+    return [
+        (replace(p, prompt_ids=prompt_ids, trace_ids=trace_ids, opened=opened), reason)
+        for p, (prompt_ids, trace_ids, opened, reason) in zip(
+            problems, share("tokens", some, problems, TEXTS)
+        )
+    ]
+
+
+def with_tokens(problems: list[Problem], tokenizer: Tokenizer) -> list[Problem]:
+    texts = [render(p.prompt, tokenizer) for p in problems]
+    opened = [THINK if text.rstrip().endswith(THINK.rstrip()) else "" for text in texts]
+    found = zip(
+        problems,
+        token_ids(texts, tokenizer),
+        trace_tokens([p.trace or "" for p in problems], opened, tokenizer),
+        opened,
+    )
+    return [
+        replace(
+            p,
+            prompt_ids=array("i", prompt),  # 4 bytes a token
+            trace_ids=array("i", trace if p.trace is not None else ()),
+            opened=thought,
+        )
+        for p, prompt, trace, thought in found
+    ]
 
 
 def unfit(problem: Problem, eos: int, max_prompt_tokens: int, max_trace_tokens: int) -> str:
@@ -445,20 +462,17 @@ def template_file(name: str) -> str:
         raise InputError(f"--template {name}: expected auto, own, or a file ({error})") from error
 
 
-def trace_tokens(
-    traces: list[str | None], opened: list[str], tokenizer: Tokenizer
-) -> list[list[int]]:
+def trace_tokens(traces: list[str], opened: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     r"""Traces as the continuations of their prompts, each with exactly one EOS.
 
     Where a prompt already ends in `<think>\n`, the trace's own `<think>\n` would be a second one.
     """
-    texts = [trace or "" for trace in traces]
-    for i, text in enumerate(texts):
-        if opened[i]:
-            text = re.sub(r"^\s*<think>\s?", "", text)
-        texts[i] = text.removesuffix(tokenizer.eos_token)
-    eos = [[] if trace is None else [tokenizer.eos_token_id] for trace in traces]
-    return [ids + end for ids, end in zip(token_ids(texts, tokenizer), eos)]
+    texts = []
+    for trace, thought in zip(traces, opened):
+        if thought:
+            trace = re.sub(r"^\s*<think>\s?", "", trace)
+        texts.append(trace.removesuffix(tokenizer.eos_token))
+    return [[*ids, tokenizer.eos_token_id] for ids in token_ids(texts, tokenizer)]
 
 
 # ------------------------------------------------------------------ the training set
