@@ -41,7 +41,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from data import Problem, batch_at, load_benchmarks, load_training_set, text_of
-from machinery import flags, plan, rivals, samplers
+from machinery import flags, plan, preflight, rivals, samplers
 from machinery.batches import MicroBatch, Tokens, Trajectory, deal, pack
 from machinery.flags import flag
 from machinery.metrics import Means, add_token_metrics, failure_metrics, trajectory_metrics
@@ -632,7 +632,8 @@ def main(algo: str = "luffy", **replaced: Any) -> None:
     init_processes(cfg.device)
     check(cfg, world_size())
     say(flags.title(cfg, parse_args(["--model", cfg.model])))
-    train(cfg, find(cfg.model, cfg.device))
+    proof = partial(preflight.run, Grader, load, learner, rollout, update)
+    (proof if cfg.preflight else train)(cfg, find(cfg.model, cfg.device))
 
 
 if __name__ == "__main__":

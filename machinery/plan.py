@@ -276,15 +276,27 @@ def show_batches(cfg: Config, ranks: int) -> None:
         f"tokens in {micro_batches} micro-batches"
     )
     if cfg.max_response_tokens > MEAN_TOKENS["rollout"]:
-        longest_trace = cfg.max_trace_tokens or cfg.max_response_tokens
-        mean = MEAN_TOKENS | {"trace": min(MEAN_TOKENS["trace"], longest_trace)}
-        responses = cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]
-        tokens = share * (mean["prompt"] + responses / group)
+        (tokens_sampled, tokens), mean = expected(cfg, ranks), mean_tokens(cfg)
         say(
-            f"            expected: {rollouts * mean['rollout']:,} sampled; {tokens:,.0f} trained "
+            f"            expected: {tokens_sampled:,} sampled; {tokens:,.0f} trained "
             f"on, in {ceil(tokens / cfg.token_budget)} micro-batches\n            (rollouts of "
             f"{mean['rollout']:,} and traces of {mean['trace']:,} tokens, arXiv:2604.23747)"
         )
+
+
+def mean_tokens(cfg: Config) -> dict[str, int]:
+    """Of a prompt, a rollout, a trace: the paper's run's, where this run has room for them."""
+    room = dict(prompt=cfg.max_prompt_tokens, rollout=cfg.max_response_tokens)
+    room["trace"] = cfg.max_trace_tokens or cfg.max_response_tokens
+    return {name: min(mean, room[name]) for name, mean in MEAN_TOKENS.items()}
+
+
+def expected(cfg: Config, ranks: int) -> tuple[int, float]:
+    """Tokens that a rank samples in a step, and trains on in an update, by those means."""
+    mean, group = mean_tokens(cfg), cfg.rollouts + cfg.traces
+    responses = cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]
+    tokens = trained(cfg, ranks) * (mean["prompt"] + responses / group)
+    return sampled(cfg, ranks) * mean["rollout"], tokens
 
 
 def show_memory(table: list[tuple[str, str, int]], unit: int) -> None:

@@ -295,3 +295,11 @@ def to_samples(output: Any, ends: Sequence[int]) -> list[Sample]:
         logps = [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)]
         samples.append(Sample(list(o.token_ids), logps, o.token_ids[-1] not in ends))
     return samples
+
+
+def no_compiler() -> str:
+    return ""
+
+
+def engine_facts(llm: Any) -> dict[str, str]:
+    return {}

