@@ -32,7 +32,7 @@ from machinery.sources import Row, final, is_logp, messages, read_rows, say_igno
 from machinery.sources import strings
 from verify import Grader, extract_answer
 
-TEXTS = 64  # tokenized in one call of a rank: some 50 MiB of traces' tokens at work
+TEXTS = 64  # tokenized in one call of a rank: 40 MiB with traces of 4,000 tokens
 JOBS = 512  # verified by a rank at a time: a slow one holds up only the end of them
 THINK = "<think>\n"
 SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."  # for data without one
