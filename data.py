@@ -27,11 +27,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from machinery import toy
 from machinery.files import write
 from machinery.flags import Config
-from machinery.processes import InputError, gather, launch, progress, rank, say, world_size
+from machinery.processes import InputError, launch, rank, say, share
 from machinery.sources import Row, final, is_logp, messages, read_rows, say_ignored, source_of
 from machinery.sources import strings
 from verify import Grader, extract_answer
 
+TEXTS = 64  # tokenized in one call of a rank: 40 MiB with traces of 4,000 tokens
+JOBS = 512  # verified by a rank at a time: a slow one holds up only the end of them
 THINK = "<think>\n"
 SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."  # for data without one
 ASK_FOR_A_BOX = {"role": "system", "content": SYSTEM}  # left out where the template asks for it
@@ -257,7 +259,7 @@ def with_traces(bare: Problem, column: str, row: Row) -> Problem:
         raise row.wrong("trace_logps", f"{len(value)} lists, one for each of {column}", logps)
     found = [with_trace(bare, trace, logp, column, row) for trace, logp in zip(value, logps)]
     first, *others = [p for p in found if p.trace is not None] or [bare]
-    return replace(first, others=tuple(others))
+    return replace(first, others=tuple(others)) if others else first
 
 
 def with_trace(bare: Problem, trace: Any, logps: Any, column: str, row: Row) -> Problem:
@@ -285,45 +287,84 @@ def encode(
     problem without a trace is kept. Raises InputError if the tokenizer has no EOS, or no chat
     template while a prompt consists of messages, or if trace_logps are not one for each token.
     """
-    if tokenizer.eos_token_id is None:
+    kept: list[Problem] = []
+    dropped: Counter[str] = Counter()
+    for problem, reason in tokenize(problems, tokenizer, max_prompt_tokens, max_trace_tokens):
+        if reason:
+            dropped[reason] += 1
+        else:
+            kept.append(problem)
+    return kept, dropped
+
+
+def tokenize(
+    problems: list[Problem], tokenizer: Tokenizer, max_prompt_tokens: int, max_trace_tokens: int
+) -> list[tuple[Problem, str]]:
+    """As `encode`: each problem with its tokens, and the reason to drop it, or an empty one."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
         raise InputError(
             "the tokenizer has no EOS token: a response could never end. "
             "Set eos_token in its tokenizer_config.json"
         )
-    kept: list[Problem] = []
-    dropped: Counter[str] = Counter()
-    bar = progress("tokens", len(problems))
-    for problem in problems:
-        bar.update()
-        text = render(problem.prompt, tokenizer)
-        prompt_ids = tokenizer.encode(text, add_special_tokens=False)
-        opened = THINK if text.rstrip().endswith(THINK.rstrip()) else ""
-        trace_ids = trace_tokens(problem.trace, opened, tokenizer)
-        if len(prompt_ids) > max_prompt_tokens:
-            dropped[f"prompt longer than {max_prompt_tokens} tokens"] += 1
-        elif len(trace_ids) > max_trace_tokens:
-            dropped[f"trace longer than {max_trace_tokens} tokens"] += 1
-        elif opened and problem.trace is not None and "</think>" not in problem.trace:
-            dropped["trace without the </think> that its prompt asks for"] += 1
-        elif tokenizer.eos_token_id in trace_ids[:-1]:
-            dropped["EOS inside the trace"] += 1
-        elif problem.trace_logps and len(problem.trace_logps) != len(trace_ids):
-            raise InputError(
-                f"{len(problem.trace_logps)} trace_logps for the {len(trace_ids)} tokens of the "
-                f"trace {problem.trace!r:.60}, its EOS included, but without the <think> that the "
-                "prompt has: the teacher's have to be of the same tokens"
-            )
-        else:
-            kept.append(
-                replace(
-                    problem,
-                    prompt_ids=array("i", prompt_ids),  # 4 bytes a token
-                    trace_ids=array("i", trace_ids),
-                    opened=opened,
-                )
-            )
-    bar.close()
-    return kept, dropped
+
+    def some(problems: list[Problem]) -> list[tuple]:  # without the texts: every rank has them
+        limits = eos, max_prompt_tokens, max_trace_tokens
+        filled = with_tokens(problems, tokenizer)
+        return [(p.prompt_ids, p.trace_ids, p.opened, unfit(p, *limits)) for p in filled]
+
+    return [
+        (replace(p, prompt_ids=prompt_ids, trace_ids=trace_ids, opened=opened), reason)
+        for p, (prompt_ids, trace_ids, opened, reason) in zip(
+            problems, share("tokens", some, problems, TEXTS)
+        )
+    ]
+
+
+def with_tokens(problems: list[Problem], tokenizer: Tokenizer) -> list[Problem]:
+    texts = [render(p.prompt, tokenizer) for p in problems]
+    opened = [THINK if text.rstrip().endswith(THINK.rstrip()) else "" for text in texts]
+    found = zip(
+        problems,
+        token_ids(texts, tokenizer),
+        trace_tokens([p.trace or "" for p in problems], opened, tokenizer),
+        opened,
+    )
+    return [
+        replace(
+            p,
+            prompt_ids=array("i", prompt),  # 4 bytes a token
+            trace_ids=array("i", trace if p.trace is not None else ()),
+            opened=thought,
+        )
+        for p, prompt, trace, thought in found
+    ]
+
+
+def unfit(problem: Problem, eos: int, max_prompt_tokens: int, max_trace_tokens: int) -> str:
+    """The reason to drop a problem that has its tokens, or an empty one."""
+    trace_ids = problem.trace_ids
+    if len(problem.prompt_ids) > max_prompt_tokens:
+        return f"prompt longer than {max_prompt_tokens} tokens"
+    if len(trace_ids) > max_trace_tokens:
+        return f"trace longer than {max_trace_tokens} tokens"
+    if problem.opened and problem.trace is not None and "</think>" not in problem.trace:
+        return "trace without the </think> that its prompt asks for"
+    if eos in trace_ids[:-1]:
+        return "EOS inside the trace"
+    if problem.trace_logps and len(problem.trace_logps) != len(trace_ids):
+        raise InputError(
+            f"{len(problem.trace_logps)} trace_logps for the {len(trace_ids)} tokens of the "
+            f"trace {problem.trace!r:.60}, its EOS included, but without the <think> that the "
+            "prompt has: the teacher's have to be of the same tokens"
+        )
+    return ""
+
+
+def token_ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """In one call, which uses all cores. They hold all special tokens that they need."""
+    how = dict(add_special_tokens=False, return_attention_mask=False)
+    return tokenizer(texts, **how)["input_ids"]
 
 
 def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
@@ -421,18 +462,17 @@ def template_file(name: str) -> str:
         raise InputError(f"--template {name}: expected auto, own, or a file ({error})") from error
 
 
-def trace_tokens(trace: str | None, opened: str, tokenizer: Tokenizer) -> list[int]:
-    r"""A trace as the continuation of its prompt, with exactly one EOS.
+def trace_tokens(traces: list[str], opened: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    r"""Traces as the continuations of their prompts, each with exactly one EOS.
 
-    Where the prompt already ends in `<think>\n`, the trace's own `<think>\n` would be a second one.
+    Where a prompt already ends in `<think>\n`, the trace's own `<think>\n` would be a second one.
     """
-    if trace is None:
-        return []
-    if opened:
-        trace = re.sub(r"^\s*<think>\s?", "", trace)
-    return tokenizer.encode(trace.removesuffix(tokenizer.eos_token), add_special_tokens=False) + [
-        tokenizer.eos_token_id
-    ]
+    texts = []
+    for trace, thought in zip(traces, opened):
+        if thought:
+            trace = re.sub(r"^\s*<think>\s?", "", trace)
+        texts.append(trace.removesuffix(tokenizer.eos_token))
+    return [[*ids, tokenizer.eos_token_id] for ids in token_ids(texts, tokenizer)]
 
 
 # ------------------------------------------------------------------ the training set
@@ -458,16 +498,18 @@ def load_training_set(
         dropped["no trace"] = sum(p.trace is None for p in kept)
         kept = [p for p in kept if p.trace is not None]
     traced = {i: p for i, p in enumerate(kept) if p.trace is not None}
-    jobs = [(p.opened + text_of(p.trace_ids, tokenizer), p.answer) for p in traced.values()]
-    key = hashlib.sha256(json.dumps([grader.rule, jobs]).encode()).hexdigest()
+
+    def judge(problems: list[Problem]) -> list[tuple[float, float]]:
+        texts = [p.opened + text_of(p.trace_ids, tokenizer) for p in problems]
+        return grader.right_and_reward([(text, p.answer) for text, p in zip(texts, problems)])
+
+    key = key_of_traces(list(traced.values()), grader)
     known = json.loads(verdicts.read_text("utf-8")) if verdicts.exists() else {}
-    scores = known.get(key, [(0.0, 0.0)] * len(jobs))
     if key not in known:
-        for r, part in enumerate(gather(grader.right_and_reward(jobs[rank() :: world_size()]))):
-            scores[r :: world_size()] = part
-        if rank() == 0:  # after the gather: by now every rank has looked for the file
-            write(verdicts, json.dumps({key: scores}))
-    for (i, p), (right, reward) in zip(traced.items(), scores):
+        known = {key: share("verdicts", judge, list(traced.values()), JOBS)}
+        if rank() == 0:  # after the ranks met: by now each of them has looked for the file
+            write(verdicts, json.dumps(known))
+    for (i, p), (right, reward) in zip(traced.items(), known[key]):
         kept[i] = replace(p, trace_right=right, trace_reward=reward)
     dropped["wrong trace"] = sum(p.trace is not None and p.trace_reward <= 0 for p in kept)
     kept = [p for p in kept if p.trace is None or p.trace_reward > 0]
@@ -478,13 +520,23 @@ def load_training_set(
     traces = f", {len(kept)} traces" if len(kept) > len(merged) else ""
     untraced = sum(p.trace is None for p in merged) if cfg.traces else 0
     rolled_out = f", {untraced} of them without a trace" if untraced else ""
-    total = len(one_a_problem(problems))
+    total = len(set(map(key_of, problems)))
     say(f"{cfg.data}: {len(merged)} of {total} problems{traces}{rolled_out}{reasons}")
     return merged
 
 
+def key_of_traces(problems: list[Problem], grader: Grader) -> str:
+    """Of all that their rewards depend on: the ids say what the texts are, and take less time."""
+    digest = hashlib.sha256(json.dumps(grader.rule).encode())
+    for p in problems:
+        digest.update(json.dumps([p.opened, p.answer, len(p.trace_ids)]).encode())
+        digest.update(array("i", p.trace_ids))
+    return digest.hexdigest()
+
+
 def one_a_trace(problems: list[Problem]) -> list[Problem]:
-    return [replace(trace, others=()) for p in problems for trace in (p, *p.others)]
+    found = [trace for p in problems for trace in (p, *p.others)]
+    return [replace(p, others=()) if p.others else p for p in found]
 
 
 def one_a_problem(problems: list[Problem]) -> list[Problem]:
@@ -495,7 +547,7 @@ def one_a_problem(problems: list[Problem]) -> list[Problem]:
     merged = []
     for same in found.values():
         first, *others = [p for p in same if p.trace is not None] or same[:1]
-        merged.append(replace(first, others=tuple(others)))
+        merged.append(replace(first, others=tuple(others)) if others else first)
     return merged
 
 
@@ -585,7 +637,7 @@ def main() -> None:
     choose_template(problems, tokenizer, args.template)
     where = [place for place, p in zip(places, problems) for _ in (p, *p.others)]
     kept, some, lengths = look.encode_each(
-        one_a_trace(problems), where, partial(encode, tokenizer=tokenizer), limits
+        one_a_trace(problems), where, partial(tokenize, tokenizer=tokenizer), limits
     )
     ends = {"prompt": limits["max_prompt_tokens"], "trace": limits["max_trace_tokens"]}
     look.show_lengths(lengths, ends)

@@ -94,29 +94,23 @@ def encode_each(
 ) -> tuple[list[tuple[str, Problem]], Problem | None, Lengths]:
     """-> the problems that are kept with their places, one to show, lengths of all.
 
-    encode: data.encode, for one problem at a time, so that it is known which one is dropped.
+    encode: data.tokenize.
     """
-    kept, lengths, endless = [], {"prompt": [], "trace": []}, dict.fromkeys(limits, 2**31)
-    dropped, example, first = Counter(), {}, None
-    bar = progress("tokens", len(problems))
-    for place, problem in zip(places, problems):
-        found, reasons = encode([problem], **limits)
-        kept += [(place, p) for p in found]
-        dropped.update(reasons)
-        for reason in reasons:
+    kept, some, lengths = [], None, {"prompt": [], "trace": []}
+    dropped, example = Counter(), {}
+    for place, (problem, reason) in zip(places, encode(problems, **limits)):
+        some = some or problem
+        lengths["prompt"].append(len(problem.prompt_ids))  # what is too long has a length, too
+        lengths["trace"] += [len(problem.trace_ids)] if problem.trace_ids else []
+        if reason:
+            dropped[reason] += 1
             example.setdefault(reason, f"{place}: {beginning(problem)}")
-        if reasons:  # what is too long has a length, too
-            found, _ = encode([problem], **endless)
-        first = next((p for _, p in kept), first or (found[0] if found else None))
-        for p in found:
-            lengths["prompt"].append(len(p.prompt_ids))
-            lengths["trace"] += [len(p.trace_ids)] if p.trace_ids else []
-        bar.update()
-    bar.close()
+        else:
+            kept.append((place, problem))
     say(f"dropped     {sum(dropped.values())}")
     for reason, n in dropped.most_common():
         say(f"            {n}: {reason}, such as {example[reason]}")
-    return kept, first, lengths
+    return kept, kept[0][1] if kept else some, lengths
 
 
 def show_lengths(lengths: Lengths, limits: dict[str, int]) -> None:

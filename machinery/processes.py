@@ -166,7 +166,7 @@ def all_reduce(value: float, op: Any = dist.ReduceOp.SUM) -> float:
 
 def gather(value: Any) -> list:
     """Every rank's value, in the order of ranks."""
-    if not dist.is_initialized():
+    if world_size() == 1:
         return [value]
     values = [None] * world_size()
     dist.all_gather_object(values, value)
@@ -176,6 +176,30 @@ def gather(value: Any) -> list:
 def my_share(batch: list) -> dict[int, Any]:
     """Position -> item, of every world_size-th item of a batch."""
     return dict(list(enumerate(batch))[rank() :: world_size()])
+
+
+def share(name: str, work: Callable[[list], list], items: list, at_once: int) -> list:
+    """What `work` makes of each item, in their order. The ranks share the work, and get all of it.
+
+    name: of a bar. at_once: items that a rank works on before the ranks meet, so that what is on
+    its way between them is small. The InputError of one rank is raised on all of them.
+    """
+    done, ranks = [], world_size()
+    with progress(name, len(items)) as bar:
+        for i in range(0, len(items), at_once * ranks):
+            block = items[i : i + at_once * ranks]
+            mine: Any = block[rank() :: ranks]
+            try:
+                mine = work(mine) if mine else []
+            except InputError as error:  # raised after the gather, where the others wait
+                mine = InputError(str(error))
+            for r, part in enumerate(gather(mine)):
+                if isinstance(part, InputError):
+                    raise part
+                block[r::ranks] = part
+            done += block
+            bar.update(len(block))
+    return done
 
 
 def barrier() -> None:

@@ -1,6 +1,7 @@
 """Ranks share the work and change nothing: 2 gloo processes against 1, also on two nodes."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -218,3 +219,47 @@ def test_a_rank_that_fails_ends_the_job_with_its_error(tiny_model, tmp_path, how
     assert result.returncode != 0 and error in result.stderr
     assert "rank      : 1" in result.stderr  # in torchrun's summary; within a second any is first
     assert time.monotonic() - start < 100
+
+
+SHARING = textwrap.dedent("""
+    import hashlib, sys; sys.path.insert(0, ".")
+    from pathlib import Path
+    from data import load_training_set
+    from luffy import Config
+    from machinery import toy
+    from machinery.processes import init_processes, launch, rank
+    from verify import Grader
+    def load():
+        init_processes()
+        for file in sys.argv[1:]:
+            with Grader(1) as grader:
+                asked, grade = [], grader.right_and_reward
+                grader.right_and_reward = lambda jobs: asked.extend(jobs) or grade(jobs)
+                problems = load_training_set(Config(data=file, max_response_tokens=99),
+                    toy.make_tokenizer(), grader, Path(file).with_suffix(".verdicts"))
+            digest = hashlib.sha256(repr(problems).encode()).hexdigest()
+            print(f"rank {rank()}: {digest}, graded {len(asked)}", flush=True)
+    launch(load)
+""")
+
+
+def test_ranks_share_the_reading_of_traces_and_its_errors(tmp_path):
+    """Each does its part and has the same problems as one process, in more blocks than one. A row
+    that only one of them looks at ends all, with its message."""
+    script = tmp_path / "sharing.py"
+    script.write_text(SHARING)
+    traces = "\\boxed{5}", "\\boxed{6}", "d" * 99, "<eos>a", None, "e=5;\\boxed{5}", "d\\boxed{5}"
+    good = [{"problem": f"{i}", "answer": "5", "trace": traces[i % 7]} for i in range(299)]
+    bad = [good[0], good[0] | {"trace_logps": [-1.0]}]
+    for name, lines in (("good", good), ("bad", bad)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    one = run(script, tmp_path / "good.jsonl").stdout
+    (tmp_path / "good.verdicts").unlink()
+    two = run(script, tmp_path / "good.jsonl", tmp_path / "bad.jsonl", ranks=2, check=False)
+    assert one.splitlines()[0] in two.stdout  # what is dropped, and why
+    (alone,) = re.findall(r"rank 0: (\w+), graded (\d+)", one)
+    both = [re.findall(rf"rank {r}: (\w+), graded (\d+)", two.stdout)[0] for r in range(2)]
+    assert [digest for digest, _ in both] == [alone[0]] * 2
+    assert sum(int(n) for _, n in both) == int(alone[1]) and "0" not in [n for _, n in both]
+    assert two.returncode != 0 and two.stderr.count("1 trace_logps for the ") == 1
