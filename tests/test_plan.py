@@ -90,7 +90,7 @@ MEASURE = textwrap.dedent("""
 
     def update(cfg):
         model = luffy.load_model(sys.argv[1], config, cfg.checkpointing)
-        policy = luffy.DDP(luffy.Policy(model, 1.0), gradient_as_bucket_view=True)
+        policy = luffy.data_parallel(luffy.Policy(model, 1.0))
         optimizer = luffy.ShardedAdamW(policy.parameters(), lr=cfg.lr)
         problem = Problem("", "", prompt_ids=tuple(range(5, 5 + cfg.max_prompt_tokens)))
         trajectories = [luffy.Trajectory(0, problem, [7] * cfg.max_response_tokens, advantage=1.0,
