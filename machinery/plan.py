@@ -26,10 +26,8 @@ GIB = 2**30
 RESERVE = 6 * GIB  # assumed: CUDA, NCCL, vLLM's graphs, fragmentation
 ENGINE = 4 * GIB  # assumed: vLLM's buffers for MAX_PREFILL tokens and MAX_SEQUENCES responses
 CARD = 0.985  # of the GiB that it is named for are there: 79.2 on an A100, 23.6 on an RTX 4090
-ADVICE = (
-    "More GPUs share the optimizer's state, --offload_optimizer true keeps it on the host; a "
-    "smaller --token_budget has fewer activations"
-)
+ADVICE = "A smaller --token_budget has fewer activations"
+OF_STATE = "More GPUs share the optimizer's state, --offload_optimizer true keeps it on the host. "
 FITS_A_LAPTOP = 100_000_000  # parameters: without a GPU, the plan is for this machine's CPU
 MEAN_TOKENS = dict(prompt=200, rollout=2200, trace=4200)  # the paper's run, by arXiv:2604.23747
 
@@ -170,6 +168,10 @@ def verdict(
     return "; ".join(problems)
 
 
+def advice(cfg: Config) -> str:
+    return ADVICE if cfg.offload_optimizer else OF_STATE + ADVICE
+
+
 def cache_bytes(cfg: Config, config: PretrainedConfig, ranks: int) -> int:
     """For VLLMSampler: --cache_gib, or else what the plan has. InputError if that does not fit."""
     if cfg.cache_gib or not torch.cuda.is_available():
@@ -179,7 +181,7 @@ def cache_bytes(cfg: Config, config: PretrainedConfig, ranks: int) -> int:
     if problem := verdict(table, cfg, config, capacity):
         raise InputError(
             f"does not fit in the {capacity / GIB:.1f} GiB that are free: {problem}, as --dry_run "
-            f"shows. {ADVICE}. --cache_gib N for keys and values tries it all the same"
+            f"shows. {advice(cfg)}. --cache_gib N for keys and values tries it all the same"
         )
     return table[-1][-1]
 
@@ -287,7 +289,7 @@ def show(cfg: Config, check: Callable[[int], None], differences: str) -> None:
     say(f"            {lacking if cfg.samples and fit < 1 else some}")
     if capacity is not None:
         problem = verdict(table, cfg, config, capacity)
-        reason = f": {problem}. {ADVICE}" if problem else ""
+        reason = f": {problem}. {advice(cfg)}" if problem else ""
         fits = "DOES NOT FIT" if problem else "fits"
         say(f"verdict     {fits} in {capacity / GIB:.1f} GiB{reason}")
 
