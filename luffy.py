@@ -47,7 +47,7 @@ from machinery.flags import flag
 from machinery.metrics import Means, add_token_metrics, failure_metrics, trajectory_metrics
 from machinery.model import Policy, end_ids, find, fit_context, load_config, load_model
 from machinery.model import load_tokenizer, recipe, token_logprobs as token_logprobs
-from machinery.optimizer import DDP_OPTIONS, ShardedAdamW
+from machinery.optimizer import ShardedAdamW, data_parallel
 from machinery.prefixes import continue_prefixes, keep_uncertain
 from machinery.processes import all_reduce, gather, init_processes, launch, progress, rank, say
 from machinery.processes import my_share, seed_of, world_size
@@ -323,7 +323,7 @@ def train(cfg: Config, base: str) -> None:
 
 def learner(model: PreTrainedModel, cfg: Config) -> tuple[DDP, ShardedAdamW]:
     """The policy as all ranks train it, and its AdamW."""
-    policy = DDP(Policy(model, cfg.temperature), **DDP_OPTIONS)
+    policy = data_parallel(Policy(model, cfg.temperature))
     settings = cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, 1e-8 / cfg.scale
     return policy, ShardedAdamW(policy.parameters(), *settings, offload=cfg.offload_optimizer)
 

@@ -122,7 +122,7 @@ class Ours:
         self.mine = luffy.my_share(self.problems)
         self.sampler = TorchSampler(model, config, [EOS])
         self.model = load_model(model, config, self.cfg.checkpointing)
-        self.policy = luffy.DDP(luffy.Policy(self.model, 1.0), gradient_as_bucket_view=True)
+        self.policy = luffy.data_parallel(luffy.Policy(self.model, 1.0))
         self.optimizer = luffy.ShardedAdamW(self.policy.parameters(), lr=1e-6)
 
     def step(self, number: int) -> dict[str, float]:

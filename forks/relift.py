@@ -66,6 +66,7 @@ class SFT(ShardedAdamW):
     def share_masters(self, rl: ShardedAdamW) -> None:
         """With two sets of masters of bfloat16 parameters each step would undo the other's."""
         self.params, self.owner, self.mine = rl.params, rl.owner, rl.mine
+        self.offload = rl.offload
         self.settings = rl.settings | dict(eps=1e-8)  # this loss has no scale
         self.optimizers = {i: self.optimizer_of(master) for i, master in self.mine.items()}
 

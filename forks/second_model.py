@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from machinery.batches import MicroBatch, Trajectory, pack
 from machinery.flags import Config
-from machinery.optimizer import ShardedAdamW
+from machinery.optimizer import ShardedAdamW, data_parallel
 from machinery.processes import all_reduce, world_size
 from machinery.run_directory import Run
 
@@ -30,9 +29,11 @@ class SecondModel:
     """A module that takes a MicroBatch, and its optimizer; checkpoints hold it under `name`."""
 
     def __init__(self, module: nn.Module, name: str, run: Run, cfg: Config):
-        self.model, self.name = DDP(module, gradient_as_bucket_view=True), name
+        self.model, self.name = data_parallel(module), name
         settings = cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay
-        self.optimizer = ShardedAdamW(self.model.parameters(), *settings)
+        self.optimizer = ShardedAdamW(
+            self.model.parameters(), *settings, offload=cfg.offload_optimizer
+        )
         run.keep(name, self.optimizer)  # with the masters of all parameters
         self.optimizer.share()
 

@@ -28,6 +28,10 @@ FITS_A_CPU = 1_000_000_000
 QWEN_7B = dict(
     model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
     num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
+QWEN_HALF_B = dict(  # of docs/real-runs.md's first run
+    model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864,
+    num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+    max_position_embeddings=32768)
 SHAPES: dict[str, dict] = {
     "Qwen/Qwen2.5-Math-7B": QWEN_7B | dict(max_position_embeddings=4096),
     "Elliott/Qwen2.5-Math-7B-16k-think": QWEN_7B | dict(max_position_embeddings=16384),
@@ -36,6 +40,7 @@ SHAPES: dict[str, dict] = {
         model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
         num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
         tie_word_embeddings=True, max_position_embeddings=4096),
+    "Qwen/Qwen2.5-0.5B": QWEN_HALF_B, "Qwen/Qwen2.5-0.5B-Instruct": QWEN_HALF_B,
     "meta-llama/Llama-3.1-8B": dict(
         model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,

@@ -1,16 +1,31 @@
-"""AdamW on float32 masters, its state shared out among the ranks (ZeRO-1, by whole tensors)."""
+"""AdamW on float32 masters, its state shared out among the ranks (ZeRO-1, by whole tensors).
+
+And DDP, whose all-reduced gradients it takes.
+"""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from machinery.processes import rank, world_size
 
 
-DDP_OPTIONS: dict[str, Any] = dict(gradient_as_bucket_view=True)
+def data_parallel(module: nn.Module) -> DDP:
+    """DDP with one set of gradients for good: views of buckets that are made here and stay.
+
+    Left alone it has two for a while, both among the activations: gradients beside the buckets in
+    the first update, new buckets beside the old ones in the second. So the backward pass after
+    which it makes its last buckets comes at once. It reaches every parameter, in the model's order.
+    """
+    policy = DDP(module, gradient_as_bucket_view=True)
+    nothing = 0 * sum(p.sum() for p in policy.parameters() if p.requires_grad)
+    policy.reducer.prepare_for_backward([])
+    nothing.backward()
+    policy.reducer._rebuild_buckets()  # else DDP.forward calls it, in the second update
+    return policy
 
 
 class ShardedAdamW:
@@ -20,6 +35,9 @@ class ShardedAdamW:
     tensors, about 1/ranks of 12 bytes a parameter. Float32 parameters are their own masters (8
     bytes), and with one rank this is then torch.optim.AdamW. Pure bfloat16 AdamW is wrong at lr
     1e-6: most of its updates round to nothing. For another optimizer override `optimizer_of`.
+
+    offload: masters and state are on the host, and the step is taken there. A tensor's gradient is
+    copied to it when all micro-batches and ranks have added to it, and its master's values back.
     """
 
     def __init__(
@@ -39,12 +57,17 @@ class ShardedAdamW:
             self.owner[i] = load.index(min(load))  # whole tensors, the largest first
             load[self.owner[i]] += self.params[i].numel()
         mine = [i for i, owner in enumerate(self.owner) if owner == rank()]
-        self.mine = {i: self.params[i].detach().float() for i in mine}
+        self.offload, where = offload, dict(device="cpu", copy=True) if offload else {}
+        self.mine = {i: self.params[i].detach().to(dtype=torch.float32, **where) for i in mine}
         self.optimizers = {i: self.optimizer_of(master) for i, master in self.mine.items()}
 
     def optimizer_of(self, master: Tensor) -> torch.optim.Optimizer:
         """Of one parameter's master alone: its temporary tensors are then no larger."""
-        return torch.optim.AdamW([master], **self.settings)
+        optimizer = torch.optim.AdamW([master], **self.settings)
+        # Made in the first step they would take the activations' cached memory apart.
+        moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[master] = {"step": torch.tensor(0.0), **moments}
+        return optimizer
 
     def set_lr(self, lr: float) -> None:
         for optimizer in self.optimizers.values():
@@ -63,8 +86,13 @@ class ShardedAdamW:
                 "See the end of metrics.jsonl; try a smaller --lr"
             )
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = scale.cpu() if self.offload else scale
         for i, master in self.mine.items():
-            master.grad = self.params[i].grad.float() * scale
+            grad = self.params[i].grad
+            if self.offload:
+                master.grad = on_host(on_host(grad), torch.float32).mul_(scale)
+            else:
+                master.grad = grad.float() * scale
             self.optimizers[i].step()
             master.grad = None
         self.share()
@@ -74,7 +102,8 @@ class ShardedAdamW:
     def share(self) -> None:
         """Round this rank's masters into their parameters, and give them to the other ranks."""
         for i, master in self.mine.items():
-            self.params[i].copy_(master)
+            dtype = self.params[i].dtype
+            self.params[i].copy_(on_host(master, dtype) if self.offload else master)
         if world_size() > 1:
             shares = [(p.detach(), owner) for p, owner in zip(self.params, self.owner)]
             for work in [dist.broadcast(p, owner, async_op=True) for p, owner in shares]:
@@ -100,3 +129,9 @@ class ShardedAdamW:
                 name: value.to(master.device if value.dim() else "cpu", copy=True)
                 for name, value in saved.items()
             }
+
+
+def on_host(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy that a GPU reads and writes fast: in page-locked memory, which torch's cache keeps."""
+    empty = torch.empty_like(x, dtype=dtype, device="cpu", pin_memory=torch.cuda.is_available())
+    return empty.copy_(x)

@@ -20,13 +20,15 @@ from transformers import PretrainedConfig
 from machinery.flags import Config
 from machinery.model import FITS_A_LAPTOP, Policy, fit_context, full_name, on_paper
 from machinery.model import parameter_sizes, shape_of
-from machinery.processes import InputError, say
+from machinery.processes import InputError, gather, say
 from machinery.samplers import TORCH_ROWS
 
 GIB = 2**30
 RESERVE = 6 * GIB  # assumed: CUDA, NCCL, vLLM's graphs, fragmentation
 ENGINE = 4 * GIB  # assumed: vLLM's buffers for MAX_PREFILL tokens and MAX_SEQUENCES responses
-ADVICE = "More GPUs share the optimizer's state; a smaller --token_budget has fewer activations"
+CARD = 0.985  # of the GiB that it is named for are there: 79.2 on an A100, 23.6 on an RTX 4090
+ADVICE = "A smaller --token_budget has fewer activations"
+OF_STATE = "More GPUs share the optimizer's state, --offload_optimizer true keeps it on the host. "
 MEAN_TOKENS = dict(prompt=200, rollout=2200, trace=4200)  # the paper's run, by arXiv:2604.23747
 
 
@@ -97,8 +99,8 @@ def memory(
 ) -> list[tuple[str, str, int]]:
     """(phase, purpose, bytes) on each GPU of `capacity` bytes; None: on a CPU, in float32.
 
-    The last row is the sampler's keys and values. Raises InputError if vLLM could not share out
-    the model's heads.
+    The last row is the sampler's keys and values: below 0, what is missing before there are any.
+    Raises InputError if vLLM could not share out the model's heads.
     """
     if config.num_attention_heads % cfg.tensor_parallel:
         raise InputError(
@@ -110,18 +112,20 @@ def memory(
     weights = dtype.itemsize * sum(sizes)
     share = max(sum(sizes) / ranks, max(sizes))  # ShardedAdamW does not cut tensors
     row = longest_row(cfg, ranks)
-    state = f"{'float32 masters and ' if on_gpu else ''}Adam's state, 1/{ranks} of it"
+    masters, offload = on_gpu or cfg.offload_optimizer, on_gpu and cfg.offload_optimizer
+    state = f"{'float32 masters and ' if masters else ''}Adam's state, 1/{ranks} of it"
+    moments_size = 0 if offload else round(share * 8)  # else they are in the host's memory
+    state_size = 0 if offload else round(share * (12 if masters else 8))
     activations = activation_bytes(config, dtype, cfg.checkpointing, row)
     table = [
         ("always", "weights", weights),
         ("always", "gradients", weights),
-        ("always", state, round(share * (12 if on_gpu else 8))),
+        ("always", state, state_size),
         ("always", "reserve (assumed)", RESERVE if on_gpu else 0),
         ("updating", f"activations of {sum(row):,} tokens", activations),
-        ("updating", "gradients again, in the first update", weights),  # DDP makes new buckets
     ]
     if more := getattr(cfg, "more_memory", None):  # what a fork's Config says that it adds
-        table += more(weights, round(share * (12 if on_gpu else 8)), round(share * 8))
+        table += more(weights, state_size, moments_size)
     rollouts = sampled(cfg, ranks)
     response = longest(cfg) * cache_bytes_per_token(cfg, config, dtype.itemsize)
     if not cfg.samples:
@@ -132,8 +136,8 @@ def memory(
         ("sampling", "vLLM's weights", weights // cfg.tensor_parallel),
         ("sampling", "vLLM's prefill and sampler (assumed)", ENGINE),
     ]
-    left = capacity - sum(size for phase, _, size in table if phase != "updating")
-    cached = round(cfg.cache_gib * GIB) or min(max(0, left), max(rollouts, 1) * 2 * response)
+    left = capacity - total(table, "sampling")
+    cached = round(cfg.cache_gib * GIB) or min(left, max(rollouts, 1) * 2 * response)
     return [*table, ("sampling", "keys and values", cached)]
 
 
@@ -141,25 +145,33 @@ def verdict(
     table: list[tuple[str, str, int]], cfg: Config, config: PretrainedConfig, capacity: int
 ) -> str:
     """ "" if a run fits into GPUs of `capacity` bytes, else why not."""
-    for phase in ("updating", "sampling"):
-        if total(table, phase) > capacity:
-            return f"{phase} takes {total(table, phase) / GIB:.1f} GiB"
+    sizes = {phase: total(table, phase) for phase in ("updating", "sampling")}
     response = longest(cfg) * cache_bytes_per_token(cfg, config, 2)
-    if cfg.samples and cfg.sampler != "torch" and table[-1][-1] < response:
-        return "vLLM's keys and values have no room for one response"
-    return ""
+    missing = response - table[-1][-1] if cfg.samples and cfg.sampler != "torch" else 0
+    problems = [
+        f"{phase} takes {size / GIB:.1f} GiB, {(size - capacity) / GIB:.1f} too many"
+        for phase, size in sizes.items()
+        if size > capacity
+    ]
+    if missing > 0 and sizes["sampling"] <= capacity:
+        problems += [f"vLLM's keys and values lack {missing / GIB:.1f} GiB for one response"]
+    return "; ".join(problems)
+
+
+def advice(cfg: Config) -> str:
+    return ADVICE if cfg.offload_optimizer else OF_STATE + ADVICE
 
 
 def cache_bytes(cfg: Config, config: PretrainedConfig, ranks: int) -> int:
     """For VLLMSampler: --cache_gib, or else what the plan has. InputError if that does not fit."""
     if cfg.cache_gib or not torch.cuda.is_available():
         return round((cfg.cache_gib or 0.25) * GIB)
-    capacity = torch.cuda.get_device_properties(0).total_memory
+    capacity = free_memory()
     table = memory(cfg, config, ranks, capacity)
     if problem := verdict(table, cfg, config, capacity):
         raise InputError(
-            f"does not fit in {capacity / GIB:.1f} GiB: {problem}, as --dry_run shows."
-            f" {ADVICE}. --cache_gib N for keys and values tries it all the same"
+            f"does not fit in the {capacity / GIB:.1f} GiB that are free: {problem}, as --dry_run "
+            f"shows. {advice(cfg)}. --cache_gib N for keys and values tries it all the same"
         )
     return table[-1][-1]
 
@@ -168,8 +180,18 @@ def evaluation_cache_bytes(config: PretrainedConfig) -> int:
     """For VLLMSampler without a trainer: what the weights leave, vLLM's and the ones it gets."""
     if not torch.cuda.is_available():
         return GIB // 4
-    capacity = torch.cuda.get_device_properties(0).total_memory
-    return capacity - 2 * 2 * sum(parameter_sizes(config)) - RESERVE - ENGINE  # in bfloat16
+    capacity, needed = free_memory(), 2 * 2 * sum(parameter_sizes(config)) + RESERVE + ENGINE
+    if capacity <= needed:  # the weights are in bfloat16
+        raise InputError(
+            f"does not fit in the {capacity / GIB:.1f} GiB that are free: without any keys and "
+            f"values vLLM and the weights take {needed / GIB:.1f}. Free the GPU or use a larger one"
+        )
+    return capacity - needed
+
+
+def free_memory() -> int:
+    """Bytes that nobody holds on the fullest of the ranks' GPUs: those of an engine must agree."""
+    return min(gather(torch.cuda.mem_get_info()[0]))
 
 
 # ------------------------------------------------------------------ batches
@@ -202,14 +224,13 @@ def machine(text: str, parameters: int) -> tuple[int, int | None]:
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
         if not match:
             raise InputError(f"--dry_run {text}: expected GPUSxGIB, such as 8x80")
-        return int(match[1]), int(match[2]) * GIB
+        return int(match[1]), round(int(match[2]) * CARD * GIB)
     ranks = int(os.environ.get("WORLD_SIZE", 0))  # under torchrun
     if torch.cuda.is_available():
-        capacity = torch.cuda.get_device_properties(0).total_memory
-        return ranks or torch.cuda.device_count(), capacity
+        return ranks or torch.cuda.device_count(), free_memory()
     if parameters < FITS_A_LAPTOP:  # then the plan is for this machine's CPU
         return ranks or 1, None
-    return ranks or 8, 80 * GIB  # the paper's machine
+    return ranks or 8, round(80 * CARD * GIB)  # the paper's machine
 
 
 def show(cfg: Config, check: Callable[[int], None], differences: str) -> None:
@@ -220,34 +241,47 @@ def show(cfg: Config, check: Callable[[int], None], differences: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     config = shape_of(cfg.model)
-    parameters = sum(parameter_sizes(config))
+    sizes = parameter_sizes(config)
+    parameters = sum(sizes)
     ranks, capacity = machine(cfg.dry_run, parameters)
     check(ranks)
     fit_context(config, cfg.max_prompt_tokens, longest(cfg) - cfg.max_prompt_tokens)
-    processor = "CPU, float32" if capacity is None else f"{capacity / GIB:.0f} GiB, bfloat16"
+    is_here = cfg.dry_run == "this" and torch.cuda.is_available()
+    what = "that are free" if is_here else f"({CARD:.1%} of a card's name)"
+    gpu = f"{(capacity or 0) / GIB:.1f} GiB {what}, bfloat16"
     say(f"recipe      LUFFY's{differences}")
     say(f"model       {full_name(cfg.model)}, {parameters:,} parameters")
-    say(f"machine     {ranks} x {processor}")
+    say(f"machine     {ranks} x {'CPU, float32' if capacity is None else gpu}")
     show_batches(cfg, ranks)
     unit, name, size = (2**20, "process, MiB", 4) if capacity is None else (GIB, "GPU, GiB", 2)
     if capacity is not None:
         saved = ceil(cfg.steps / cfg.save_every)
-        weights, state = size * parameters / GIB, 12 * parameters / GIB
+        weights, state, copies = (
+            x / GIB for x in (size * parameters, 12 * parameters, 12 * max(sizes))
+        )
         say(
             f"disk        {saved} checkpoints of {weights:.1f} GiB, and {state:.1f} GiB of "
             "optimizer state, twice while one is saved"
         )
         say(f"host        {weights:.1f} GiB for each GPU while the model is loaded")
+        if cfg.offload_optimizer:
+            say(
+                f"            {state:.1f} GiB for masters and Adam's state of all GPUs, up to "
+                f"{copies:.1f} for the copies of each"
+            )
     table = memory(cfg, config, ranks, capacity)
     say(f"memory      of each {name}")
     show_memory(table, unit)
     response = longest(cfg) * cache_bytes_per_token(cfg, config, size)
-    say(f"            {table[-1][-1] / response:.1f} of the longest responses fit in at once")
+    fit, missing = table[-1][-1] / response, (response - table[-1][-1]) / GIB
+    lacking = f"not one response fits in: {missing:.1f} GiB are missing"
+    some = f"{fit:.1f} of the longest responses fit in at once"
+    say(f"            {lacking if cfg.samples and fit < 1 else some}")
     if capacity is not None:
         problem = verdict(table, cfg, config, capacity)
-        reason = f": {problem}. {ADVICE}" if problem else ""
+        reason = f": {problem}. {advice(cfg)}" if problem else ""
         fits = "DOES NOT FIT" if problem else "fits"
-        say(f"verdict     {fits} in {capacity / GIB:.0f} GiB{reason}")
+        say(f"verdict     {fits} in {capacity / GIB:.1f} GiB{reason}")
 
 
 def show_batches(cfg: Config, ranks: int) -> None:
@@ -293,10 +327,11 @@ def show_memory(table: list[tuple[str, str, int]], unit: int) -> None:
     for phase in ("always", "updating", "sampling"):
         for when, purpose, size in table:
             if when == phase and size:
-                say(f"  {phase:10}{purpose:44}{size / unit:7.1f}")
+                purpose += ": missing" * (size < 0)
+                say(f"  {phase:10}{purpose:44}{abs(size) / unit:7.1f}")
     for phase in ("updating", "sampling"):
         say(f"  {'in all':10}{phase:44}{total(table, phase) / unit:7.1f}")
 
 
 def total(table: list[tuple[str, str, int]], phase: str) -> int:
-    return sum(size for when, _, size in table if when in ("always", phase))
+    return sum(max(0, size) for when, _, size in table if when in ("always", phase))

@@ -111,10 +111,10 @@ SHARDED = textwrap.dedent("""
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 128),
                                    torch.nn.GELU(), torch.nn.Linear(128, 64)).bfloat16()
-    def compare():
+    def compare(offload):
         mine, theirs = (DDP(net(), gradient_as_bucket_view=True) for _ in range(2))
         settings = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, eps=1e-8)
-        sharded = ShardedAdamW(mine.parameters(), **settings)
+        sharded = ShardedAdamW(mine.parameters(), **settings, offload=offload)
         masters = [p.detach().float().clone() for p in theirs.parameters()]
         replicated = torch.optim.AdamW(masters, **settings)
         for step in range(20):
@@ -140,7 +140,7 @@ SHARDED = textwrap.dedent("""
         print(f"rank {rank()}: share {share:.2f}, moved {moved}")
         assert moved > 1000
     init_processes()
-    launch(compare)
+    launch(lambda: [compare(offload) for offload in (False, True)])
 """)
 
 
@@ -148,7 +148,37 @@ def test_sharded_adamw_equals_replicated_masters_bit_for_bit(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text("import sys; sys.path.insert(0, '.')\n" + SHARDED)
     out = run(script, ranks=2).stdout
-    assert out.count("share") == 2, out
+    assert out.count("share") == 4, out
+
+
+BUCKETS = textwrap.dedent("""
+    from contextlib import nullcontext
+    import torch
+    from luffy import data_parallel
+    from machinery.plan import AllocationCounter
+    from machinery.processes import init_processes, launch, rank
+    def micro_batches():
+        net = torch.nn.Sequential(*[torch.nn.Linear(300, 300, bias=False) for _ in range(20)])
+        with AllocationCounter() as memory:
+            policy = data_parallel(net)
+            held, one, x = memory.now, 4 * 300 * 300, torch.randn(2, 300)
+            for update in range(3):
+                for last in (False, True):
+                    memory.peak = memory.now
+                    with nullcontext() if last else policy.no_sync():
+                        policy(x).sum().backward()
+                    assert memory.peak < held + 2 * one, (update, last, memory.peak - held)
+        print("one set of gradients")
+    init_processes()
+    launch(micro_batches)
+""")
+
+
+def test_there_is_one_set_of_gradients_from_the_start(tmp_path):
+    """DDP alone holds a second one in the first update, and in the second."""
+    script = tmp_path / "buckets.py"
+    script.write_text("import sys; sys.path.insert(0, '.')\n" + BUCKETS)
+    assert run(script, ranks=2).stdout.count("one set") == 2
 
 
 UNEVEN = textwrap.dedent("""
@@ -162,7 +192,7 @@ UNEVEN = textwrap.dedent("""
         cfg = luffy.Config(**luffy.ALGORITHMS["on_policy"] | dict(problems_per_step=2, lr=1e-2,
             updates_per_step=1, max_response_tokens=32, entropy_coef=0.0, token_budget=40))
         model = luffy.load_model(sys.argv[1], luffy.load_config(sys.argv[1]), False)
-        policy = luffy.DDP(luffy.Policy(model, 1.0), gradient_as_bucket_view=True)
+        policy = luffy.data_parallel(luffy.Policy(model, 1.0))
         optimizer = luffy.ShardedAdamW(policy.parameters(), lr=cfg.lr)
         rng = random.Random(rank())
         for silent in (0, 1, None, 1):  # the rank whose advantages are all zero

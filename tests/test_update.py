@@ -374,6 +374,40 @@ def test_one_rank_is_plain_adamw_bit_for_bit():
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offloaded_optimizer_takes_the_same_steps(policy, dtype):
+    """On the gradients of all micro-batches, bit for bit; and goes on from the other's state."""
+    cfg = config(updates_per_step=2, token_budget=40)
+    steps = [make_trajectories(cfg) for _ in range(3)]
+    ends = []
+    for offloads in ([False] * 3, [True] * 3, [False, True, False]):
+        moving, state = copy.deepcopy(policy).to(dtype), None
+        for step, offload in enumerate(offloads):
+            optimizer = ShardedAdamW(moving.parameters(), lr=cfg.lr, offload=offload)
+            if state:
+                optimizer.load_state_dict(state)
+            update(moving, optimizer, copy.deepcopy(steps[step]), cfg)
+            state = optimizer.state_dict()
+        ends.append((list(moving.parameters()), state))
+    before = [p.to(dtype) for p in policy.parameters()]
+    assert all(not torch.equal(p, q) for p, q in zip(before, ends[0][0]))
+    for parameters, state in ends[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(parameters, ends[0][0]))
+        for i, saved in state.items():
+            assert saved["step"] == 6
+            assert all(torch.equal(x, ends[0][1][i][name]) for name, x in saved.items())
+
+
+def test_adams_state_is_there_before_the_first_step():
+    p = torch.nn.Parameter(torch.randn(3, 4).bfloat16())
+    optimizer = ShardedAdamW([p], lr=1e-3)
+    made = optimizer.state_dict()[0]
+    p.grad = torch.ones_like(p)
+    optimizer.step(1.0)
+    assert made.keys() == {"master", "step", "exp_avg", "exp_avg_sq"}
+    assert all(x is made[name] and x.any() for name, x in optimizer.state_dict()[0].items())
+
+
 @pytest.mark.parametrize("scale", [1.0, 64.0])
 def test_the_clip_acts_on_the_scaled_gradient(policy, scale):
     """A plain gradient step then has the length max_grad_norm / scale, or the gradient's own."""
