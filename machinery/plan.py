@@ -62,7 +62,20 @@ class AllocationCounter(TorchDispatchMode):
 
 
 def activation_bytes(config, dtype: torch.dtype, checkpointing: bool, lengths: list[int]) -> int:
-    """The most that a micro-batch of these trajectories adds to weights and gradients."""
+    """The most that a micro-batch of these trajectories adds to weights and gradients.
+
+    It takes seconds, so what was counted once is kept.
+    """
+    key = config.to_json_string(), dtype, checkpointing, *lengths
+    if key not in COUNTED:
+        COUNTED[key] = count_activations(config, dtype, checkpointing, lengths)
+    return COUNTED[key]
+
+
+COUNTED: dict[tuple, int] = {}
+
+
+def count_activations(config, dtype: torch.dtype, checkpointing: bool, lengths: list[int]) -> int:
     tokens = sum(lengths)
     with FakeTensorMode():
         policy = Policy(on_paper(config, dtype).train(), temperature=1.0)

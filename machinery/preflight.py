@@ -116,7 +116,7 @@ def run(
     cfg = replace(cfg, out=str(scratch), preflight=False, track="")
     with grader_of(cfg.graders, cfg.grade_timeout, cfg.lenient, cfg.reward) as grader:
         the_run = Run(cfg)
-        with explained("model and data", plan.ADVICE, torch.OutOfMemoryError):
+        with explained("model and data", plan.advice(cfg), torch.OutOfMemoryError):
             (tokenizer, problems, _, _, sampler, model), seconds = timed(
                 lambda: load(cfg, the_run, base, grader)
             )
@@ -144,20 +144,21 @@ def machine(cfg: Config, config: Any, local_ranks: int, where: Path) -> None:
     on_gpu = torch.cuda.is_available()
     parameters = sum(plan.parameter_sizes(config))
     if on_gpu:
-        free, total = torch.cuda.mem_get_info()
+        free, total = plan.free_memory(), torch.cuda.mem_get_info()[1]
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         check("driver", f"{processes.driver()}, CUDA {torch.version.cuda}")
         check("GPU", f"{card.name}, compute capability {card.major}.{card.minor}")
         table = plan.memory(cfg, config, world_size(), free)
         problem = plan.verdict(table, cfg, config, free)
         value = f"{free / GIB:.1f} of {total / GIB:.1f} GiB are free"
-        fix = f"{problem}. Does nvidia-smi show another program? {plan.ADVICE}"
+        fix = f"{problem}. Does nvidia-smi show another program? {plan.advice(cfg)}"
         check("GPU memory", value, not problem, "the plan's, as --dry_run shows", fix)
         missing = samplers.no_compiler()
         check("compiler for Triton", missing or "there", not missing, "gcc and Python.h", missing)
     else:
         skip("driver, GPU, memory", ON_CPU)
-    state = 12 if on_gpu else 8  # bytes a parameter: float32 masters, and Adam's two moments
+    # bytes a parameter: Adam's two moments, and masters where the parameters are none
+    state = 12 if on_gpu or cfg.offload_optimizer else 8
     weights = parameters * (2 if on_gpu else 4)
     on_host = local_ranks * weights
     if cfg.offload_optimizer:
@@ -405,8 +406,7 @@ def updating(
     optimizer.set_lr(min(cfg.lr, 1e-6))  # what is made up is unlikely: a larger step goes far
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    fix = "A smaller --token_budget has fewer activations; more GPUs share the optimizer's state"
-    with explained("update", fix, torch.OutOfMemoryError):
+    with explained("update", plan.advice(cfg), torch.OutOfMemoryError):
         metrics, seconds = timed(lambda: update(policy, optimizer, trajectories, two))
     norms = gather(metrics["grad_norm"])
     alike = len(set(norms)) == 1 and norms[0] > 0
