@@ -189,7 +189,7 @@ def version_of(package: str) -> str:
 def memory_available() -> int:
     """Bytes of this machine's memory that programs may still take; 0: it does not say."""
     info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), 0)
 
 

@@ -122,7 +122,7 @@ def gpu_problem() -> str:
 
 def driver() -> str:
     """The version of the NVIDIA driver that is loaded, such as 580.95.05, or ""."""
-    found = re.search(r" (\d{3,}\.[\d.]+) ", DRIVER.read_text()) if DRIVER.is_file() else None
+    found = re.search(r" (\d{3,}\.[\d.]+) ", DRIVER.read_text("utf-8")) if DRIVER.is_file() else None
     return found[1] if found else ""
 
 

@@ -174,6 +174,7 @@ BUCKETS = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_there_is_one_set_of_gradients_from_the_start(tmp_path):
     """DDP alone holds a second one in the first update, and in the second."""
     script = tmp_path / "buckets.py"

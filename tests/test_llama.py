@@ -160,7 +160,7 @@ def test_whatever_ends_a_turn_or_a_text_ends_a_response(llama, tokenizer):
         assert done and all(s.tokens[-1] == one_end and s.tokens.count(one_end) == 1 for s in done)
         assert all(one_end not in s.tokens and len(s.tokens) == 30 for s in group if s.truncated)
 
-    logprobs = [{token: SimpleNamespace(logprob=0.0)} for token in (50, 1)]
+    logprobs = SimpleNamespace(token_ids=[50, 1], logprobs=[0.0, 0.0])
     output = SimpleNamespace(outputs=[SimpleNamespace(token_ids=(50, 1), logprobs=logprobs)])
     assert [to_samples(output, e)[0].truncated for e in (ends, [2])] == [False, True]  # vLLM's
 
