@@ -122,7 +122,8 @@ def gpu_problem() -> str:
 
 def driver() -> str:
     """The version of the NVIDIA driver that is loaded, such as 580.95.05, or ""."""
-    found = re.search(r" (\d{3,}\.[\d.]+) ", DRIVER.read_text("utf-8")) if DRIVER.is_file() else None
+    text = DRIVER.read_text("utf-8") if DRIVER.is_file() else ""
+    found = re.search(r" (\d{3,}\.[\d.]+) ", text)
     return found[1] if found else ""
 
 
