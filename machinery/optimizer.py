@@ -125,10 +125,12 @@ class ShardedAdamW:
         for i, master in self.mine.items():
             saved = dict(state[i])
             master.copy_(saved.pop("master"))
-            self.optimizers[i].state[master] = {  # AdamW keeps its scalar `step` on the CPU
-                name: value.to(master.device if value.dim() else "cpu", copy=True)
-                for name, value in saved.items()
-            }
+            own = self.optimizers[i].state[master]
+            for name, value in saved.items():
+                if name in own:  # in place: there is no room for a second set of moments
+                    own[name].copy_(value)
+                else:  # AdamW keeps its scalar `step` on the CPU
+                    own[name] = value.to(master.device if value.dim() else "cpu", copy=True)
 
 
 def on_host(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
