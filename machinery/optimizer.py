@@ -3,7 +3,8 @@
 And DDP, whose all-reduced gradients it takes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from machinery.processes import rank, world_size
+
+THREADS = torch.get_num_threads()
 
 
 def data_parallel(module: nn.Module) -> DDP:
@@ -93,7 +96,8 @@ class ShardedAdamW:
                 master.grad = on_host(on_host(grad), torch.float32).mul_(scale)
             else:
                 master.grad = grad.float() * scale
-            self.optimizers[i].step()
+            with many_threads() if self.offload else nullcontext():
+                self.optimizers[i].step()
             master.grad = None
         self.share()
         return norm.item()
@@ -125,10 +129,23 @@ class ShardedAdamW:
         for i, master in self.mine.items():
             saved = dict(state[i])
             master.copy_(saved.pop("master"))
-            self.optimizers[i].state[master] = {  # AdamW keeps its scalar `step` on the CPU
-                name: value.to(master.device if value.dim() else "cpu", copy=True)
-                for name, value in saved.items()
-            }
+            own = self.optimizers[i].state[master]
+            for name, value in saved.items():
+                if name in own:  # in place: there is no room for a second set of moments
+                    own[name].copy_(value)
+                else:  # AdamW keeps its scalar `step` on the CPU
+                    own[name] = value.to(master.device if value.dim() else "cpu", copy=True)
+
+
+@contextmanager
+def many_threads() -> Iterator[None]:
+    """As many of torch's as at the start. vLLM leaves one, and looks for one when it samples."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def on_host(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

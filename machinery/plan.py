@@ -4,6 +4,7 @@ The memory of an update is not a formula: the trainer's own Policy runs forward 
 tensors, which have sizes but no data, while every allocation is counted.
 """
 
+import json
 import os
 import re
 import weakref
@@ -64,15 +65,17 @@ class AllocationCounter(TorchDispatchMode):
 def activation_bytes(config, dtype: torch.dtype, checkpointing: bool, lengths: list[int]) -> int:
     """The most that a micro-batch of these trajectories adds to weights and gradients.
 
-    It takes seconds, so what was counted once is kept.
+    It takes seconds, so what was counted once is kept: before and after `fit_context`, too.
     """
-    key = config.to_json_string(), dtype, checkpointing, *lengths
+    shape = {k: v for k, v in config.to_diff_dict().items() if k not in OF_CONTEXT}
+    key = json.dumps(shape, sort_keys=True, default=str), dtype, checkpointing, *lengths
     if key not in COUNTED:
         COUNTED[key] = count_activations(config, dtype, checkpointing, lengths)
     return COUNTED[key]
 
 
 COUNTED: dict[tuple, int] = {}
+OF_CONTEXT = "max_position_embeddings", "rope_parameters"
 
 
 def count_activations(config, dtype: torch.dtype, checkpointing: bool, lengths: list[int]) -> int:

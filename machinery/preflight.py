@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from machinery.run_directory import Run
 
 SECONDS = 60  # for a collective: ranks that cannot reach each other wait for ever
 PROMPTS, TOKENS = 8, 256  # at most so many problems of a rank, and tokens of a response
+LIMITS = 0.01, 5.0  # in bfloat16, of the mean KL and of a token's log-prob
 ON_CPU = "needs a GPU"
 
 
@@ -226,8 +228,12 @@ def collectives(gradients: int) -> None:
         sums = gather(bits(x))
         right = abs(x.double().sum().item() / total - 1) < 1e-4
         check("all-reduce", f"{sums[0]:x}", right and len(set(sums)) == 1, "the sum, on all ranks")
-        for name, factor in (("all-reduce", 2 - 2 / world_size()), ("broadcast", 1)):
-            work = (lambda: dist.all_reduce(x)) if factor != 1 else lambda: dist.broadcast(x, 0)
+        works: dict[str, tuple[float, Callable]] = {
+            "all-reduce": (2 - 2 / world_size(), lambda: dist.all_reduce(x)),
+            "broadcast": (1, lambda: dist.broadcast(x, 0)),
+        }
+        for name, (factor, work) in works.items():
+            work()  # connections of its own
             _, seconds = timed(work)
             seconds = max(gather(seconds))
             of_gradients = gradients / x.nbytes * seconds
@@ -305,10 +311,20 @@ def engine(sampler: Any) -> None:
     if not torch.cuda.is_available():
         return skip("engine, asleep", ON_CPU)
     free, total = torch.cuda.mem_get_info()
-    left = total - free - torch.cuda.memory_reserved()
+    left = total - free - (torch.cuda.memory_reserved() - in_pools()[1])
     fix = "Another program on this GPU? Else --cache_gib with less than the plan's"
     value = f"{left / GIB:.1f} GiB beside the trainer's"
     check("engine, asleep", value, left < plan.RESERVE, f"< {plan.RESERVE / GIB:.0f} GiB", fix)
+
+
+def in_pools() -> tuple[int, int]:
+    """Bytes allocated and reserved in pools of their own, by torch's count: most of vLLM's.
+
+    While it sleeps that memory is the GPU's again, but torch does not know, and counts it on.
+    """
+    segments = torch.cuda.memory_snapshot()
+    pooled = [s for s in segments if tuple(s["segment_pool_id"]) != (0, 0)]
+    return sum(s["allocated_size"] for s in pooled), sum(s["total_size"] for s in pooled)
 
 
 def same_weights(model: Any, what: str) -> None:
@@ -340,12 +356,17 @@ def sampling(
     agree("the same, long prompt", policy, ask(sampler, [problem] * 2, short, 16), cfg)
     few = batch[:PROMPTS]
     before = ask(sampler, few, short)
-    for name, follows in (("push, other weights", True), ("push, weights again", False)):
+    # Weights without sense may magnify bfloat16's rounding; those of before are off by nats.
+    for name, follows, limits in (
+        ("push, other weights", True, (1.0, 50.0)),
+        ("push, weights again", False, LIMITS),
+    ):
         flip(model)
         sampler.push(model.named_parameters())
         after = ask(sampler, few, short)
         changed = sum(a.response != b.response for a, b in zip(before, after)) / len(few)
-        agree(name, policy, after, cfg, f", {changed:.0%} differ", changed == 1 or not follows)
+        follows = changed == 1 or not follows
+        agree(name, policy, after, cfg, f", {changed:.0%} differ", follows, limits)
     sampler.sleep()
     return {"sample": max(1, tokens) / seconds, "push": push}
 
@@ -373,16 +394,23 @@ def flip(model: Any) -> None:
 
 @torch.no_grad()
 def agree(
-    what: str, policy: Any, sampled: list, cfg: Config, more: str = "", follows: bool = True
+    what: str,
+    policy: Any,
+    sampled: list,
+    cfg: Config,
+    more: str = "",
+    follows: bool = True,
+    limits: tuple[float, float] = LIMITS,
 ) -> None:
     """The sampler's log-probs of what it sampled are the trainer's, but for rounding."""
+    budget = min(cfg.token_budget, samplers.MAX_PREFILL)  # the sampler's cache is there, too
     gaps = [
         policy.module(micro_batch)[0] - micro_batch.logp_sampler
-        for micro_batch in pack(sampled, cfg.token_budget)
+        for micro_batch in pack(sampled, budget)
     ]
     gap = torch.cat(gaps)
     kl, most = (gap.exp() - 1 - gap).mean().item(), gap.abs().max().item()
-    limit = (0.01, 5.0) if next(policy.parameters()).dtype == torch.bfloat16 else (1e-5, 0.02)
+    limit = limits if next(policy.parameters()).dtype == torch.bfloat16 else (1e-5, 0.02)
     fix = (
         "The sampler does not sample from the policy: has it its weights, its RoPE (config.json), "
         "its precision? --sampler torch tells whether it is vLLM"
@@ -406,12 +434,21 @@ def updating(
     optimizer.set_lr(min(cfg.lr, 1e-6))  # what is made up is unlikely: a larger step goes far
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    norms, step = [], optimizer.step  # each rank's own: in the metrics they are averaged
+
+    def recorded(max_norm: float) -> float:
+        norms.append(step(max_norm))
+        return norms[-1]
+
+    optimizer.step = recorded
     with explained("update", plan.advice(cfg), torch.OutOfMemoryError):
-        metrics, seconds = timed(lambda: update(policy, optimizer, trajectories, two))
-    norms = gather(metrics["grad_norm"])
-    alike = len(set(norms)) == 1 and norms[0] > 0
+        _, seconds = timed(lambda: update(policy, optimizer, trajectories, two))
+    del optimizer.step
+    first = gather(norms)[0]
+    alike = len(first) == len(norms) and all(map(partial(math.isclose, rel_tol=1e-5), first, norms))
     fix = "The ranks' gradients differ after their all-reduce: is the network sound?"
-    check("gradient norm", f"{norms[0]:.3g} on all", alike, "the same, above 0", fix)
+    value = ", ".join(f"{norm:.3g}" for norm in norms)
+    check("gradient norms", value, alike and min(first, default=0) > 0, "the same, above 0", fix)
     memory(cfg, policy.module.model, sampler, problems)
     return sum(len(t.problem.prompt_ids) + len(t.response) for t in trajectories) / seconds
 
@@ -438,10 +475,12 @@ def memory(cfg: Config, model: Any, sampler: Any, problems: list) -> None:
     if torch.cuda.is_available():
         table = plan.memory(cfg, model.config, world_size(), torch.cuda.mem_get_info()[1])
         planned = plan.total(table, "updating") - plan.RESERVE
-        peak, free = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        (vllms, reserved), free = in_pools(), torch.cuda.mem_get_info()[0]
+        peak = torch.cuda.max_memory_allocated() - vllms
+        unused = torch.cuda.memory_reserved() - reserved - (torch.cuda.memory_allocated() - vllms)
+        planned += planned // 20 + GIB  # and what is small: workspaces, the sleeping sampler's
         value, limit = f"{peak / GIB:.1f} GiB at the most", f"< {planned / GIB:.1f}, the plan's"
-        check("memory, updating", value, peak < 1.05 * planned, limit, fix)
+        check("memory, updating", value, peak < planned, limit, fix)
         check("memory, least free", f"{free / GIB:.1f} GiB", free > GIB // 2, "> 0.5 GiB", fix)
         check("memory, fragments", f"{unused / GIB:.1f} GiB reserved and not used")
     else:
@@ -459,7 +498,8 @@ def seconds_a_step(cfg: Config, speed: dict[str, float]) -> None:
     """From the speeds here and the tokens that the plan expects."""
     sampled, trained = plan.expected(cfg, world_size())
     sample = sampled / min(gather(speed["sample"])) if cfg.samples else 0.0
-    update = cfg.updates_per_step * trained / min(gather(speed["update"]))
+    # ranks that had less to do waited for those with more: theirs is no speed
+    update = cfg.updates_per_step * trained / max(gather(speed["update"]))
     seconds = sample + update + speed.get("push", 0.0)
     value = f"{sample:.0f} s sampling, {update:.0f} updating, {speed.get('push', 0.0):.1f} pushing"
     check("a step, estimated", value)

@@ -23,6 +23,7 @@ from machinery.files import print_what_can_be
 
 ending = ExitStack()  # closed when a program's main ends, however it does
 DRIVER = Path("/proc/driver/nvidia/version")  # of the kernel's module, on Linux
+EXPANDABLE = "expandable_segments:True"
 
 
 class InputError(ValueError):
@@ -70,11 +71,23 @@ def choose_device(asked: str) -> None:
 
 def start_gpu(index: int) -> None:
     # Runs that share a GPU with vLLM ran out of memory at the engine's second wake-up, with 15 to
-    # 20 GiB reserved by torch and not allocated. vLLM turns this off for its own memory. It is read
-    # at the first allocation.
+    # 20 GiB reserved by torch and not allocated.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = EXPANDABLE
+    use_expandable_segments(True)
     torch.cuda.set_device(index)
+
+
+def use_expandable_segments(on: bool) -> None:
+    """Allocate GPU memory from now on as the environment says, but off: never in such segments.
+
+    The environment itself is read by torch once, which may be when it is imported.
+    """
+    names = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    settings = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    if EXPANDABLE in settings:  # all of them: a setting that is not given gets its default
+        off = settings.replace(EXPANDABLE, "expandable_segments:False")
+        torch._C._accelerator_setAllocatorSettings(settings if on else off)
 
 
 def ranks_problem(ranks: int) -> str:

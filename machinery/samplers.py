@@ -25,7 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from machinery.model import from_pretrained
-from machinery.processes import InputError, barrier, device, progress, rank, say, world_size
+from machinery.processes import InputError, barrier, device, progress, rank, say
+from machinery.processes import use_expandable_segments, world_size
 
 TORCH_ROWS = 512  # responses that TorchSampler decodes together
 DROP_EVERY = 8  # tokens: dropping finished rows copies the whole cache
@@ -222,7 +223,8 @@ def sampler_kind(kind: str, samples: bool = True) -> str:
 def vllm_environment() -> Iterator[Any]:
     """Set the environment that vLLM starts in; undo its change of torch.set_num_threads.
 
-    Gives vllm.LLM, which is slow to import.
+    Gives vllm.LLM, which is slow to import. Without expandable segments: torch refuses them in a
+    pool such as vLLM's, which turns them off around weights and cache, not where it records graphs.
     """
     for name, value in {
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -235,11 +237,13 @@ def vllm_environment() -> Iterator[Any]:
     }.items():
         os.environ.setdefault(name, value)
     set_num_threads = torch.set_num_threads
+    use_expandable_segments(False)
     try:
         from vllm import LLM
 
         yield LLM
     finally:
+        use_expandable_segments(True)
         torch.set_num_threads = set_num_threads  # the CPU build takes it away
 
 

@@ -6,15 +6,17 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from transformers import AutoConfig
 
 from machinery import processes
 from machinery.model import SHAPES, find
 from machinery.processes import InputError, choose_device
-from machinery.samplers import no_compiler
+from machinery.samplers import no_compiler, vllm_environment
 
 VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 2024\n"
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020)."
@@ -123,6 +125,23 @@ def test_an_allocator_that_the_user_has_configured(two_gpus, monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     choose_device("cuda")
     assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+
+
+def test_expandable_segments_everywhere_but_in_vllm(two_gpus, monkeypatch):
+    settings = []  # torch reads the environment once, maybe before it is set here
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    choose_device("cuda")
+    assert settings == ["expandable_segments:True"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda: settings[-1]))
+    with vllm_environment() as engine:
+        assert engine() == "max_split_size_mb:512,expandable_segments:False"
+    assert settings[-1] == "max_split_size_mb:512,expandable_segments:True"
+    count = len(settings)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    with vllm_environment():
+        pass
+    assert len(settings) == count  # the user's own word
 
 
 def test_a_gpu_without_bfloat16(two_gpus, monkeypatch):

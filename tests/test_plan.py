@@ -1,5 +1,6 @@
 """The plan is right where it can be measured, and says what is known where it cannot."""
 
+import copy
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from conftest import ROOT
 import luffy
 from machinery import plan
 from machinery.flags import differences
-from machinery.model import shape_of
+from machinery.model import fit_context, shape_of
 from machinery.processes import InputError
 
 
@@ -196,3 +197,16 @@ def test_counting_sees_what_is_freed():
     assert memory.now == 8000 and memory.peak == 8000
     del b, c
     assert memory.now == 0
+
+
+def test_activations_are_counted_once(monkeypatch):
+    """Of a run: by its preflight before the context is made longer, and by its sampler's cache."""
+    calls = []
+    monkeypatch.setattr(plan, "COUNTED", {})
+    monkeypatch.setattr(plan, "count_activations", lambda *args: calls.append(args) or 1)
+    config = shape_of("Qwen2.5-Math-7B")
+    longer = copy.deepcopy(config)
+    fit_context(longer, 1024, 8192)
+    for of in config, longer, shape_of("Qwen2.5-Math-1.5B"):
+        plan.activation_bytes(of, torch.bfloat16, True, [100])
+    assert len(calls) == 2

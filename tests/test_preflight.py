@@ -45,6 +45,11 @@ FAULTS = textwrap.dedent("""
             optimizer.params[3].data[0] += 1e-3
         return policy, optimizer
 
+    def own_gradients(model, cfg, of=luffy.learner):
+        policy, optimizer = of(model, cfg)
+        policy.require_backward_grad_sync = False
+        return policy, optimizer
+
     def token_logprobs(*args, of=preflight.token_logprobs, **how):
         logp, entropy = of(*args, **how)
         return logp, entropy + 0.01 * logp
@@ -65,6 +70,7 @@ FAULTS = textwrap.dedent("""
         "wrong RoPE": [(luffy, "TorchSampler", WrongRoPE),
                        (samplers, "vllm_options", vllm_options)],
         "other weights": [(luffy, "learner", learner)],
+        "own gradients": [(luffy, "learner", own_gradients)],
         "full disk": [(preflight.shutil, "disk_usage", lambda path: Usage)],
         "no driver": [(processes, "driver", lambda: "535.183.01"), (torch.cuda, "init", init),
                       (torch.version, "cuda", "13.0")],
@@ -125,7 +131,8 @@ def test_what_is_wrong_is_named(preflights):
 
 
 def test_two_ranks_have_the_same_weights_or_fail(preflights):
-    printed = preflights("other weights", "nothing", ranks=2)
+    printed = preflights("other weights", "own gradients", "nothing", ranks=2)
+    assert "own gradients: preflight, gradient norms, rank 1: " in printed
     assert "other weights: preflight, weights, rank 0: rank 1 has others" in printed
     assert "nothing: passed" in printed and "all-reduce, speed" in printed
 

@@ -13,7 +13,7 @@ from data import Problem
 from luffy import ALGORITHMS, Config, ShardedAdamW, Trajectory
 from luffy import group_advantages, mixed_policy_objective, pack, record_old_logprobs
 from luffy import score, set_normaliser, update
-from machinery import batches, rivals
+from machinery import batches, optimizer as optimizer_module, rivals
 from machinery.batches import collate
 from machinery.model import Policy, from_pretrained
 
@@ -576,3 +576,23 @@ def test_groups_are_dealt_by_their_tokens(monkeypatch):
     for half in range(2):
         before, after = sorted(tokens(by_rank, half)), sorted(tokens(now, half))
         assert before[1] > 1.1 * before[0] and after[1] < 1.06 * after[0], (before, after)
+
+
+def test_the_hosts_optimizer_has_the_threads_of_the_start(monkeypatch):
+    """vLLM's engine leaves one, and its compiled code needs one."""
+    monkeypatch.setattr(optimizer_module, "THREADS", 3)
+    before, seen = torch.get_num_threads(), []
+
+    class Looks(torch.optim.SGD):
+        def step(self):
+            seen.append(torch.get_num_threads())
+
+    class Sharded(ShardedAdamW):
+        def optimizer_of(self, master):
+            return Looks([master], lr=1.0)
+
+    for offload in (True, False):
+        p = torch.nn.Parameter(torch.ones(2))
+        p.grad = torch.ones(2)
+        Sharded([p], lr=1.0, offload=offload).step(1.0)
+    assert seen == [3, before] and torch.get_num_threads() == before
