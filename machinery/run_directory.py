@@ -83,7 +83,9 @@ class Run:
             )
 
     def check(self) -> None:
-        """Refuse the directory of another run."""
+        """Refuse the directory of another run, and one below a file."""
+        if file := next((p for p in self.out.absolute().parents if p.is_file()), None):
+            raise InputError(f"--out {self.out}: {file} is a file; name another directory")
         if not self.out.exists():
             return
         config = self.out / "config.json"

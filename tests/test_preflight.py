@@ -137,6 +137,26 @@ def test_two_ranks_have_the_same_weights_or_fail(preflights):
     assert "nothing: passed" in printed and "all-reduce, speed" in printed
 
 
+@pytest.mark.parametrize("algo", ["sft", "prefix_rft"])
+def test_a_run_that_samples_otherwise_passes(preflights, algo):
+    """SFT samples in evaluation alone; a prefix's tokens were not sampled at all."""
+    assert "nothing: passed" in preflights("nothing", algo=algo)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fork", ["dapo", "exgrpo", "orz", "prime", "trapo"])
+def test_forks_pass(tmp_path, tiny_model, fork):
+    small = "--problems_per_step", 4, "--max_response_tokens", 64, "--token_budget", 400
+    model = "--model", tiny_model, "--out", tmp_path / "where" / "run"
+    assert "preflight passed" in run("-m", f"forks.{fork}", *model, *small, "--preflight").stdout
+
+
+def test_a_run_that_would_be_refused_is_refused(preflights, tmp_path):
+    (tmp_path / "file").write_text("")
+    printed = preflights("nothing", out=tmp_path / "file" / "run")
+    assert f"nothing: --out {tmp_path}/file/run: {tmp_path}/file is a file" in printed
+
+
 @pytest.mark.slow
 def test_ranks_that_cannot_talk_end_in_time(preflights):
     printed = preflights("no answer", ranks=2)
