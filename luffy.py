@@ -632,7 +632,7 @@ def main(algo: str = "luffy", own: Any = (rollout, update), **replaced: Any) -> 
     init_processes(cfg.device)
     check(cfg, world_size())
     say(flags.title(cfg, parse_args(["--model", cfg.model])))
-    proof = partial(preflight.run, Grader, load, learner, *own)
+    proof: Any = partial(preflight.run, Grader, load, learner, *own)
     (proof if cfg.preflight else train)(cfg, find(cfg.model, cfg.device))
 
 
