@@ -104,7 +104,9 @@ def run(
     start, local_ranks = now(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with deadline("ranks", "Do all nodes have the same --rdzv_endpoint, and reach it?"):
         check("ranks", f"{world_size()}, {local_ranks} of them on this node")
-    where = next(p for p in Path(cfg.out).absolute().parents if p.is_dir())
+    where = next(p for p in Path(cfg.out).absolute().parents if p.exists())
+    if not where.is_dir():
+        raise InputError(f"--out {cfg.out}: {where} is a file")
     scratch = where / f".preflight-{Path(cfg.out).name}"
     if rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -331,6 +333,7 @@ def sampling(
     short = replace(cfg, max_response_tokens=min(TOKENS, cfg.max_response_tokens))
     batch = problems[: cfg.problems_per_step]
     _, push = timed(lambda: sampler.push(model.named_parameters()))
+    ask(sampler, batch[:1], short, 8)  # the first call compiles: it is no speed
     sampled, seconds = timed(lambda: rollout(sampler, my_share(batch), 0, short))
     sampled = [t for t in sampled if t.logp_sampler]
     agree("sampler and trainer", policy, sampled, cfg)
