@@ -385,7 +385,7 @@ class VLLMSampler:
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt, _ in jobs],
             [SamplingParams(seed=seed, **options) for _, seed in jobs],
-            use_tqdm=partial(tqdm, leave=False, delay=2) if rank() == 0 else False,
+            use_tqdm=partial(tqdm, leave=False) if rank() == 0 else False,
         )
         mine = [samplers.to_samples(o, self.ends) for o in outputs[first : first + len(prompts)]]
         return [(samples * n)[:n] for samples in mine]  # a greedy response was asked for once

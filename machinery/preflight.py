@@ -355,6 +355,7 @@ def sampling(
     short = replace(cfg, max_response_tokens=min(TOKENS, cfg.max_response_tokens))
     batch = list(itertools.islice(itertools.cycle(problems), cfg.problems_per_step))
     _, push = timed(lambda: sampler.push(model.named_parameters()))
+    ask(sampler, batch[:1], short, 8)  # the first call compiles: it is no speed
     sampled, seconds = timed(lambda: rollout(sampler, my_share(batch), 0, short))
     sampled = [t for t in sampled if t.logp_sampler]
     tokens = sum(len(t.response) - t.prefix for t in sampled)
