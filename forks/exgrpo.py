@@ -108,7 +108,7 @@ class Pool:
         ]
         mine = list(enumerate(candidates))[rank() :: world_size()]
         for micro_batch in luffy.pack([t for _, t in mine], self.cfg.token_budget):
-            micro_batch.give(entropy_old=self.policy(micro_batch)[1])
+            micro_batch.give(entropy_old=self.policy(micro_batch)[1].cpu())
         entropies = [(t.entropy_old.mean().item(), n) for n, t in mine]
         order = sorted(sum(gather(entropies), []), reverse=True)  # the lowest comes last, and stays
         self.replays = {candidates[n].position: candidates[n] for _, n in order}

@@ -1,7 +1,7 @@
 """ReLIFT, arXiv:2506.07527: RL, and SFT on the problems that RL could not solve, in turns.
 
     python -m forks.relift                                                     # on the toy
-    torchrun --nproc_per_node=8 -m forks.relift --model Qwen2.5-Math-7B --token_budget 16384
+    torchrun --nproc_per_node=8 -m forks.relift --model Qwen2.5-Math-7B
 
 A problem of which no rollout is right enters a queue, at its front. When this holds enough after
 RL's updates, there is one SFT step on the traces of its first ones, by an AdamW of its own.

@@ -55,7 +55,7 @@ class SecondModel:
         self.optimizer.set_lr(lr)
         done = []
         for share in shares(trajectories, min(updates, cfg.problems_per_step), cfg):
-            inv_z = bool(share) / all_reduce(sum(map(size, share)))
+            inv_z = bool(share) / max(1, all_reduce(sum(map(size, share))))
             # A rank without a problem of the share takes part, too: 0 times another one's loss.
             loss = self.add_up_gradients(share or trajectories[:1], loss_of, inv_z, cfg)
             done.append((loss, self.optimizer.step(max_norm)))

@@ -19,8 +19,8 @@ from machinery.batches import MicroBatch
 from machinery.processes import InputError, barrier, device, gpu_problem, rank, say
 
 transformers_logging.disable_progress_bar()  # ours say what takes long
-FITS_A_LAPTOP = 100_000_000  # parameters, and so many at most without a GPU, unasked
-FITS_A_CPU = 1_000_000_000
+FITS_A_CPU = 1_000_000_000  # parameters: larger models run there only if --device cpu asks for it
+FITS_A_LAPTOP = 100_000_000  # the same where there is a GPU that torch cannot use
 
 
 # The paper's base models, for a plan on a machine that does not reach the hub.

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from machinery import plan, processes, samplers
-from machinery.batches import Trajectory, pack
+from machinery.batches import Trajectory, length, pack
 from machinery.flags import Config
 from machinery.model import load_config, packed_attention, token_logprobs
 from machinery.plan import GIB
@@ -35,7 +35,7 @@ from machinery.processes import rank, say, world_size
 from machinery.run_directory import Run
 
 SECONDS = 60  # for a collective: ranks that cannot reach each other wait for ever
-PROMPTS, TOKENS = 8, 256  # at most so many problems of a rank, and tokens of a response
+PROMPTS, TOKENS = 8, 256  # at most: problems that are asked again, and tokens of a response
 LIMITS = 0.01, 5.0  # in bfloat16, of the mean KL and of a token's log-prob
 ON_CPU = "needs a GPU"
 
@@ -437,12 +437,11 @@ def updating(
     cfg: Config, policy: Any, optimizer: Any, update: Callable, sampler: Any, problems: list
 ) -> float:
     """Two updates of the longest rows, then a push; -> tokens a second."""
-    two = replace(cfg, updates_per_step=2, problems_per_step=2)
     row = plan.longest_row(cfg, world_size())
-    rows = [(0, 1 + rank() % 2), (1, 1)]  # update, rows: a rank may have more than another
-    trajectories = [
-        made_up(i, problems[0], n, cfg) for i, many in rows for n in row * many if n > 1
-    ]
+    row += [0] * (len(row) % 2)  # one more, as short as there can be
+    trajectories = made_up(problems, row)
+    places = 2 * world_size() * len(row)
+    two = replace(cfg, updates_per_step=2, problems_per_step=places, rollouts=2, traces=0)
     optimizer.set_lr(min(cfg.lr, 1e-6))  # what is made up is unlikely: a larger step goes far
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -462,23 +461,25 @@ def updating(
     value = ", ".join(f"{norm:.3g}" for norm in norms)
     check("gradient norms", value, alike and min(first, default=0) > 0, "the same, above 0", fix)
     memory(cfg, policy.module.model, sampler, problems)
-    return sum(len(t.problem.prompt_ids) + len(t.response) for t in trajectories) / seconds
+    # The others wait for the rank that has most.
+    return max(gather(sum(map(length, trajectories)))) / seconds
 
 
-def made_up(position: int, problem: Any, tokens: int, cfg: Config) -> Trajectory:
-    """A rollout of so many tokens with its prompt, and an advantage."""
-    seed = random.Random(f"{position}/{tokens}/{rank()}")
-    ids = array("i", (seed.choice(problem.prompt_ids) for _ in range(tokens)))
-    prompt = min(cfg.max_prompt_tokens, tokens - 1)
-    return Trajectory(
-        position,
-        replace(problem, prompt_ids=ids[:prompt]),
-        ids[prompt:].tolist(),
-        logp_sampler=[0.0] * (tokens - prompt),
-        right=1.0,
-        reward=1.0,
-        advantage=seed.choice((-1.0, 1.0)),
-    )
+def made_up(problems: list, row: list[int]) -> list[Trajectory]:
+    """For each of two updates one row of such lengths, or two: a rank may have more than another.
+
+    Groups are of two, one of them right, and each has a place of its own, as forks expect.
+    """
+    seed, made = random.Random(rank()), []
+    for update, many in enumerate((1 + rank() % 2, 1)):
+        for i, tokens in enumerate(row * many):
+            position = (update * world_size() + rank()) * len(row) + i // 2
+            problem, right = problems[position % len(problems)], float(i % 2)
+            response = seed.choices(problem.prompt_ids, k=max(1, tokens - len(problem.prompt_ids)))
+            t = Trajectory(position, problem, response, logp_sampler=[0.0] * len(response))
+            t.right, t.reward, t.advantage = right, right, 2 * right - 1
+            made.append(t)
+    return made
 
 
 def memory(cfg: Config, model: Any, sampler: Any, problems: list) -> None:

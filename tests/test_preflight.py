@@ -158,6 +158,22 @@ def test_a_run_that_would_be_refused_is_refused(preflights, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fork", ["exgrpo", "orz", "prime", "relift", "trapo"])
+def test_forks_pass_it_with_their_own_update(fork, tiny_model, tmp_path):
+    small = "--problems_per_step", 8, "--max_response_tokens", 64, "--token_budget", 200
+    how = "--preflight", "--model", tiny_model, "--out", tmp_path / "run", *small
+    assert "preflight passed" in run("-m", f"forks.{fork}", *how, ranks=2).stdout
+
+
+@pytest.mark.parametrize("algo", ["sft", "prefix_rft"])
+def test_rows_without_rollouts_or_with_prefixes_pass(algo, tiny_model, tmp_path):
+    small = "--problems_per_step", 4, "--max_response_tokens", 64, "--token_budget", 200
+    how = "--preflight", "--model", tiny_model, "--out", tmp_path / "run", *small
+    out = run("luffy.py", "--algo", algo, "--eval_data", "toy/val", *how).stdout
+    assert "preflight passed" in out
+
+
+@pytest.mark.slow
 def test_ranks_that_cannot_talk_end_in_time(preflights):
     printed = preflights("no answer", ranks=2)
     assert "preflight, collectives: no answer in 3 s. NCCL_DEBUG=INFO" in printed
