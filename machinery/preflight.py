@@ -114,13 +114,14 @@ def run(
     machine(cfg, config, local_ranks, where)
     collectives(sum(plan.parameter_sizes(config)) * (2 if torch.cuda.is_available() else 4))
     cfg = replace(cfg, out=str(scratch), preflight=False, track="")
-    with grader_of(cfg.graders, cfg.grade_timeout, cfg.lenient, cfg.reward) as grader:
-        the_run = Run(cfg)
-        with explained("model and data", plan.advice(cfg), torch.OutOfMemoryError):
-            (tokenizer, problems, _, _, sampler, model), seconds = timed(
-                lambda: load(cfg, the_run, base, grader)
-            )
-            policy, optimizer = learner(model, cfg)
+    how = cfg.graders, cfg.grade_timeout, cfg.lenient, cfg.reward
+    grader = processes.ending.enter_context(grader_of(*how))  # a fork's rollout may grade, too
+    the_run = Run(cfg)
+    with explained("model and data", plan.advice(cfg), torch.OutOfMemoryError):
+        (tokenizer, problems, _, _, sampler, model), seconds = timed(
+            lambda: load(cfg, the_run, base, grader)
+        )
+        policy, optimizer = learner(model, cfg)
     needed = cfg.problems_per_step
     traced = sum(bool(p.trace_ids) for p in problems)
     value = f"{len(problems):,} problems, {traced:,} right traces, {seconds:.0f} s"
