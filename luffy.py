@@ -7,7 +7,7 @@ f, so that right but unlikely ones are learnt, too. (arXiv:2504.14945; equations
     python luffy.py                                                # the toy, minutes on a laptop
     torchrun --nproc_per_node=8 luffy.py --model Qwen2.5-Math-7B   # the paper's run
     python luffy.py --model Qwen2.5-Math-7B --dry_run 8x80         # will it fit? needs no GPU
-    torchrun ... luffy.py --model Qwen2.5-Math-7B --preflight      # will it run? three minutes
+    torchrun ... luffy.py --model Qwen2.5-Math-7B --preflight      # will it run? minutes
 
 The equations, in the paper's symbols:
     A_i   = r_i - mean(r_1..r_G)           over rollouts and trace together   Eq. 4, without / std
@@ -623,7 +623,7 @@ def check(cfg: Config, ranks: int) -> None:
     Grader(1, cfg.grade_timeout, reward=cfg.reward).close()  # is there such a function?
 
 
-def main(algo: str = "luffy", own: Any = (rollout, update), **replaced: Any) -> None:
+def main(algo: str = "luffy", **replaced: Any) -> None:
     """algo: the row that is trained by default. replaced: functions of a fork, by their names."""
     globals().update(replaced)
     cfg = parse_args(algo=algo)
@@ -632,7 +632,7 @@ def main(algo: str = "luffy", own: Any = (rollout, update), **replaced: Any) -> 
     init_processes(cfg.device)
     check(cfg, world_size())
     say(flags.title(cfg, parse_args(["--model", cfg.model])))
-    proof: Any = partial(preflight.run, Grader, load, learner, *own)
+    proof = partial(preflight.run, Grader, load, learner, rollout, update)
     (proof if cfg.preflight else train)(cfg, find(cfg.model, cfg.device))
 
 

@@ -21,7 +21,7 @@ def data_parallel(module: nn.Module) -> DDP:
 
     Left alone it has two for a while, both among the activations: gradients beside the buckets in
     the first update, new buckets beside the old ones in the second. So the backward pass after
-    which it makes its last buckets comes at once. It reaches all of them, the last first.
+    which it makes its last buckets comes at once. It reaches all parameters, the last one first.
     """
     policy = DDP(module, gradient_as_bucket_view=True)
     nothing = 0 * sum(p.sum() for p in policy.parameters() if p.requires_grad)
