@@ -173,6 +173,7 @@ BEFORE_CUDA = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_gpus_are_hidden_before_anything_looks_at_them(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     command = [sys.executable, "-c", BEFORE_CUDA, tmp_path / "run"]

@@ -233,12 +233,11 @@ FAILING = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how, error",
     [
-        pytest.param(
-            "raises", "[rank1]: RuntimeError: the disk of rank 1 is full", marks=pytest.mark.slow
-        ),
+        ("raises", "[rank1]: RuntimeError: the disk of rank 1 is full"),
         ("dies", "Signal 9 (SIGKILL)"),
     ],
 )

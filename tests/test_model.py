@@ -51,6 +51,7 @@ def test_an_unknown_model_that_is_too_short_is_refused(config, response):
         fit_context(config, 1024, response)
 
 
+@pytest.mark.slow
 def test_a_run_saves_the_longer_context_and_the_template(tiny_model, tmp_path):
     """From a model like Qwen2.5-Math: too short, and with a template that opens no thought."""
     from machinery import toy

@@ -31,7 +31,7 @@ def planned(capsys, *args) -> str:
     return capsys.readouterr().out
 
 
-def test_a_small_gpu_and_another_recipe(capsys):
+def test_a_small_gpu_and_another_recipe(capsys, quick):
     """The paper's models on GPUs of 80 GiB are in the README, and checked there."""
     text = planned(capsys, "--model", "Qwen2.5-Math-1.5B", "--dry_run", "1x24", "--lr", "1e-5")
     assert "verdict     DOES NOT FIT in 23.6 GiB" in text and "1,543,714,304 parameters" in text

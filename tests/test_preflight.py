@@ -137,7 +137,8 @@ def test_two_ranks_have_the_same_weights_or_fail(preflights):
     assert "nothing: passed" in printed and "all-reduce, speed" in printed
 
 
-@pytest.mark.parametrize("algo", [pytest.param("sft", marks=pytest.mark.slow), "prefix_rft"])
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["sft", "prefix_rft"])
 def test_a_run_that_samples_otherwise_passes(preflights, algo):
     """SFT samples in evaluation alone; a prefix's tokens were not sampled at all."""
     assert "nothing: passed" in preflights("nothing", algo=algo)

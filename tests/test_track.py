@@ -142,7 +142,8 @@ ENDING = """
 
 
 @needs("trackio")
-@pytest.mark.parametrize("how", ["error", pytest.param("ctrl-c", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["error", "ctrl-c"])
 def test_a_run_that_ends_early_leaves_no_step_behind(tiny_model, tmp_path, how):
     """trackio writes every half second, and the program leaves at once."""
     (tmp_path / "ending.py").write_text(textwrap.dedent(ENDING))
