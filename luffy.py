@@ -310,7 +310,7 @@ def train(cfg: Config, base: str) -> None:
                 sampler.sleep()
             with run.clock("score"):
                 metrics = score(trajectories, grader, tokenizer, now)
-            trajectories = deal(trajectories, batch, cfg.updates_per_step)
+            trajectories = deal(trajectories, batch, cfg.updates_per_step)  # to ranks, by tokens
             with run.clock("update"):
                 metrics |= update(policy, optimizer, trajectories, now)
             due = run.due(step + 1)
