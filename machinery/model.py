@@ -101,7 +101,10 @@ def recipe(name: str) -> dict[str, Any]:
     Checkpoints have it from the model that they were trained from. `luffy_toy` is an earlier mark.
     """
     config = Path(name, "config.json")
-    own = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    try:
+        own = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    except ValueError:  # load_config says it, with the file's name
+        own = {}
     if name == "toy" or "luffy_toy" in own:
         return toy.RECIPE
     return own.get("luffy_recipe", {})
