@@ -518,7 +518,9 @@ def seconds_a_step(cfg: Config, speed: dict[str, float]) -> None:
     seconds = sample + update + speed.get("push", 0.0)
     value = f"{sample:.0f} s sampling, {update:.0f} updating, {speed.get('push', 0.0):.1f} pushing"
     check("a step, estimated", value)
-    check("the run, estimated", f"{seconds * cfg.steps / 86400:.2f} days of {seconds:.0f} s a step")
+    hours = seconds * cfg.steps / 3600
+    value = f"{hours:.1f} hours, {hours / 24:.1f} days, of {seconds:.0f} s a step"
+    check("the run, estimated", value)
 
 
 def shard(optimizer: Any, scratch: Path) -> None:
