@@ -130,10 +130,12 @@ def run(
             (tokenizer, problems, _, _, sampler, model), seconds = timed(
                 lambda: load(cfg, the_run, base, grader)
             )
-            policy, optimizer = learner(model, cfg)
         traced = sum(bool(p.trace_ids) for p in problems)
         value = f"{len(problems):,} problems, {traced:,} with right traces, {seconds:.0f} s"
         check("model and data", value)  # without any the run itself says what it dropped
+        same_weights(model, "weights, loaded", "Do all nodes have the same model?")
+        with explained("optimizer", plan.advice(cfg), torch.OutOfMemoryError):
+            policy, optimizer = learner(model, cfg)  # DDP gives all ranks those of rank 0
         kernels(model)
         engine(sampler)
         same_weights(model, "weights")
@@ -336,12 +338,11 @@ def in_pools() -> tuple[int, int]:
     return sum(s["allocated_size"] for s in pooled), sum(s["total_size"] for s in pooled)
 
 
-def same_weights(model: Any, what: str) -> None:
+def same_weights(model: Any, what: str, fix: str = "A GPU, its memory or the network is broken"):
     sums = [bits(p) * (i + 1) for i, p in enumerate(model.parameters())]
     everyones = gather(sum(sums))
     other = next((i for i, s in enumerate(everyones) if s != everyones[0]), None)
     value = "the same on all ranks" if other is None else f"rank {other} has others than rank 0"
-    fix = "Do all nodes load the same model? Else a GPU or its memory is broken"
     check(what, value, other is None, "the same bits", fix)
 
 

@@ -39,6 +39,12 @@ FAULTS = textwrap.dedent("""
         del options["hf_overrides"]["rope_parameters"]  # so that it takes the file's
         return options
 
+    def load_model(*args, of=luffy.load_model):
+        model = of(*args)
+        if rank() == 1:  # of a node with another version of it
+            model.get_output_embeddings().weight.data[0] += 1e-3
+        return model
+
     def learner(model, cfg, of=luffy.learner):
         policy, optimizer = of(model, cfg)
         if rank() == 1:  # an update that did not arrive
@@ -69,6 +75,7 @@ FAULTS = textwrap.dedent("""
                        (luffy, "VLLMSampler", VLLMDoesNotPush)],
         "wrong RoPE": [(luffy, "TorchSampler", WrongRoPE),
                        (samplers, "vllm_options", vllm_options)],
+        "another model": [(luffy, "load_model", load_model)],
         "other weights": [(luffy, "learner", learner)],
         "own gradients": [(luffy, "learner", own_gradients)],
         "full disk": [(preflight.shutil, "disk_usage", lambda path: Usage)],
@@ -131,7 +138,9 @@ def test_what_is_wrong_is_named(preflights):
 
 
 def test_two_ranks_have_the_same_weights_or_fail(preflights):
-    printed = preflights("other weights", "own gradients", "nothing", ranks=2)
+    faults = "another model", "other weights", "own gradients", "nothing"
+    printed = preflights(*faults, ranks=2)
+    assert "another model: preflight, weights, loaded, rank 0: rank 1 has others" in printed
     assert "own gradients: preflight, gradient norms, rank 1: " in printed
     assert "other weights: preflight, weights, rank 0: rank 1 has others" in printed
     assert "nothing: passed" in printed and "all-reduce, speed" in printed
