@@ -209,6 +209,7 @@ UNEVEN = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_a_rank_may_have_no_gradient(tiny_model, tmp_path):
     """It has no backward pass but the last, and the other rank does not wait for more."""
     script = tmp_path / "uneven.py"
