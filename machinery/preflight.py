@@ -338,7 +338,7 @@ def in_pools() -> tuple[int, int]:
     return sum(s["allocated_size"] for s in pooled), sum(s["total_size"] for s in pooled)
 
 
-def same_weights(model: Any, what: str, fix: str = "A GPU, its memory or the network is broken"):
+def same_weights(model: Any, what: str, fix: str = "A GPU or the network is broken") -> None:
     sums = [bits(p) * (i + 1) for i, p in enumerate(model.parameters())]
     everyones = gather(sum(sums))
     other = next((i for i, s in enumerate(everyones) if s != everyones[0]), None)
