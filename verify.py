@@ -4,7 +4,7 @@
 
 Strict, the default: the last complete box after the thought is the answer, and it must have the
 value of the gold answer. Numbers are compared exactly, 0.333 is not 1/3, and irrational constants
-to 40 digits. A base may be left out, not be wrong; of units nothing is asked.
+to 40 digits. A computation (15+14 for 29) is no answer: it can be copied from the problem. A base may be left out, not be wrong; of units nothing is asked.
 Lenient: the official code's reward: math-verify reads from the first </think> to the second (its
 version 3), or all if no thought is opened (version 4), a box or none, and rounds to 6 decimals.
 
@@ -363,12 +363,12 @@ def labels(text: str) -> tuple[list[str], list[str]]:
         return (names, values) if len(names) == len(values) else ([], [])
     one = match and number(text[match.end() :]) is not None  # x=1,000
     parts = [text] if one else split(text)
-    found = [match for part in parts if (match := LABEL.match(part))]
+    found = [label for part in parts if (label := LABEL.match(part))]
     if match and len(found) == 1:  # x=1,2
         return [match[1]] * len(parts), [parts[0][match.end() :], *parts[1:]]
     if len(found) < len(parts):
         return [], []
-    return [match[1] for match in found], [match.string[match.end() :] for match in found]
+    return [label[1] for label in found], [label.string[label.end() :] for label in found]
 
 
 def unlabelled(given: str, answer: str) -> tuple[str, str]:
@@ -403,7 +403,7 @@ def compare(given: str, answer: str) -> Verdict | None:
     """What can be said of two answers without a parser, which is most; else None. Microseconds."""
     if max(len(given), len(answer)) > MAX_LENGTH:
         return Verdict(given.strip() == answer.strip(), "too long to be parsed")
-    in_words = re.search(TEXT, given + answer)
+    written = given + answer
     given, answer = normal_form(given), normal_form(answer)
     if not given or not answer:
         return Verdict(False, "empty")
@@ -415,7 +415,7 @@ def compare(given: str, answer: str) -> Verdict | None:
     if given == answer:
         return Verdict(True, "same text")
     words = [INNER.sub(r"\1", text).replace("  ", " ") for text in (given, answer)]
-    if in_words and WORD.fullmatch(words[1]):
+    if re.search(TEXT, written) and WORD.fullmatch(words[1]):
         mine, gold = (ARTICLE.sub("", text.casefold()) for text in words)
         return Verdict(mine == gold, "compared as words")
     if based := BASED.fullmatch(given):
