@@ -4,7 +4,8 @@
 
 Strict, the default: the last complete box after the thought is the answer, and it must have the
 value of the gold answer. Numbers are compared exactly, 0.333 is not 1/3, and irrational constants
-to 40 digits. A computation (15+14 for 29) is no answer: it can be copied from the problem. A base may be left out, not be wrong; of units nothing is asked.
+to 40 digits. A computation (15+14 for 29) is no answer: it can be copied from the problem. A base
+may be left out, not be wrong; of units nothing is asked.
 Lenient: the official code's reward: math-verify reads from the first </think> to the second (its
 version 3), or all if no thought is opened (version 4), a box or none, and rounds to 6 decimals.
 
