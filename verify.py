@@ -155,7 +155,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"((?:^|[(\[,=])\s*[+-]?(?:[0-9]+\s+)?)([0-9]+)\s*/\s*([0-9]+)(?=\s*(?:$|[,)\]]))",
      r"\1\\frac{\2}{\3}"),  # 1/2, 1 1/2
     (r"_([0-9A-Za-z])(?![0-9A-Za-z])", r"_{\1}"),  # a_1
-    (r"^\](.*)\[$", r"(\1)"), (r"^\](.*)\]$", r"(\1]"), (r"^\[(.*)\[$", r"[\1)"),  # ]1,2[
+    (r"^\](.*[,;].*)\[$", r"(\1)"), (r"^\](.*[,;].*)\]$", r"(\1]"),  # ]1,2[
+    (r"^\[(.*[,;].*)\[$", r"[\1)"),
     (r"\s+", " "),
     (r"(?<![0-9A-Za-z]) (?!(?<=[0-9], )[0-9]{3}(?![0-9]))| (?![0-9A-Za-z])", ""),  # not 100, 200
 ]]
@@ -348,7 +349,7 @@ def same_plain(given: str, answer: str) -> bool | None:
     if (gold := number(answer)) is not None:
         is_fraction = "frac" in given and not given.endswith(("{1}", "{-1}"))
         reduced = is_fraction and "frac" not in answer and gold.denominator == 1
-        power = POWER.fullmatch(given) and "10^" not in answer
+        power = POWER.fullmatch(given) and "10^" not in answer and 1 <= gold < 10**4  # 10^2
         return number(given) == gold and not reduced and not power
     if WORD.fullmatch(answer) and (WORD.fullmatch(given) or len(answer) > 3):
         fold = str.casefold if len(answer) > 2 or answer.casefold() == "no" else str
