@@ -25,8 +25,8 @@ from verify import Grader, compare, extract_answer, grade
 SAME = {
     "25": ["025", "25.0", "25.", "$25$", r"\text{25}", r"\mathbf{25}", "x=25", r"x_1 = 25", "+25",
            r"25\text{ cm}", r"25 \text{ m}^2", r"25\,\mathrm{kg}", "25 miles", r"25^\circ", "25°",
-           r"25\%", "25 percent", r"\$25", r"\frac{50}{2}", "5^2", r"25\\", "|-25|", "{25}",
-           r"25\text{ m/s}", r"25\ \mathrm{cm^2}", "25 km/h", "f(x)=25", r"\bm{25}", "√625"],
+           r"25\%", "25 percent", r"\$25", r"25\\", "{25}", "10+15=25",
+           r"25\text{ m/s}", r"25\ \mathrm{cm^2}", "25 km/h", "f(x)=25", r"\bm{25}"],
     "-0.75": ["-.75", r"-\frac{3}{4}", r"\frac{-3}{4}", r"\frac{3}{-4}", "-3/4", r"-\frac34"],
     "1.5": [r"1\frac{1}{2}", r"1 \frac12", "1 1/2", "3/2", r"\dfrac{3}{2}"],
     "1234567": ["1,234,567", r"1\,234\,567", "1{,}234{,}567", r"1,\!234,\!567", "1.234567e6"],
@@ -183,6 +183,61 @@ def test_a_gold_equals_itself_in_every_rendering_and_no_other(value, other):
         assert grade(rf"\boxed{{{way}}}", gold) == 0.0, (way, gold)
 
 
+names = st.lists(st.sampled_from("abcdehkmnpqrtuvw"), min_size=3, max_size=5, unique=True)
+numbers = st.lists(st.integers(2, 99), min_size=3, max_size=4, unique=True)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(names, numbers, st.data())
+def test_another_order_is_another_word_ratio_or_tuple(letters, parts, data):
+    for items, mark, around in ((letters, "", "{}"), (parts, ":", "{}"), (parts, ",", "({})")):
+        gold = around.format(mark.join(map(str, items)))
+        other = around.format(mark.join(map(str, data.draw(st.permutations(items)))))
+        assert grade(rf"\boxed{{{other}}}", gold) == float(other == gold), (other, gold)
+        assert grade(rf"\boxed{{{other}}}", gold.upper()) == float(other == gold)
+    labelled = ",".join(f"{letter}={value}" for letter, value in zip(letters, parts))
+    assert grade(rf"\boxed{{{labelled}}}", labelled.replace(",", ", ")) == 1.0
+    swapped = ",".join(f"{letter}={value}" for letter, value in zip(letters, parts[1:]))
+    assert grade(rf"\boxed{{{swapped}}}", labelled) == 0.0
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(-99, 98), st.integers(1, 9))
+def test_brackets_are_part_of_an_interval(low, size):
+    """Its end points, an interval of another kind, or none of its brackets: all wrong."""
+    ends = f"{low},{low + size}"
+    kinds = {f"{a}{ends}{b}": i for i, (a, b) in enumerate(["()", "(]", "[)", "[]"])}
+    signs = {rf"{low}{a}x{b}{low + size}": i for i, (a, b) in enumerate(
+        [("<", "<"), ("<", r"\le "), (r"\le ", "<"), (r"\le ", r"\le ")])}  # fmt: skip
+    for way, kind in (kinds | signs).items():
+        for gold, gold_kind in (kinds | signs).items():
+            assert grade(rf"\boxed{{{way}}}", gold) == float(kind == gold_kind), (way, gold)
+        if way != f"({ends})":  # a point may be written without them
+            assert grade(rf"\boxed{{{ends}}}", way) == 0.0, way
+        if way not in kinds:
+            assert grade(rf"\boxed{{{way}}}", ends) == 0.0, way
+    assert grade(rf"\boxed{{{low},\infty}}", rf"({low},\infty)") == 0.0
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(2, 40), st.integers(2, 40))
+def test_a_computation_is_no_answer(a, b):
+    """It can be copied from the problem; a chain that ends in the value cannot."""
+    computations = {
+        f"{a}+{b}": a + b, rf"{a}\cdot {b}": a * b, f"({a})({b})": a * b, f"{a}-{b}": a - b,
+        rf"\frac{{{a * b}}}{{{b}}}": a, f"{a}^2": a * a, rf"\sqrt{{{b * b}}}": b, f"|-{a}|": a,
+        rf"\binom{{{a}}}{{2}}": a * (a - 1) // 2, rf"\gcd({a},{a * b})": a, "10^2": 100,
+    }  # fmt: skip
+    for computation, value in computations.items():
+        assert grade(rf"\boxed{{{computation}}}", str(value)) == 0.0, computation
+        assert grade(rf"\boxed{{({computation},{b})}}", f"({value},{b})") == 0.0, computation
+    assert grade(rf"\boxed{{{a}+{b}={a + b}}}", str(a + b)) == 1.0
+    assert grade(rf"\boxed{{{a}+{b + 1}={a + b}}}", str(a + b)) == 0.0
+    for operation, value in {r"\sin\frac{\pi}{3}": r"\frac{\sqrt{3}}{2}", "i^{3}": "-i"}.items():
+        assert grade(rf"\boxed{{{operation}+{a}}}", f"{a}+{value}") == 0.0
+        assert grade(rf"\boxed{{{a}+{value}}}", f"{operation}+{a}") == 1.0
+
+
 PIECES = st.sampled_from(
     [
         *"{}()[]\\^_$%,.+-*/=<>!&~ x2i",
@@ -211,7 +266,10 @@ def test_grading_is_total(text, answer):
 
 # ------------------------------------------------------------------ the pool
 RIGHT, WRONG = (r"\boxed{x+1}", "1+x"), (r"\boxed{x+2}", "1+y")  # each needs a worker
-HANG, HANG_2 = (r"\boxed{\binom{10^9}{5*10^8}}", "1"), (r"\boxed{\int_0^1 x^x \sin(e^x) dx}", "1")
+HANG, HANG_2 = (
+    (r"\boxed{\binom{10^9}{5*10^8}}", r"\binom{n}{2}"),
+    (r"\boxed{\int_0^1 x^x \sin(e^x) dx}", r"\int_0^1 \sin(x) dx"),
+)
 
 
 def test_a_hang_costs_its_own_job_only():
@@ -359,8 +417,9 @@ def cases(name: str) -> list[tuple[str, str, str, bool | None]]:
 @pytest.mark.parametrize(
     "name, tier, accuracy, times",
     [
-        ("verify_cases.jsonl", "core", 0.991, 1),
-        pytest.param("verify_adversarial.jsonl", "all", 1.0, 2, marks=pytest.mark.slow),
+        ("verify_cases.jsonl", "core", 0.988, 1),
+        # three of its labels take a computation (|42|, 0.1+0.2) for an answer
+        pytest.param("verify_adversarial.jsonl", "all", 0.987, 2, marks=pytest.mark.slow),
     ],
 )
 def test_public_cases(name, tier, accuracy, times, tmp_path, monkeypatch):
