@@ -484,19 +484,27 @@ def load_training_set(
     A trace that is too long or wrong is dropped, and a problem with its last trace. So every
     algorithm gets the same problems, with one exception: one that uses no traces, or rolls out in
     their place (--untraced rollout), keeps the problems that never had one. The file `verdicts`
-    keeps the traces' rewards, so that a resumed run has the same problems even if a verifier's time
-    limit would now decide otherwise. Raises InputError if no problem is left.
+    keeps the traces' rewards, and which golds no parser reads, so that a resumed run has the same
+    problems even if a verifier's time limit would now decide otherwise. Raises InputError if no
+    problem is left.
     """
-    rows, _, ignored = read_problems(cfg.data)
+    rows, places, ignored = read_problems(cfg.data)
     say_ignored(cfg.data, ignored)
     choose_template(rows, tokenizer, cfg.template)
     problems = one_a_trace(rows)
     limits = dict(max_prompt_tokens=cfg.max_prompt_tokens)
     limits["max_trace_tokens"] = cfg.max_trace_tokens or cfg.max_response_tokens
     kept, dropped = encode(problems, tokenizer, **limits)
+    golds = first_places(rows, places)
+    key = hashlib.sha256(json.dumps(list(golds)).encode()).hexdigest()
+    bad = share_once(verdicts, key, "golds", grader.unread, list(golds))
+    unreadable = say_unreadable(golds, bad)
     if cfg.traces + cfg.continuations and cfg.untraced == "drop":
         dropped["no trace"] = sum(p.trace is None for p in kept)
         kept = [p for p in kept if p.trace is not None]
+    if cfg.unreadable == "drop":
+        dropped["unreadable gold"] = sum(p.answer in unreadable for p in kept)
+        kept = [p for p in kept if p.answer not in unreadable]
     traced = {i: p for i, p in enumerate(kept) if p.trace is not None}
 
     def judge(problems: list[Problem]) -> list[tuple[float, float]]:
@@ -504,12 +512,8 @@ def load_training_set(
         return grader.right_and_reward([(text, p.answer) for text, p in zip(texts, problems)])
 
     key = key_of_traces(list(traced.values()), grader)
-    known = json.loads(verdicts.read_text("utf-8")) if verdicts.exists() else {}
-    if key not in known:
-        known = {key: share("verdicts", judge, list(traced.values()), JOBS)}
-        if rank() == 0:  # after the ranks met: by now each of them has looked for the file
-            write(verdicts, json.dumps(known))
-    for (i, p), (right, reward) in zip(traced.items(), known[key]):
+    found = share_once(verdicts, key, "verdicts", judge, list(traced.values()))
+    for (i, p), (right, reward) in zip(traced.items(), found):
         kept[i] = replace(p, trace_right=right, trace_reward=reward)
     dropped["wrong trace"] = sum(p.trace is not None and p.trace_reward <= 0 for p in kept)
     kept = [p for p in kept if p.trace is None or p.trace_reward > 0]
@@ -523,6 +527,37 @@ def load_training_set(
     total = len(set(map(key_of, problems)))
     say(f"{cfg.data}: {len(merged)} of {total} problems{traces}{rolled_out}{reasons}")
     return merged
+
+
+def share_once(file: Path, key: str, name: str, judge: Callable[[list], list], items: list) -> list:
+    """As `share`; or what it made of them before, if the file has it by that key."""
+    known = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if key not in known:
+        known[key] = share(name, judge, items, JOBS)
+        if rank() == 0:  # after the ranks met: by now each of them has looked for the file
+            write(file, json.dumps(known))
+    return known[key]
+
+
+def first_places(problems: list[Problem], places: list[str]) -> dict[str, str]:
+    """Gold answer -> where it stands first; in the order of the rows."""
+    found: dict[str, str] = {}
+    for place, p in zip(places, problems):
+        found.setdefault(p.answer, place)
+    return found
+
+
+def say_unreadable(golds: dict[str, str], unread: list[bool]) -> set[str]:
+    """golds: of `first_places`; unread: which of them no parser reads. -> those."""
+    bad = [gold for gold, is_bad in zip(golds, unread) if is_bad]
+    if bad:
+        some = "; ".join(f"{golds[gold].split(', ')[-1]}: {gold!r:.60}" for gold in bad[:3])
+        part = len(bad) / len(golds)
+        say(
+            f"unreadable  {len(bad)} of {len(golds)} different golds ({part:.1%}): little but the "
+            f"same text is right; --unreadable drop leaves them out\n            {some}"
+        )
+    return set(bad)
 
 
 def key_of_traces(problems: list[Problem], grader: Grader) -> str:
@@ -644,8 +679,9 @@ def main() -> None:
     look.draw_lengths(Path(args.data).name, lengths, ends, args.out)
     look.show_unknown(problems, tokenizer)
     with Grader() as grader:
-        golds = {p.answer: place for place, p in reversed(list(zip(places, problems)))}
-        look.show_golds(golds, grader.verdicts, grader.unread)
+        golds = first_places(problems, places)
+        look.show_golds(golds, grader.verdicts)
+        say_unreadable(golds, look.judge("golds", list(golds), grader.unread))
         jobs = [
             (place, p, p.opened + text_of(p.trace_ids, tokenizer))
             for place, p in kept

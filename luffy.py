@@ -37,8 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from data import Problem, batch_at, load_benchmarks, load_training_set, text_of
 from machinery import flags, plan, preflight, rivals, samplers
@@ -78,6 +77,7 @@ class Config:
     max_response_tokens: int = flag(8192, "of a rollout, EOS included", 1)
     max_trace_tokens: int = flag(0, "a problem with a longer trace is left out; 0: as a rollout", 0)
     untraced: str = flag("drop", "problems without a trace", choices=("drop", "rollout"))
+    unreadable: str = flag("keep", "problems whose gold no parser reads", choices=("keep", "drop"))
     temperature: float = flag(1.0, "of the rollouts; top_p is 1", above=0)
     lenient: bool = flag(False, "the official code's reward: a right answer needs no box")
     reward: str = flag("", "FILE.py:function of (response, answer), a number; empty: 1 if right")

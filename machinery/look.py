@@ -162,16 +162,12 @@ def judge(name: str, jobs: list, verdicts: Callable) -> list:
     return found
 
 
-def show_golds(golds: dict[str, str], verdicts: Callable, unread: Callable) -> None:
-    """golds: gold answer -> where it stands first. unread: golds -> can none be parsed?"""
+def show_golds(golds: dict[str, str], verdicts: Callable) -> None:
+    """golds: gold answer -> where it stands first."""
     boxed = judge("golds", [(f"\\boxed{{{gold}}}", gold) for gold in golds], verdicts)
     wrong = [(gold, v.reason) for gold, v in zip(golds, boxed) if not v.right]
     say(f"golds       {len(golds)} different answers; {len(wrong)} are not right in a box")
     show_some(f"{golds[gold]}: {gold!r:.80} ({reason})" for gold, reason in wrong)
-    odd = [gold for gold, bad in zip(golds, judge("golds", list(golds), unread)) if bad]
-    if odd:
-        say(f"            {len(odd)} cannot be parsed: little but the same text is right")
-        show_some(f"{golds[gold]}: {gold!r:.80}" for gold in odd)
 
 
 def show_traces(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT, SHARED, Judge
@@ -13,7 +14,7 @@ from data import SCHEMAS, TRACES, Problem, batch_at, encode, load_benchmarks, lo
 from data import load_training_set, read_problems, render, without_repeats
 from machinery.look import LIMITS
 from machinery.processes import InputError
-from verify import grade
+from verify import Grader, grade
 
 OPENR1 = {
     "data_source": "openr1",
@@ -242,6 +243,29 @@ def test_traces_are_verified_once_as_rollouts_are(tokenizer, tmp_path):
     assert load() == ["c"] and judged[3][0] == "<think>\n</think>\\boxed{5}<eos>"
 
 
+def test_unreadable_golds_are_said_and_dropped_if_asked(tokenizer, tmp_path, capsys):
+    """The same problems when a run resumes, even if time limits would now decide otherwise."""
+    golds = "5", "t(0,4]", "\\text{Friday}", "C", "52_8", "t(0,4]"
+    rows = [{"problem": f"b{n}", "answer": gold} for n, gold in enumerate(golds)]
+    cfg, file = config(write(tmp_path / "a.jsonl", *rows), traces=0), tmp_path / "verdicts.json"
+
+    def load(cfg):
+        problems = load_training_set(cfg, tokenizer, grader, file)
+        return [p.answer for p in problems], capsys.readouterr().out
+
+    with Grader(1) as grader:
+        kept, said = load(cfg)
+        assert kept == list(golds) and "dropped" not in said
+        assert "unreadable  1 of 5 different golds (20.0%): " in said
+        assert "\n            line 2: 't(0,4]'\n" in said
+        grader.unread = None
+        kept, said = load(replace(cfg, unreadable="drop"))
+        assert kept == [gold for gold in golds if gold != "t(0,4]"]
+        assert "4 of 6 problems; dropped 2: unreadable gold\n" in said
+        with pytest.raises(TypeError):  # they are other golds
+            load(config(write(tmp_path / "b.jsonl", *rows[1:])))
+
+
 def test_a_line_separator_inside_a_string_is_text(tmp_path):
     row = OPENR1 | {"target": [{"role": "assistant", "content": "a\u2028b\x85c"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
@@ -282,7 +306,7 @@ def test_look_says_what_a_run_would_drop_and_why(tmp_path, monkeypatch, capsys):
         PLAIN | wrong | {"problem": "b2,c5,+;e?"},
         PLAIN | long | {"problem": "b2,c5,+;f?"},
         PLAIN | {"answer": "1", "trace": None},
-        PLAIN | {"problem": "b" * 33, "answer": "E_1,E_2", "trace": "N\\boxed{1}"},
+        PLAIN | {"problem": "b" * 33, "answer": "t(0,4]", "trace": "N\\boxed{1}"},
         PLAIN | {"answer": {}},
     ]
     path = write(tmp_path / "a.jsonl", *rows)
@@ -301,7 +325,8 @@ def test_look_says_what_a_run_would_drop_and_why(tmp_path, monkeypatch, capsys):
         f"1: prompt longer than 32 tokens, such as {path}, line 5: 'bbb",
         "| prompts | 12 | 12 | 12 | 12 | 30 | 35 | 32 | 1 |",
         "loses characters of 11% of messages and traces:\n            'N'\n",
-        f"1 cannot be parsed: little but the same text is right\n            - {path}, line 5",
+        "unreadable  1 of 3 different golds (33.3%): little but the same text is right; "
+        "--unreadable drop leaves them out\n            line 5: 't(0,4]'\n",
         f"1 of 2 that fit are right (50.0%)\n            - {path}, line 2: gold '535', given '53'",
         "| - | 3 | 2 | 1 | 1 |",
         "to train on 1 problems with a right trace; 1 more have no trace",
