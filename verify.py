@@ -97,7 +97,7 @@ OPERATIONS = [re.compile(rf"(?<![a-zA-Z])(?:{names})(?![a-zA-Z])") for names in 
 ADJACENT = re.compile(  # factors: the parser would add integers, or take them for a mixed number
     r"(?<=[0-9)])(?<![a-z]\^[0-9])(?=\()|(?<=\))(?=[0-9]|\\frac|\\binom)|"
     r"(?<=[0-9}])(?=\\binom)|(?<=(?<![a-zA-Z\\])[a-eij-oq-z])(?=\((?![a-z]\)))")
-UNREAD = re.compile(r"'|\^\{?T|\\approx|\\p?mod|\\[lc]?dots|\.\.|[0-9] [0-9]")  # is ignored
+UNREAD = re.compile(r"'|\|_|\^\{?T|\\approx|\\p?mod|\\[lc]?dots|\.\.|[0-9] [0-9]")  # is ignored
 TOO_BIG = re.compile(  # to be computed
     r"[0-9]{400}|[a-zA-Z]{40}|\^[{(]*[+-]?[0-9]{5}|[0-9]{5}!|!!|\^[{(]?[0-9]+\^|(?:\^[{(]*\w+){4}")
 # fmt: on
@@ -166,17 +166,21 @@ def same_set(parts: list[str], golds: list[str], same: Callable) -> bool | None:
 
 def same_ratio(parts: list[str], golds: list[str], same: Callable) -> bool | None:
     """2:4 is 1:2; but one that has a common factor may be a time, as 10:30."""
-    mine, gold = [number(part) for part in parts], [number(part) for part in golds]
-    if None in gold:
+    mine, gold = ([n for p in side if (n := number(p)) is not None] for side in (parts, golds))
+    if len(gold) < len(golds):
         pairs = [(f"({a})*({golds[0]})", f"({parts[0]})*({b})") for a, b in zip(parts, golds)]
         return all_same(pairs, same)
-    if None in mine or 0 in mine + gold or gcd(*(n.numerator for n in gold)) > 1:
+    if len(mine) < len(gold) or 0 in mine + gold or gcd(*(n.numerator for n in gold)) > 1:
         return mine == gold
     return len({a / b for a, b in zip(mine, gold)}) == 1
 
 
 def same_number(given: str, answer: str) -> bool | None:
     return None if number(given) is None or number(answer) is None else same_plain(given, answer)
+
+
+def not_a_number(given: str, answer: str) -> bool | None:
+    return None if number(answer) is None or same_plain(given, answer) else False
 
 
 def same_base(given: str, answer: str) -> bool | None:
@@ -208,13 +212,14 @@ def not_too_big(given: str, answer: str) -> bool | None:
     return False if TOO_BIG.search(both) or max(depths, default=0) > MAX_DEPTH else None
 
 
-# The first that knows decides. What has rules of its own, a number, a base, a letter, comes before
-# what holds for all; the three that only refuse come last, before a parser sees the answer.
+# The first that knows decides. What has a rule of its own (a base, a number, a letter) comes before
+# what holds for all. The three that only refuse come last: they keep an answer from the parser.
 RULES: list[tuple[Callable[[str, str], bool | None], str]] = [
     (lambda given, answer: None if given and answer else False, "empty"),
     (lambda given, answer: given == answer or None, "same text"),
-    (same_number, "compared as numbers"),
     (same_base, "compared in their base"),
+    (same_number, "compared as numbers"),
+    (not_a_number, "the gold answer is a number; this is none, or has to be computed"),
     (same_choice, "compared as choices"),
     (partial(same_parts, same=same_plain), "compared part by part"),
     (not_computed, "a computation, not an answer"),
@@ -223,10 +228,10 @@ RULES: list[tuple[Callable[[str, str], bool | None], str]] = [
 ]
 
 
-def value(given: str, answer: str) -> tuple[str, list[str], str]:
-    r"""The value given, what else must equal it, and the gold answer: in normal form, without names.
+def prepare(given: str, answer: str) -> tuple[str, list[str], str]:
+    r"""The value given, what else must equal it, and the gold answer, all in normal form.
 
-    >>> value("x=15+14=29", "29"), value(r"2\sqrt{3}\approx 3.46", r"y=\sqrt{12}")
+    >>> prepare("x=15+14=29", "29"), prepare(r"2\sqrt{3}\approx 3.46", r"y=\sqrt{12}")
     (('29', ['15+14'], '29'), ('2\\sqrt{3}', ['\\approx 3.46'], '\\sqrt{12}'))
     """
     given, answer = unlabelled(normal_form(given), normal_form(answer))
@@ -243,7 +248,7 @@ def compare(given: str, answer: str) -> Verdict | None:
     """What can be said of two answers without a parser, which is most; else None. Microseconds."""
     if max(len(given), len(answer)) > MAX_LENGTH:
         return Verdict(given.strip() == answer.strip(), "too long to be parsed")
-    given, steps, answer = value(given, answer)
+    given, steps, answer = prepare(given, answer)
     for rule, reason in RULES:
         right = rule(given, answer)
         if right is False or right and not steps:
@@ -265,6 +270,7 @@ def read(answer: str) -> Any:
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Float, I, Rational
 
+    answer = re.sub(r"(?<![a-zA-Z\\])([Ee])(?=_)", r"\\grave{\1}", answer)  # E_1 is not Euler's
     answer = ADJACENT.sub(r"\\cdot ", answer)
     text = normalize_latex(answer, NormalizationConfig(malformed_operators=True, boxed="none"))
     try:
@@ -331,7 +337,7 @@ def parse_and_compare(given: str, answer: str, lenient: bool) -> Verdict:
                 timeout_seconds=None,
             )
             return Verdict(right, "compared by math-verify")
-        given, steps, answer = value(given, answer)
+        given, steps, answer = prepare(given, answer)
         if same_parts(given, answer, same_read):
             if all(same_read(step, given) for step in steps):
                 return Verdict(True, "compared by math-verify")
@@ -431,7 +437,7 @@ class Grader:
 
     def unread(self, golds: list[str]) -> list[bool]:
         """Which no parser reads? Beside their own text, only `compare`'s rules find one right."""
-        plain = [value("", gold[:MAX_LENGTH])[2] for gold in golds]
+        plain = [prepare("", gold[:MAX_LENGTH])[2] for gold in golds]
         hard = [
             text
             for text in plain

@@ -15,33 +15,32 @@ from itertools import accumulate
 SYMBOLS = str.maketrans({
     **{chr(code + 0xFEE0): chr(code) for code in range(33, 127)},  # full width
     "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "−": "-", "–": "-", "、": ",",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ ", "½": r"\frac{1}{2}", "²": "^2",
-    "³": "^3", "∀": r"\forall ", "∈": r"\in ", "ℝ": r"\mathbb{R}", "∪": r"\cup ", "√": r"\sqrt ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "°": r"^\circ ",
+    "½": r"\frac{1}{2}", **{c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    **{c: f"_{i}" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+    "∀": r"\forall ", "∈": r"\in ", "ℝ": r"\mathbb{R}", "∪": r"\cup ", "√": r"\sqrt ",
     "∅": r"\emptyset ", "¥": "", "€": "", "£": "", "\u200b": "", "\u2060": "", "\ufeff": ""})
-COMMANDS = {  # synonyms
-    **dict.fromkeys("left right middle displaystyle limits large therefore iff big Big bigg Bigg bigl "
-                    "bigr Bigl Bigr".split(), ""),
-    **dict.fromkeys(["leqslant", "leq", "leqq"], r"\le "), "neq": r"\ne ", "lt": "<", "gt": ">",
-    **dict.fromkeys(["geqslant", "geq", "geqq"], r"\ge "), "land": r"\wedge ", "prime": "'",
-    **dict.fromkeys(["mid", "vert", "lvert", "rvert"], "|"), "varnothing": r"\emptyset ",
-    **dict.fromkeys(["dfrac", "tfrac", "cfrac"], r"\frac"), "dbinom": r"\binom", "tbinom": r"\binom",
-    **dict.fromkeys(["text" + style for style in ("bf", "it", "rm", "sf", "tt", "normal")], r"\text"),
-    **dict.fromkeys(["mbox", "emph", "underline"], r"\text"),
-    **dict.fromkeys(["math" + style for style in ("bf", "it", "rm", "sf")], r"\text"),
-    **dict.fromkeys(["boldsymbol", "bm", "operatorname"], r"\text"),
-    "degree": r"^\circ ", "textcirc": r"\circ ", "langle": "(", "rangle": ")", "lbrace": r"\{",
-    "rbrace": r"\}", "quad": " ", "qquad": " "}
+COMMANDS = {name: one for one, names in {  # synonyms
+    "": "left right middle displaystyle limits large therefore iff "
+        "big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr",
+    r"\text": "textbf textit textrm textsf texttt textnormal mathbf mathit mathrm mathsf mbox emph "
+              "underline boldsymbol bm operatorname",
+    r"\le ": "leqslant leq leqq", r"\ge ": "geqslant geq geqq", r"\ne ": "neq", "<": "lt",
+    ">": "gt", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", "|": "mid vert lvert rvert",
+    r"\emptyset ": "varnothing", r"\wedge ": "land", r"^\circ ": "degree", r"\circ ": "textcirc",
+    "(": "langle", ")": "rangle", r"\{": "lbrace", r"\}": "rbrace", "'": "prime", " ": "quad qquad",
+}.items() for name in names.split()}
 COMMAND = re.compile(r"\\([a-zA-Z]+)")
 TRIG = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?"
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # What is around the answer, or only changes its looks
     (r"\\?\$", ""),  # $...$, and \$5
     (r"^\s*(?:\*\*(.*)\*\*|\\\[(.*)\\\]|\\\((.*)\\\))\s*$", r"\1\2\3"),
-    (r"^\s*\\text\s*\{([^{}]*)\}$", r"\1"),  # \text{east}
+    (r"^\s*(?:\\text\s*\{\s*)+([^{}]*)\}+$", r"\1"),  # \text{east}
     (r"\\(?:text)?color\s*\{[a-z]*\}", ""),
     (r"^\s*\\text\s*\{\s*(?:[Tt]he )?(?:final )?(?:[Aa]nswer|result|value|year)(?: is)?[\s:=]*\}",
      ""),
-    (r"\\text\s*\{\s*([ei])\s*\}", r"\1"),  # the constants; other letters may be units
+    (r"\\text\s*(?:\{\s*([ei])\s*\}|([ei])(?![a-zA-Z]))", r"\1\2"),  # the constants; other letters may be units
     # ASCII for LaTeX
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\*\*", "^"), (r"\^\(([^()]*)\)", r"^{\1}"),
     (r"\+?(?<![\\a-zA-Z])inf(?:ini)?ty(?![a-zA-Z])|\+\s*\\infty(?![a-zA-Z])", r"\\infty "),
@@ -69,8 +68,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\text\s*\{([^{}]*?\b),?\s+(?:and|or)\s*\}", r"\\text{\1},"),  # 7 \text{ goats and } 4
     (r",?\s*(?:\\text\s*\{,?\s*(?:and|or)\s*\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]))", ","),
     # Arguments get braces, the first before the second
-    (r"\\frac\s*([0-9a-zA-Z]|\\(?!frac)[a-zA-Z]+)", r"\\frac{\1}"),  # \frac12, \frac\pi6
-    (r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z]|\\(?!frac)[a-zA-Z]+)", r"\1{\2}"),
+    (r"\\(frac|binom)\s*([0-9a-zA-Z]|\\(?!frac)[a-zA-Z]+)", r"\\\1{\2}"),  # \frac12, \frac\pi6
+    (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9a-zA-Z]|\\(?!frac)[a-zA-Z]+)", r"\1{\2}"),
     (r"((?:^|[(\[,=])\s*[+-]?(?:[0-9]+\s+)?)([0-9]+)\s*/\s*([0-9]+)(?=\s*(?:$|[,)\]]|\\text))",
      r"\1\\frac{\2}{\3}"),  # 1/2, 1 1/2
     (r"_([0-9A-Za-z])(?![0-9A-Za-z])", r"_{\1}"),  # a_1
@@ -93,19 +92,20 @@ NO_UNITS = (r"and|or|not|nor|to|half|halves|(?:quarter|third|squared|(?!mon|wid|
             r"minus|times|over|under|below|above|less|more|off|negative|point|base|factorial|roots?|pi")
 UNIT = r"(?:[a-zA-Z]{2,}|[msghLNJWVAKCF])(?:\^-?[0-9])?"
 ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of each part
+    (r"\s*(?:\\text\s*\{)?\s*\b([ap])\.?\s*m\b\.?\s*\}?$", r" \1m"),  # of a time
     (r"^\\text\s*\{([^{}]*)\}$", r"\1"),  # \text{east}
     (r"\\?%$", ""),  # 28\%
     *((rf"(?<=[0-9])\s*(?:\\text\s*\{{\s*)?{name}\s*\}}?$", rf"\\times 10^{{{power}}}")
       for name, power in {"thousand": 3, "million": 6, "billion": 9}.items()),
-    (r"^([0-9]+)\s*(?:\^\s*)?\{?(?:\\text\s*)?\{?\s*(?:st|nd|rd|th)\b\s*\}*(?: [a-zA-Z]+)?$", r"\1"),
+    (r"^([0-9]+)\s*(?:\^\s*)?\{?(?:\\text\s*)?\{?\s*(?:st|nd|rd|th)\b\s*\}*(?: [a-zA-Z]+)?$",
+     r"\1"),  # 12th
     (rf"(?<=[0-9a-zA-Z)}}])(?:\s*(?:\\cdot\s*)?\\text\s*\{{\s*(?![^{{}}]*\b(?:{NO_UNITS})\b){UNIT}"
      rf"(?:[\s./]+{UNIT})*[\s.]*\}}(?:\^\{{?-?[0-9]\}}?)?)+$", ""),  # 3 \text{ m}^2
     (rf"(?<=[0-9])(?:\s*(?:(?:{WORDS})(?![a-zA-Z])|sq\.)| (?:[kcm]m|ft|kg|k?m/[hs]|[kMG]?Hz)\b)+"
      r"(?:\^\{?[0-9]\}?)?$", ""),  # 3 cm, 3 percent
     (r"^[Rr]s\.?\s*(?=[0-9])", ""),
-    (r"\s*(?:\\text\s*\{)?\s*\b([ap])\.?\s*m\b\.?\s*\}?$", r" \1m"),  # of a time
 ]]
-NAME = r"(?:[a-zA-Z]|\\(?!not)[a-zA-Z]+)(?:_\{[^{}]*\})?'*(?:\([a-z]\))?"  # x, \theta, x_{1}, f(x)
+NAME = r"(?:[a-zA-Z]|\\(?!not)[a-zA-Z]+(?:\{[a-zA-Z]\})?)(?:_\{[^{}]*\})?'*(?:\([a-z]\))?"  # x, \theta, x_{1}, f(x)
 LABEL = re.compile(  # before "=": a name or names, f(3), P(A), AB, [ABC], |z|, \angle A, the least
     rf"(\(?{NAME}(?:,{NAME})*\)?|(?![xyz])[a-zA-Z]'*\((?:-?[0-9]+|[A-Z]+)\)|P\([^()=]*\)|[A-Z]{{2,4}}|"
     r"\[[A-Z]{3,}\]|\|[a-zA-Z]\||\\(?:angle|triangle) ?[A-Z]{1,3}|\([^()=]*\)_\{\\?m(?:in|ax)\}|"
@@ -115,7 +115,7 @@ QUALIFIER = re.compile(  # for all x, k \in \mathbb Z
     r"[,;]?\(?(?:\\text\{,? ?)?(?:for (?:all|any|every|some)|for(?=\}[a-z])|where)\b"
     r"(?!.*\b(?:for|if|when|otherwise|else)\b)[^,;]*$|"
     r"[,;]?\(?[a-z]\\in ?\\mathbb ?\{?[A-Z]\}?\)?$")
-DECIMAL = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}|[0-9]*)(?:\.[0-9]+)?)(?<=[0-9])"
+DECIMAL = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+)?)(?<=[0-9])"
                      r"(?:(?:\\times|\\cdot|\*) ?10\^\{?([+-]?[0-9]{1,3})\}?)?")
 POWER = re.compile(r"10\^\{?([+-]?[0-9]{1,3})\}?")
 REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
