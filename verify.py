@@ -85,7 +85,7 @@ WORD = re.compile(r"[a-zA-Z]{2}[a-zA-Z ]*")
 ARTICLE = re.compile(r"\b(?:the|an?|on|in|at) |(?<=[a-z]{3})s\b| ")
 INNER = re.compile(r"\\text\{([^{}]*)\}")
 WRAPPED = re.compile(r"\\?\{([^{}]*?)\\?\}|[(\[]([^()\[\],]*)[)\]]|\|([0-9.]+)\|")
-BASED = re.compile(r"\(?([0-9][0-9A-F]*)\)?_\{?([0-9]+)\}?")  # 204_5
+BASE = re.compile(r"(?<=[0-9A-F])_\{?(?:\\text\{)?(?:base)?[ }]*(\w+)")  # 204_5, 204_{\text{five}}
 LETTER = re.compile(r"\(?[A-J]\)?")
 CHOICE = re.compile(  # C, (C), or C. and its text, in which no letter stands alone but in "a word"
     r"(?:option |choice )?\(?([A-Z])(?:[).:-]+(?!.*\b[A-J]\b(?! [a-z]{2})).*)?", re.IGNORECASE)
@@ -98,6 +98,7 @@ ADJACENT = re.compile(  # factors: the parser would add integers, or take them f
     r"(?<=[0-9)])(?<![a-z]\^[0-9])(?=\()|(?<=\))(?=[0-9]|\\frac|\\binom)|"
     r"(?<=[0-9}])(?=\\binom)|(?<=(?<![a-zA-Z\\])[a-eij-oq-z])(?=\((?![a-z]\)))")
 UNREAD = re.compile(r"'|\|_|\^\{?T|\\approx|\\p?mod|\\[lc]?dots|\.\.|[0-9] [0-9]")  # is ignored
+NAMES = "two three four five six seven eight nine ten".split()  # of bases
 TOO_BIG = re.compile(  # to be computed
     r"[0-9]{400}|[a-zA-Z]{40}|\^[{(]*[+-]?[0-9]{5}|[0-9]{5}!|!!|\^[{(]?[0-9]+\^|(?:\^[{(]*\w+){4}")
 # fmt: on
@@ -183,13 +184,6 @@ def not_a_number(given: str, answer: str) -> bool | None:
     return None if number(answer) is None or same_plain(given, answer) else False
 
 
-def same_base(given: str, answer: str) -> bool | None:
-    mine, gold = BASED.fullmatch(given), BASED.fullmatch(answer)
-    if mine and (gold or number(answer) is not None):
-        return bool(gold and mine.groups() == gold.groups())
-    return None
-
-
 def same_choice(given: str, answer: str) -> bool | None:
     if LETTER.fullmatch(answer):
         if choice := CHOICE.fullmatch(INNER.sub(r"\1", given)):
@@ -203,7 +197,10 @@ def not_computed(given: str, answer: str) -> bool | None:
 
 
 def not_ignored(given: str, answer: str) -> bool | None:
-    return None if sorted(UNREAD.findall(given)) == sorted(UNREAD.findall(answer)) else False
+    """What a parser would read over: it must be in both. A base may be left out, not be wrong."""
+    mine, gold = ({str(NAMES.index(b) + 2) if b in NAMES else b for b in BASE.findall(text)} for text in (given, answer))
+    same = sorted(UNREAD.findall(given)) == sorted(UNREAD.findall(answer))
+    return None if same and mine <= gold else False
 
 
 def not_too_big(given: str, answer: str) -> bool | None:
@@ -212,12 +209,11 @@ def not_too_big(given: str, answer: str) -> bool | None:
     return False if TOO_BIG.search(both) or max(depths, default=0) > MAX_DEPTH else None
 
 
-# The first that knows decides. What has a rule of its own (a base, a number, a letter) comes before
+# The first that knows decides. What has a rule of its own (a number, a letter) comes before
 # what holds for all. The three that only refuse come last: they keep an answer from the parser.
 RULES: list[tuple[Callable[[str, str], bool | None], str]] = [
     (lambda given, answer: None if given and answer else False, "empty"),
     (lambda given, answer: given == answer or None, "same text"),
-    (same_base, "compared in their base"),
     (same_number, "compared as numbers"),
     (not_a_number, "the gold answer is a number; this is none, or has to be computed"),
     (same_choice, "compared as choices"),
@@ -268,7 +264,8 @@ def read(answer: str) -> Any:
     """
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    from sympy import Float, I, Rational
+    from sympy import Derivative, Float, I, Rational, Symbol
+    from sympy.logic.boolalg import Boolean, BooleanAtom
 
     answer = re.sub(r"(?<![a-zA-Z\\])([Ee])(?=_)", r"\\grave{\1}", answer)  # E_1 is not Euler's
     answer = ADJACENT.sub(r"\\cdot ", answer)
@@ -284,7 +281,12 @@ def read(answer: str) -> Any:
     except Exception:  # its parser has a dozen kinds
         return None
     exact = {x: Rational(str(x)) for x in found.atoms(Float)}
-    return found.xreplace(exact | {x: I for x in found.free_symbols if x.name == "i"})
+    exact |= {x: I for x in found.free_symbols if x.name == "i"}
+    # dv/dt of a symbol v would be 0, as dw/dt is; and 1 = 2 would be false, as 3 = 4 is
+    exact |= {d: Symbol(str(d)) for d in found.atoms(Derivative) if d.expr.is_Symbol}
+    found = found.xreplace(exact)
+    is_constant = isinstance(found, Boolean) and isinstance(found.doit(), BooleanAtom)
+    return None if is_constant else found
 
 
 def same_value(given: Any, answer: Any) -> bool:
@@ -438,11 +440,7 @@ class Grader:
     def unread(self, golds: list[str]) -> list[bool]:
         """Which no parser reads? Beside their own text, only `compare`'s rules find one right."""
         plain = [prepare("", gold[:MAX_LENGTH])[2] for gold in golds]
-        hard = [
-            text
-            for text in plain
-            if not BASED.fullmatch(text) and any(number(part) is None for part in form(text)[1])
-        ]
+        hard = [text for text in plain if any(number(part) is None for part in form(text)[1])]
         replies = self.pool.map([(text, text, False) for text in hard], key=itemgetter(0))
         bad = {text for text, (reply, _) in zip(hard, replies) if not (reply and reply[0])}
         return [text in bad for text in plain]

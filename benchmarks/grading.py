@@ -1,7 +1,8 @@
 r"""The verifier against math-verify alone: time on realistic responses, accuracy on labelled cases.
 
     python benchmarks/grading.py                       # time, four minutes
-    python benchmarks/grading.py CASES.jsonl ...       # accuracy, one table, and each disagreement
+    python benchmarks/grading.py CASES.jsonl ...       # accuracy, one table
+    python benchmarks/grading.py CASES.jsonl --list    # and each case that one of them misjudges
 
 Time: 1,024 responses of 2,000 tokens on average to 128 problems; a quarter is right, a quarter
 boxes a wrong answer, a quarter has its answer in the text, a quarter is cut off. They come plain,
@@ -9,7 +10,8 @@ and with all but the last 300 tokens in a thought. math-verify is called as the 
 does, on what follows the thought, one response after the other.
 
 Cases are JSON lines with `gold`, `prediction`, `expected` (true, false, or null for "any verdict,
-but quickly") and perhaps a `tier`; the table has a row for each.
+but quickly"); the table has rows for each `tier`, and for cases marked `policy` (a matter of
+choice).
 """
 
 import argparse
@@ -20,12 +22,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from machinery.files import print_what_can_be
 from verify import Grader, Verdict
 
 TIMEOUT, PATIENCE = 2.0, 12.0  # seconds: of our workers; what counts as hung in math-verify
@@ -181,50 +186,50 @@ def measure_time(pairs: int) -> None:
 # ------------------------------------------------------------------ accuracy
 def load(path: Path) -> list[dict]:
     """Cases; a prediction may be given as [prefix, unit, repetitions, suffix]."""
-    cases = [json.loads(line) for line in path.read_text().splitlines()]
+    cases = [json.loads(line) for line in path.open(encoding="utf-8")]
     for case in cases:
         for key in ("prediction_repeat", "prediction_repeat_close"):
             *prefix, unit, n, suffix = case.get(key) or ("", 0, "")
             case["prediction"] = case.get("prediction", "") + "".join(prefix) + unit * n + suffix
-        case["tier"] = f"{path.stem} {case.get('tier', '')}".strip()
+        tier = case.get("tier", "policy" if case.get("policy") else "")
+        case["tier"] = f"{path.stem} {tier}".strip()
     return cases
 
 
-def grade_all(cases: list[dict], verdict) -> tuple[list[Verdict], list[float]]:
+def grade_all(cases: list[dict], name: str, verdict: Callable) -> list[tuple[Verdict, float]]:
     """Verdicts and milliseconds, one case after the other."""
-    verdicts, times = [], []
-    for case in tqdm(cases, leave=False):
+    graded = []
+    for case in tqdm(cases, desc=name, leave=False):
         start = time.perf_counter()
-        verdicts.append(verdict(case["prediction"], case["gold"]))
-        times.append(1000 * (time.perf_counter() - start))
-    return verdicts, times
+        found = verdict(case["prediction"], case["gold"])
+        graded.append((found, 1000 * (time.perf_counter() - start)))
+    return graded
 
 
-def measure_accuracy(paths: list[Path]) -> None:
+def measure_accuracy(paths: list[Path], listed: bool) -> None:
     cases, peer = [case for path in paths for case in load(path)], Alone()
-    graded = {"math-verify": grade_all(cases, peer.verdict)}
+    graded = {"math-verify": grade_all(cases, "math-verify", peer.verdict)}
     peer.process.kill()
-    for lenient in (False, True):
+    for name, lenient in {"verify.py": False, "verify.py --lenient": True}.items():
         with Grader(workers=1, timeout=TIMEOUT, lenient=lenient) as grader:
             grader([(rf"\boxed{{x+{i}}}", "1+x") for i in range(8)])  # all workers have started
-            graded["verify.py" + " --lenient" * lenient] = grade_all(
-                cases, lambda *job: grader.verdicts([job])[0]
-            )  # noqa: B023
+            one = partial(lambda grader, *job: grader.verdicts([job])[0], grader)
+            graded[name] = grade_all(cases, name, one)
     print(
         "| cases | grader | n | accuracy | false pos. / neg. | mean / p99 / max ms | > 5 s | "
         "failures |\n|---|---|---|---|---|---|---|---|"
     )
     for tier in dict.fromkeys(case["tier"] for case in cases):
-        for name, (verdicts, times) in graded.items():
-            here = [i for i, case in enumerate(cases) if case["tier"] == tier]
-            wrong = Counter(
-                verdicts[i].right
-                for i in here
-                if cases[i]["expected"] not in (None, verdicts[i].right)
-            )
-            n = sum(cases[i]["expected"] is not None for i in here)
-            ms = sorted(times[i] for i in here)
-            failures = Counter(verdicts[i].failure for i in here if verdicts[i].failure)
+        for name, results in graded.items():
+            here = [
+                (case["expected"], *result)
+                for case, result in zip(cases, results)
+                if case["tier"] == tier
+            ]
+            wrong = Counter(found.right for label, found, _ in here if label is (not found.right))
+            n = sum(label is not None for label, _, _ in here)
+            ms = sorted(time for _, _, time in here)
+            failures = Counter(found.failure for _, found, _ in here if found.failure)
             print(
                 f"| {tier} | {name} | {n} | {f'{1 - wrong.total() / n:.3f}' if n else '-'} "
                 f"| {wrong[True]} / {wrong[False]} "
@@ -232,19 +237,25 @@ def measure_accuracy(paths: list[Path]) -> None:
                 f"| {sum(t > 5000 for t in ms)} "
                 f"| {', '.join(f'{count} {kind}' for kind, count in failures.items())} |"
             )
+    if listed:
+        list_misjudged(cases, graded["math-verify"], graded["verify.py"])
+
+
+def list_misjudged(cases: list[dict], theirs: list, ours: list) -> None:
     print(
-        "\nDisagreements on cases with a verdict:\n\n| cases | id | gold | prediction | expected "
-        "| math-verify | verify.py | its reason |\n|---|---|---|---|---|---|---|---|"
+        "\n| cases | kind | gold | prediction | expected | math-verify | verify.py | its reason |"
+        "\n|---|---|---|---|---|---|---|---|"
     )
-    for case, theirs, ours in zip(cases, graded["math-verify"][0], graded["verify.py"][0]):
-        if case["expected"] is not None and theirs.right != ours.right:
-            gold, prediction = (
-                f"`{' '.join(text.split())}`".replace("|", r"\|")
-                for text in (case["gold"][:60], case["prediction"][-80:])
+    for case, (their, _), (our, _) in zip(cases, theirs, ours):
+        if case["expected"] in {not their.right, not our.right}:
+            gold, prediction, reason = (
+                " ".join(text.split()).replace("|", r"\|")
+                for text in (case["gold"][:60], case["prediction"][-80:], our.reason)
             )
+            kind = case.get("kind", case.get("category", case.get("source")))
             print(
-                f"| {case['tier']} | {case['id']} | {gold} | {prediction} | {case['expected']} | "
-                f"{theirs.right} | {ours.right} | {ours.reason} |"
+                f"| {case['tier']} | {kind} | `{gold}` | `{prediction}` | {case['expected']} "
+                f"| {their.right} | {our.right} | {reason} |"
             )
 
 
@@ -252,11 +263,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cases", nargs="*", type=Path, help="files of labelled cases")
     parser.add_argument("--pairs", type=int, default=3, help="of timed runs [3]")
+    parser.add_argument("--list", action="store_true", help="the cases that one misjudges, too")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    print_what_can_be()  # an answer may hold half a character
     if args.alone:
         alone()
     elif args.cases:
-        measure_accuracy(args.cases)
+        measure_accuracy(args.cases, args.list)
     else:
         measure_time(args.pairs)

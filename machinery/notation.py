@@ -37,6 +37,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\?\$", ""),  # $...$, and \$5
     (r"^\s*(?:\*\*(.*)\*\*|\\\[(.*)\\\]|\\\((.*)\\\))\s*$", r"\1\2\3"),
     (r"^\s*(?:\\text\s*\{\s*)+([^{}]*)\}+$", r"\1"),  # \text{east}
+    (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
     (r"\\(?:text)?color\s*\{[a-z]*\}", ""),
     (r"^\s*\\text\s*\{\s*(?:[Tt]he )?(?:final )?(?:[Aa]nswer|result|value|year)(?: is)?[\s:=]*\}",
      ""),
@@ -72,7 +73,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9a-zA-Z]|\\(?!frac)[a-zA-Z]+)", r"\1{\2}"),
     (r"((?:^|[(\[,=])\s*[+-]?(?:[0-9]+\s+)?)([0-9]+)\s*/\s*([0-9]+)(?=\s*(?:$|[,)\]]|\\text))",
      r"\1\\frac{\2}{\3}"),  # 1/2, 1 1/2
-    (r"_([0-9A-Za-z])(?![0-9A-Za-z])", r"_{\1}"),  # a_1
+    (r"_([0-9A-Za-z])(?![0-9A-Za-z])", r"_{\1}"), (r"\(([0-9A-F]+)\)_", r"\1_"),  # a_1, (52)_8
     (r"\(?\\[pb]?mod\s*\{?([0-9a-z]+)\}?\)?", r"\\pmod{\1}"),
     # Other notations for a set
     (r"^(?:\\text\s*\{\s*)?(?:[Aa]ll )?[Rr]eal(?: number)?s\s*\}?$", r"\\mathbb{R}"),
