@@ -198,7 +198,10 @@ def not_computed(given: str, answer: str) -> bool | None:
 
 def not_ignored(given: str, answer: str) -> bool | None:
     """What a parser would read over: it must be in both. A base may be left out, not be wrong."""
-    mine, gold = ({str(NAMES.index(b) + 2) if b in NAMES else b for b in BASE.findall(text)} for text in (given, answer))
+    mine, gold = (
+        {str(NAMES.index(b) + 2) if b in NAMES else b for b in BASE.findall(text)}
+        for text in (given, answer)
+    )
     same = sorted(UNREAD.findall(given)) == sorted(UNREAD.findall(answer))
     return None if same and mine <= gold else False
 
@@ -265,7 +268,7 @@ def read(answer: str) -> Any:
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Derivative, Float, I, Rational, Symbol
-    from sympy.logic.boolalg import Boolean, BooleanAtom
+    from sympy.logic.boolalg import BooleanAtom
 
     answer = re.sub(r"(?<![a-zA-Z\\])([Ee])(?=_)", r"\\grave{\1}", answer)  # E_1 is not Euler's
     answer = ADJACENT.sub(r"\\cdot ", answer)
@@ -282,20 +285,23 @@ def read(answer: str) -> Any:
         return None
     exact = {x: Rational(str(x)) for x in found.atoms(Float)}
     exact |= {x: I for x in found.free_symbols if x.name == "i"}
-    # dv/dt of a symbol v would be 0, as dw/dt is; and 1 = 2 would be false, as 3 = 4 is
+    # dv/dt of a symbol v would be 0, as dw/dt is
     exact |= {d: Symbol(str(d)) for d in found.atoms(Derivative) if d.expr.is_Symbol}
     found = found.xreplace(exact)
-    is_constant = isinstance(found, Boolean) and isinstance(found.doit(), BooleanAtom)
-    return None if is_constant else found
+    return None if isinstance(found, BooleanAtom) else found  # 1=2 is as false as 3=4
 
 
 def same_value(given: Any, answer: Any) -> bool:
     """Of two expressions: exactly, or to 40 digits where both are irrational constants."""
     from math_verify import verify
     from sympy import Eq, Expr
+    from sympy.logic.boolalg import Boolean
 
     if given == answer:  # infinity, too
         return True
+    if isinstance(answer, Boolean) and not answer.free_symbols:  # nothing to be solved
+        sides = list(zip(given.args, answer.args))
+        return given.func == answer.func and all(same_value(*pair) for pair in sides)
     if any(isinstance(a, Eq) and isinstance(b, Expr) for a, b in permutations((given, answer))):
         return False  # math-verify would take what stands on the right
     if all(isinstance(e, Expr) and e.is_number for e in (given, answer)):

@@ -26,9 +26,10 @@ COMMANDS = {name: one for one, names in {  # synonyms
     r"\text": "textbf textit textrm textsf texttt textnormal mathbf mathit mathrm mathsf mbox emph "
               "underline boldsymbol bm operatorname",
     r"\le ": "leqslant leq leqq", r"\ge ": "geqslant geq geqq", r"\ne ": "neq", "<": "lt",
-    ">": "gt", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", "|": "mid vert lvert rvert",
-    r"\emptyset ": "varnothing", r"\wedge ": "land", r"^\circ ": "degree", r"\circ ": "textcirc",
-    "(": "langle", ")": "rangle", r"\{": "lbrace", r"\}": "rbrace", "'": "prime", " ": "quad qquad",
+    ">": "gt", "|": "mid vert lvert rvert", r"\frac": "dfrac tfrac cfrac",
+    r"\binom": "dbinom tbinom", r"\emptyset ": "varnothing", r"\wedge ": "land",
+    r"^\circ ": "degree", r"\circ ": "textcirc", "(": "langle", ")": "rangle",
+    r"\{": "lbrace", r"\}": "rbrace", "'": "prime", " ": "quad qquad",
 }.items() for name in names.split()}
 COMMAND = re.compile(r"\\([a-zA-Z]+)")
 TRIG = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?"
@@ -41,7 +42,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\(?:text)?color\s*\{[a-z]*\}", ""),
     (r"^\s*\\text\s*\{\s*(?:[Tt]he )?(?:final )?(?:[Aa]nswer|result|value|year)(?: is)?[\s:=]*\}",
      ""),
-    (r"\\text\s*(?:\{\s*([ei])\s*\}|([ei])(?![a-zA-Z]))", r"\1\2"),  # the constants; other letters may be units
+    (r"\\text\s*(?:\{\s*([ei])\s*\}|([ei])(?![a-zA-Z]))", r"\1\2"),  # else a unit
     # ASCII for LaTeX
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\*\*", "^"), (r"\^\(([^()]*)\)", r"^{\1}"),
     (r"\+?(?<![\\a-zA-Z])inf(?:ini)?ty(?![a-zA-Z])|\+\s*\\infty(?![a-zA-Z])", r"\\infty "),
@@ -106,7 +107,8 @@ ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of e
      r"(?:\^\{?[0-9]\}?)?$", ""),  # 3 cm, 3 percent
     (r"^[Rr]s\.?\s*(?=[0-9])", ""),
 ]]
-NAME = r"(?:[a-zA-Z]|\\(?!not)[a-zA-Z]+(?:\{[a-zA-Z]\})?)(?:_\{[^{}]*\})?'*(?:\([a-z]\))?"  # x, \theta, x_{1}, f(x)
+# x, \theta, x_{1}, f(x), \vec{v}
+NAME = r"(?:[a-zA-Z]|\\(?!not)[a-zA-Z]+(?:\{[a-zA-Z]\})?)(?:_\{[^{}]*\})?'*(?:\([a-z]\))?"
 LABEL = re.compile(  # before "=": a name or names, f(3), P(A), AB, [ABC], |z|, \angle A, the least
     rf"(\(?{NAME}(?:,{NAME})*\)?|(?![xyz])[a-zA-Z]'*\((?:-?[0-9]+|[A-Z]+)\)|P\([^()=]*\)|[A-Z]{{2,4}}|"
     r"\[[A-Z]{3,}\]|\|[a-zA-Z]\||\\(?:angle|triangle) ?[A-Z]{1,3}|\([^()=]*\)_\{\\?m(?:in|ax)\}|"
