@@ -657,10 +657,10 @@ class Grader:
         self.close()
 
 
-def unparsed(given: str, answer: str, lenient: bool, failure: str) -> Verdict:
+def unparsed(given: str | None, answer: str, lenient: bool, failure: str) -> Verdict:
     if failure != "skipped":
         return Verdict(False, f"none: {failure}", failure)
-    easy = lenient and screen(given, answer, False)[1]  # strict has done it
+    easy = lenient and screen(given or "", answer, False)[1]  # strict has done it
     reason = "compared as text alone, after two failures on this gold answer"
     return Verdict(bool(easy and easy.right), reason, failure)
 
