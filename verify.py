@@ -393,8 +393,9 @@ class Grader:
 
     workers: processes; timeout: seconds for one response, after which its worker is killed and its
     reward is 0; lenient: as above. `failures` counts the responses whose grading failed, by kind:
-    "timeout", "crash", or an exception's name. Any thread may use it. A context manager; or call
-    `close()`.
+    "timeout", "crash", an exception's name, or "skipped": after two timeouts or crashes, the next
+    jobs with this gold answer, up to one with another, are compared as text alone. Any thread may
+    use it. A context manager; or call `close()`.
 
     reward: FILE.py:function, from (response, answer) to a number, for `right_and_reward`; it has
     workers of its own under the same rules. Raises InputError if there is no such function.
@@ -423,7 +424,7 @@ class Grader:
             )
         )
         parsed = {
-            job: Verdict(*reply) if reply else Verdict(False, f"none: {failure}", failure)
+            job: Verdict(*reply) if reply else unparsed(*job, failure)
             for job, (reply, failure) in zip(hard, self.pool.map(hard, key=itemgetter(1)))
         }
         verdicts = [easy or parsed[given, answer, lenient] for given, easy, answer in screened]
@@ -461,6 +462,14 @@ class Grader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def unparsed(given: str | None, answer: str, lenient: bool, failure: str) -> Verdict:
+    if failure != "skipped":
+        return Verdict(False, f"none: {failure}", failure)
+    easy = lenient and screen(given or "", answer, False)[1]  # strict has done it
+    reason = "compared as text alone, after two failures on this gold answer"
+    return Verdict(bool(easy and easy.right), reason, failure)
 
 
 def load_parser() -> Callable:

@@ -157,7 +157,9 @@ def directory(model: str, algo: str, seed: int) -> str:
 
 
 def title(cfg: Config, plain: Config) -> str:
-    return f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{differences(cfg, plain)}"
+    run = f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{differences(cfg, plain)}"
+    note = "a repeated question counts, for what it comes to is the answer: docs/rewards.md"
+    return f"{run}\nlenient     {note}" if cfg.lenient else run
 
 
 def differences(cfg: Config, plain: Config) -> str:

@@ -21,6 +21,7 @@ from threading import Lock, Thread
 
 STARTUP_SECONDS = 120  # for a worker to import what it needs, on a machine that starts many
 START_ATTEMPTS = 3  # in a row
+MOST_FAILURES = 2  # of neighbours with the same key: a problem on which all responses hang
 # Own session or, on Windows, process group: Ctrl-C is the trainer's business.
 ALONE = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
 ALONE |= {"start_new_session": True}
@@ -39,10 +40,11 @@ class Pool:
         self.workers, self.idle = set(), deque()  # always one more worker than threads: one is idle
 
     def map(self, jobs: list, key: Callable) -> list[tuple]:
-        """-> for each job, in order: (its reply, None), or (None, "timeout" or "crash").
+        """-> for each job, in order: (its reply, None), or (None, "timeout", "crash" or "skipped").
 
-        key: neighbours with the same key go to the same worker, which may remember things. Raises
-        RuntimeError if workers do not start, or if the pool is closed.
+        key: neighbours with the same key go to the same worker, which may remember things, one
+        after the other. After MOST_FAILURES of them the others are skipped. Raises RuntimeError if
+        workers do not start, or if the pool is closed.
         """
         while jobs and len(self.workers) < self.size + 1:
             self.add_worker()
@@ -51,18 +53,20 @@ class Pool:
 
     def run(self, jobs: list) -> list[tuple]:
         """In one of the threads."""
-        results, worker = [], None
+        results, worker, failures = [], None, 0
         try:
             for job in jobs:
+                if failures == MOST_FAILURES:
+                    break
                 worker = worker or self.next_worker()
                 results.append(worker.ask(job, self.timeout))
                 if not worker.alive():
                     self.replace(worker)
-                    worker = None
+                    worker, failures = None, failures + 1
         finally:
             if worker:
                 self.idle.append(worker)
-        return results
+        return results + [(None, "skipped")] * (len(jobs) - len(results))
 
     def next_worker(self) -> "Worker":
         """One that has started, and is alive."""

@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,8 @@ class Rewards:
         from machinery.processes import OwnInputError
 
         rewards, failures = [], Counter[str]()
-        for job, (reply, failure) in zip(jobs, self.pool.map(jobs, key=itemgetter(1))):
+        # Each job has a key of its own: a program that hangs says nothing about the next one.
+        for job, (reply, failure) in zip(jobs, self.pool.map(jobs, key=id)):
             reward, broken = reply or (0.0, None)
             if broken:
                 raise OwnInputError(

@@ -54,6 +54,17 @@ def test_no_clip_is_no_clip_on_either_side():
     assert parse_args(["--algo", "cispo"]).clip_high == 4.0  # its cap alone
 
 
+def test_a_lenient_run_says_what_it_rewards(monkeypatch, capsys, tiny_model):
+    monkeypatch.setattr(luffy, "train", lambda *args: None)
+    for lenient in ("true", "false"):
+        flags = ["--model", str(tiny_model), "--lenient", lenient]
+        monkeypatch.setattr(sys, "argv", ["luffy.py", *flags])
+        luffy.main()
+        dist.destroy_process_group()
+        notes = [line for line in capsys.readouterr().out.splitlines() if "docs/rewards" in line]
+        assert len(notes) == (lenient == "true")
+
+
 def test_every_row_names_fields_and_is_reached_by_its_name():
     names = {f.name for f in fields(Config)}
     for algo, row in ALGORITHMS.items():
