@@ -20,6 +20,7 @@ plan            --dry_run: batches, tokens and memory of each GPU
 preflight       --preflight: what a run needs, proven on this machine
 look            python data.py: what a file of problems comes to
 page, plots     report.html, curves.png and a picture of evaluations
+notation        how an answer is written: one way for what can be written in several, its parts
 pool, reward    worker processes that can be killed; a user's reward function in them
 published       the paper's benchmarks, systems, prompts and scores
 toy             the laptop's world: problems, teacher, base model
