@@ -84,7 +84,7 @@ def extract_answer(response: str) -> str | None:
 WORD = re.compile(r"[a-zA-Z]{2}[a-zA-Z ]*")
 ARTICLE = re.compile(r"\b(?:the|an?|on|in|at) |(?<=[a-z]{3})s\b| ")
 INNER = re.compile(r"\\text\{([^{}]*)\}")
-WRAPPED = re.compile(r"\\?\{([^{}]*?)\\?\}|[(\[]([^()\[\],]*)[)\]]|\|([0-9.]+)\|")
+WRAPPED = re.compile(r"(?:\{|\\\{(?!.*,))([^{}]*?)\\?\}|[(\[]([^()\[\],]*)[)\]]|\|([0-9.]+)\|")
 BASE = re.compile(r"(?<=[0-9A-F])_\{?(?:\\text\{)?(?:base)?[ }]*(\w+)")  # 204_5, 204_{\text{five}}
 LETTER = re.compile(r"\(?[A-J]\)?")
 CHOICE = re.compile(  # C, (C), or C. and its text, in which no letter stands alone but in "a word"
