@@ -177,11 +177,7 @@ def same_ratio(parts: list[str], golds: list[str], same: Callable) -> bool | Non
 
 
 def same_number(given: str, answer: str) -> bool | None:
-    return None if number(given) is None or number(answer) is None else same_plain(given, answer)
-
-
-def not_a_number(given: str, answer: str) -> bool | None:
-    return None if number(answer) is None or same_plain(given, answer) else False
+    return None if number(answer) is None else same_plain(given, answer)
 
 
 def same_choice(given: str, answer: str) -> bool | None:
@@ -217,8 +213,7 @@ def not_too_big(given: str, answer: str) -> bool | None:
 RULES: list[tuple[Callable[[str, str], bool | None], str]] = [
     (lambda given, answer: None if given and answer else False, "empty"),
     (lambda given, answer: given == answer or None, "same text"),
-    (same_number, "compared as numbers"),
-    (not_a_number, "the gold answer is a number; this is none, or has to be computed"),
+    (same_number, "compared as numbers; what has to be computed is none"),
     (same_choice, "compared as choices"),
     (partial(same_parts, same=same_plain), "compared part by part"),
     (not_computed, "a computation, not an answer"),
