@@ -104,7 +104,7 @@ TOO_BIG = re.compile(  # to be computed
 # fmt: on
 
 
-def same_plain(given: str, answer: str) -> bool | None:
+def same_number_or_word(given: str, answer: str) -> bool | None:
     """Two values without a parser. Where the gold is a number, a computation is no answer."""
     while match := WRAPPED.fullmatch(given):
         given = match[match.lastindex or 0]
@@ -177,7 +177,7 @@ def same_ratio(parts: list[str], golds: list[str], same: Callable) -> bool | Non
 
 
 def same_number(given: str, answer: str) -> bool | None:
-    return None if number(answer) is None else same_plain(given, answer)
+    return None if number(answer) is None else same_number_or_word(given, answer)
 
 
 def same_choice(given: str, answer: str) -> bool | None:
@@ -192,7 +192,7 @@ def not_computed(given: str, answer: str) -> bool | None:
     return False if found else None
 
 
-def not_ignored(given: str, answer: str) -> bool | None:
+def same_unread(given: str, answer: str) -> bool | None:
     """What a parser would read over: it must be in both. A base may be left out, not be wrong."""
     mine, gold = (
         {str(NAMES.index(b) + 2) if b in NAMES else b for b in BASE.findall(text)}
@@ -215,9 +215,9 @@ RULES: list[tuple[Callable[[str, str], bool | None], str]] = [
     (lambda given, answer: given == answer or None, "same text"),
     (same_number, "compared as numbers; what has to be computed is none"),
     (same_choice, "compared as choices"),
-    (partial(same_parts, same=same_plain), "compared part by part"),
+    (partial(same_parts, same=same_number_or_word), "compared part by part"),
     (not_computed, "a computation, not an answer"),
-    (not_ignored, "what no parser reads is not the same"),
+    (same_unread, "what no parser reads is not the same"),
     (not_too_big, "too big to be parsed"),
 ]
 

@@ -36,13 +36,13 @@ TRIG = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?"
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # What is around the answer, or only changes its looks
     (r"\\?\$", ""),  # $...$, and \$5
-    (r"^\s*(?:\*\*(.*)\*\*|\\\[(.*)\\\]|\\\((.*)\\\))\s*$", r"\1\2\3"),
+    (r"^\s*(?:\*\*(.*)\*\*|\\\[(.*)\\\]|\\\((.*)\\\))\s*$", r"\1\2\3"),  # **7**, \[7\]
     (r"^\s*(?:\\text\s*\{\s*)+([^{}]*)\}+$", r"\1"),  # \text{east}
     (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
     (r"\\(?:text)?color\s*\{[a-z]*\}", ""),
     (r"^\s*\\text\s*\{\s*(?:[Tt]he )?(?:final )?(?:[Aa]nswer|result|value|year)(?: is)?[\s:=]*\}",
      ""),
-    (r"\\text\s*(?:\{\s*([ei])\s*\}|([ei])(?![a-zA-Z]))", r"\1\2"),  # else a unit
+    (r"\\text\s*(?:\{\s*([ei])\s*\}|([ei])(?![a-zA-Z]))", r"\1\2"),  # \text{e}: else a unit
     # ASCII for LaTeX
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\*\*", "^"), (r"\^\(([^()]*)\)", r"^{\1}"),
     (r"\+?(?<![\\a-zA-Z])inf(?:ini)?ty(?![a-zA-Z])|\+\s*\\infty(?![a-zA-Z])", r"\\infty "),
@@ -61,8 +61,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # Numbers
     (r"(?<![\\a-zA-Z_0-9.])([0-9]*\.?[0-9]+)[eE]([+-]?[0-9]+)(?!\.?[0-9]|[a-zA-Z])",
      r"\1\\times 10^{\2}"),  # 4.5e33
-    (r"(\.[0-9]*)(?:\\(?:bar|dot)\s*\{?([0-9]+)\}?|\(([0-9]+)\))", r"\1\\overline{\2\3}"),
-    (r"(\.[0-9]*?)([0-9])\2\2+(?:\.\.\.|\\[lc]?dots)$", r"\1\\overline{\2}"),
+    (r"(\.[0-9]*)(?:\\(?:bar|dot)\s*\{?([0-9]+)\}?|\(([0-9]+)\))", r"\1\\overline{\2\3}"),  # 0.(3)
+    (r"(\.[0-9]*?)([0-9])\2\2+(?:\.\.\.|\\[lc]?dots)$", r"\1\\overline{\2}"),  # 0.333...
     (r"(?<=[0-9])\.(?=$|[\s/,)}]|\\text)", ""),  # 3. and -1./3
     # "and" and "or" between inequalities are a union, elsewhere a comma
     (r"([<>]|\\[lg]e\b)(.*?)\s*(?:\\text\s*\{,?\s*or\s*\}|(?<![\\a-zA-Z])or(?![a-zA-Z]))"
@@ -75,7 +75,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"((?:^|[(\[,=])\s*[+-]?(?:[0-9]+\s+)?)([0-9]+)\s*/\s*([0-9]+)(?=\s*(?:$|[,)\]]|\\text))",
      r"\1\\frac{\2}{\3}"),  # 1/2, 1 1/2
     (r"_([0-9A-Za-z])(?![0-9A-Za-z])", r"_{\1}"), (r"\(([0-9A-F]+)\)_", r"\1_"),  # a_1, (52)_8
-    (r"\(?\\[pb]?mod\s*\{?([0-9a-z]+)\}?\)?", r"\\pmod{\1}"),
+    (r"\(?\\[pb]?mod\s*\{?([0-9a-z]+)\}?\)?", r"\\pmod{\1}"),  # (\mod 6)
     # Other notations for a set
     (r"^(?:\\text\s*\{\s*)?(?:[Aa]ll )?[Rr]eal(?: number)?s\s*\}?$", r"\\mathbb{R}"),
     (r"\\\{\s*\\\}", r"\\emptyset "),
@@ -83,7 +83,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"^\[(.*[,;].*)\[$", r"[\1)"),
     # What is at the end
     (r"(?:\\\\|\s|(?<!\.)\.)+$", ""),
-    (r"\s+(?=,)", ""), (r"\s+", " "),
+    (r"\s+(?=,)", ""), (r"\s+", " "),  # before the next: 100 , 200 is not 100,200
     (r"(?<![0-9A-Za-z]) (?!(?<=[0-9], )[0-9]{3}(?![0-9]))| (?![0-9A-Za-z])", ""),  # not 100, 200
 ]]
 WORDS = (r"percent(?:age)?|pct|degrees?|dollars?|cents?|yuan|euros?|units?|inch(?:es)?|feet|miles?|"
