@@ -461,7 +461,7 @@ class Grader:
 
 def unparsed(given: str | None, answer: str, lenient: bool, failure: str) -> Verdict:
     if failure != "skipped":
-        return Verdict(False, f"none: {failure}", failure)
+        return Verdict(False, f"no verdict: {failure}", failure)
     easy = lenient and screen(given or "", answer, False)[1]  # strict has done it
     reason = "compared as text alone, after two failures on this gold answer"
     return Verdict(bool(easy and easy.right), reason, failure)
