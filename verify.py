@@ -81,7 +81,7 @@ def extract_answer(response: str) -> str | None:
 
 # ------------------------------------------------------------------ the same value?
 # fmt: off
-WORD = re.compile(r"[a-zA-Z]{2}[a-zA-Z ]*")
+WORD = re.compile(r"[a-zA-Z]{2}[a-zA-Z ]*(?: [0-9]+[a-z]*)?")  # Friday the 13th
 ARTICLE = re.compile(r"\b(?:the|an?|on|in|at) |(?<=[a-z]{3})s\b| ")
 INNER = re.compile(r"\\text\{([^{}]*)\}")
 WRAPPED = re.compile(r"(?:\{|\\\{(?!.*,))([^{}]*?)\\?\}|[(\[]([^()\[\],]*)[)\]]|\|([0-9.]+)\|")
@@ -93,7 +93,7 @@ APPROXIMATELY = re.compile(r"\\approx ?([0-9]*\.?([0-9]*))$")
 OPERATIONS = [re.compile(rf"(?<![a-zA-Z])(?:{names})(?![a-zA-Z])") for names in [
     r"binom|choose|[CP](?=_\{?[0-9]|\([0-9]))|(?:!", TRIG, r"log|ln|lg", r"gcd|lcm",
     r"[lr]?(?:floor|ceil)", r"[bp]?mod", r"sum", r"prod", r"i*int", r"lim", r"det|vmatrix",
-    r"max|min|sup|inf", r"i(?=\^)"]]
+    r"max|min|sup|inf", r"i(?=\^)", r"Gamma", r"begin.*begin", r"end\{[a-z]*\}\^"]]
 ADJACENT = re.compile(  # factors: the parser would add integers, or take them for a mixed number
     r"(?<=[0-9)])(?<![a-z]\^[0-9])(?=\()|(?<=\))(?=[0-9]|\\frac|\\binom)|"
     r"(?<=[0-9}])(?=\\binom)|(?<=(?<![a-zA-Z\\])[a-eij-oq-z])(?=\((?![a-z]\)))")
@@ -262,7 +262,7 @@ def read(answer: str) -> Any:
     """
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    from sympy import Derivative, Float, I, Rational, Symbol
+    from sympy import Derivative, Float, I, Rational, Symbol, nan, zoo
     from sympy.logic.boolalg import BooleanAtom
 
     answer = re.sub(r"(?<![a-zA-Z\\])([Ee])(?=_)", r"\\grave{\1}", answer)  # E_1 is not Euler's
@@ -283,7 +283,7 @@ def read(answer: str) -> Any:
     # dv/dt of a symbol v would be 0, as dw/dt is
     exact |= {d: Symbol(str(d)) for d in found.atoms(Derivative) if d.expr.is_Symbol}
     found = found.xreplace(exact)
-    return None if isinstance(found, BooleanAtom) else found  # 1=2 is as false as 3=4
+    return None if isinstance(found, BooleanAtom) or found.has(nan, zoo) else found  # 1=2, 5/0
 
 
 def same_value(given: Any, answer: Any) -> bool:

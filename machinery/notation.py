@@ -35,7 +35,7 @@ COMMAND = re.compile(r"\\([a-zA-Z]+)")
 TRIG = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?"
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # What is around the answer, or only changes its looks
-    (r"\\?\$", ""),  # $...$, and \$5
+    (r"(?<!\\)[\s~]+", " "), (r"\\?\$", ""),  # many spaces take long; $...$, and \$5
     (r"^\s*(?:\*\*(.*)\*\*|\\\[(.*)\\\]|\\\((.*)\\\))\s*$", r"\1\2\3"),  # **7**, \[7\]
     (r"^\s*(?:\\text\s*\{\s*)+([^{}]*)\}+$", r"\1"),  # \text{east}
     (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),

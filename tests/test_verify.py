@@ -104,6 +104,11 @@ DIFFERENT = {
     "70": [r"\binom84", r"\binom{8}{4}"], "2.0": [r"\log_2 4", r"\gcd(4,6)", r"\frac42"],
     "204_5": ["204_6", "203", r"204_{\text{six}}"], "-37_8": ["-37_9"], "(52_8,1)": ["(52_9,1)"],
     r"\frac{dv}{dt}": ["0", r"\frac{dm}{dt}"], "1+1=2": ["2+2=4"], r"0.56 = 56\%": [r"0.26 = 56\%"],
+    # Products of matrices, other functions, infinity, and words with a number.
+    r"\begin{pmatrix}1&2\\0&1\end{pmatrix}": [r"\begin{pmatrix}1&1\\0&1\end{pmatrix}^2",
+        r"\begin{pmatrix}1&1\\0&1\end{pmatrix}\begin{pmatrix}1&1\\0&1\end{pmatrix}"],
+    r"3\sqrt2": [r"\Gamma(4)\frac{\sqrt2}2"], r"05\!:\!00": [r"\frac70"],
+    "Friday the 13th": ["13th Friday the", "Fridya the 13th"], r"\text{June 20}": ["20 nuJe"],
     r"0.\overline{1}": ["0", r"0.\overline{2}", r"0.\overline{12}"], "3, 5, 7": ["(7,5,3)"],
 }
 RESPONSES = [
