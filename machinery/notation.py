@@ -101,7 +101,8 @@ ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of e
       for name, power in {"thousand": 3, "million": 6, "billion": 9}.items()),
     (r"^([0-9]+)\s*(?:\^\s*)?\{?(?:\\text\s*)?\{?\s*(?:st|nd|rd|th)\b\s*\}*(?: [a-zA-Z]+)?$",
      r"\1"),  # 12th
-    (rf"(?<=[0-9a-zA-Z)}}])(?:\s*(?:\\cdot\s*)?\\text\s*\{{\s*(?![^{{}}]*\b(?:{NO_UNITS})\b){UNIT}"
+    (rf"(?:(?<=[0-9)}}])|(?<=\\pi)|(?<=[a-zA-Z])(?=\s*\\text\s*\{{\s*(?:{WORDS}|[kcm]?m)\b))"
+     rf"(?:\s*(?:\\cdot\s*)?\\text\s*\{{\s*(?![^{{}}]*\b(?:{NO_UNITS})\b){UNIT}"
      rf"(?:[\s./]+{UNIT})*[\s.]*\}}(?:\^\{{?-?[0-9]\}}?)?)+$", ""),  # 3 \text{ m}^2
     (rf"(?<=[0-9])(?:\s*(?:(?:{WORDS})(?![a-zA-Z])|sq\.)| (?:[kcm]m|ft|kg|k?m/[hs]|[kMG]?Hz)\b)+"
      r"(?:\^\{?[0-9]\}?)?$", ""),  # 3 cm, 3 percent
