@@ -294,11 +294,11 @@ def read(answer: str) -> Any:
 def same_value(given: Any, answer: Any) -> bool:
     """Of two expressions: exactly, or to 40 digits where both are irrational constants."""
     from math_verify import verify
-    from sympy import Eq, Expr
+    from sympy import Eq, Expr, Symbol
     from sympy.logic.boolalg import Boolean
 
-    if given == answer:  # infinity, too
-        return True
+    if given == answer or isinstance(given, Symbol) and isinstance(answer, Symbol):
+        return bool(given == answer)  # infinity, too; of names, math-verify ignores the case
     if isinstance(answer, Boolean) and not answer.free_symbols:  # nothing to be solved
         sides = list(zip(given.args, answer.args))
         return given.func == answer.func and all(same_value(*pair) for pair in sides)
