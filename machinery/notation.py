@@ -125,7 +125,7 @@ POWER = re.compile(r"10\^\{?([+-]?[0-9]{1,3})\}?")
 REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
 FRACTION = re.compile(r"([+-]?)([0-9]*) ?\\frac\{([+-]?[0-9]+)\}\{([+-]?[0-9]+)\}")
 RANGE = re.compile(r"(?:([^<>=≤≥,]+)([<>≤≥]))?([a-zA-Z])([<>≤≥])([^<>=≤≥,]+)")  # 1<x≤2, x>1
-BUILDER = re.compile(r"\\?\{[a-zA-Z]\|(.*?)\\?\}|[a-zA-Z]\\in(?! ?\\mathbb) ?(.*)")  # \{x|x>1\}
+BUILDER = re.compile(r"\\?\{[a-zA-Z] ?[|:](.*?)\\?\}|[a-zA-Z]\\in(?! ?\\mathbb) ?(.*)")  # \{x|x>1\}
 COLUMN = re.compile(r"\\begin\{[pb]matrix\}([^&]*)\\end\{[pb]matrix\}")
 BRACKETS = re.compile(r"[(\[][)\]]|(\\?)\{\1\}")
 ARGUMENT = re.compile(r"([a-zA-Z])\(([a-z])\)")
