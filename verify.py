@@ -141,7 +141,8 @@ def same_parts(given: str, answer: str, same: Callable[[str, str], bool | None])
             return False
     if name and gold_name and name != gold_name or len(parts) != len(golds):
         return False
-    if kinds <= {",", "{}", r"\c"} and number(given) is number(answer) is None:  # 1,234 is one
+    ordered = re.search(r"dots|\.\.", answer) or number(given) is not number(answer)  # 1,234 is one
+    if kinds <= {",", "{}", r"\c"} and not ordered:
         return same_set(parts, golds, same)
     if kind == ":":
         return same_ratio(parts, golds, same)
