@@ -94,7 +94,8 @@ NO_UNITS = (r"and|or|not|nor|to|half|halves|(?:quarter|third|squared|(?!mon|wid|
             r"minus|times|over|under|below|above|less|more|off|negative|point|base|factorial|roots?|pi")
 UNIT = r"(?:[a-zA-Z]{2,}|[msghLNJWVAKCF])(?:\^-?[0-9])?"
 ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of each part
-    (r"\s*(?:\\text\s*\{)?\s*\b([ap])\.?\s*m\b\.?\s*\}?$", r" \1m"),  # of a time
+    (r"(?<=[0-9])\s*(?:\\text\s*\{)?\s*([aApP])\.?\s*[mM]\b\.?\s*\}?$",
+     lambda time: f" {time[1].lower()}m"),
     (r"^\\text\s*\{([^{}]*)\}$", r"\1"),  # \text{east}
     (r"\\?%$", ""),  # 28\%
     *((rf"(?<=[0-9])\s*(?:\\text\s*\{{\s*)?{name}\s*\}}?$", rf"\\times 10^{{{power}}}")
