@@ -113,9 +113,9 @@ ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of e
 NAME = r"(?:[a-zA-Z]|\\(?!not)[a-zA-Z]+(?:\{[a-zA-Z]\})?)(?:_\{[^{}]*\})?'*(?:\([a-z]\))?"
 LABEL = re.compile(  # before "=": a name or names, f(3), P(A), AB, [ABC], |z|, \angle A, the least
     rf"(\(?{NAME}(?:,{NAME})*\)?|(?![xyz])[a-zA-Z]'*\((?:-?[0-9]+|[A-Z]+)\)|P\([^()=]*\)|[A-Z]{{2,4}}|"
-    r"\[[A-Z]{3,}\]|\|[a-zA-Z]\||\\(?:angle|triangle) ?[A-Z]{1,3}|\([^()=]*\)_\{\\?m(?:in|ax)\}|"
+    r"\[[A-Z]{3,}\]|\|[a-zA-Z][A-Z]?\||(?:\\(?:angle|triangle|sin|cos|tan) ?)+[A-Z]{1,3}|"
     rf"{NAME}(?::{NAME})+|\\frac\{{[A-Z]{{2}}\}}\{{[A-Z]{{2}}\}}|"
-    r"\\text\{(?![^{}]*\bnot\b)[^{}]*\}|)(?:=(?!=)|\\equiv ?)")
+    r"\([^()=]*\)_\{\\?m(?:in|ax)\}|\\text\{(?![^{}]*\bnot\b)[^{}]*\}|)(?:=(?!=)|\\equiv ?)")
 QUALIFIER = re.compile(  # for all x, k \in \mathbb Z
     r"[,;]?\(?(?:\\text\{,? ?)?(?:for (?:all|any|every|some)|for(?=\}[a-z])|where)\b"
     r"(?!.*\b(?:for|if|when|otherwise|else)\b)[^,;]*$|"
