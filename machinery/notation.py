@@ -92,7 +92,7 @@ WORDS = (r"percent(?:age)?|pct|degrees?|dollars?|cents?|yuan|euros?|units?|inch(
 NO_UNITS = (r"and|or|not|nor|to|half|halves|(?:quarter|third|squared|(?!mon|wid|dep|leng)[a-z]*th|"
             r"ten|dozen|score|gross|pair|couple|hundred|thousand|lakh|crore|[mbtr]+illion)s?|cubed|plus|"
             r"minus|times|over|under|below|above|less|more|off|negative|point|base|factorial|roots?|pi")
-UNIT = r"(?:[a-zA-Z]{2,}|[msghLNJWVAKCF])(?:\^-?[0-9])?"
+UNIT = r"(?:[a-zA-Z]{2,}|[msghLNJWVAKCF])(?:\^\{?-?[0-9]\}?)?"
 ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of each part
     (r"(?<=[0-9])\s*(?:\\text\s*\{)?\s*([aApP])\.?\s*[mM]\b\.?\s*\}?$",
      lambda time: f" {time[1].lower()}m"),
@@ -104,7 +104,7 @@ ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of e
      r"\1"),  # 12th
     (rf"(?:(?<=[0-9)}}])|(?<=\\pi)|(?<=[a-zA-Z])(?=\s*\\text\s*\{{\s*(?:{WORDS}|[kcm]?m)\b))"
      rf"(?:\s*(?:\\cdot\s*)?\\text\s*\{{\s*(?![^{{}}]*\b(?:{NO_UNITS})\b){UNIT}"
-     rf"(?:[\s./]+{UNIT})*[\s.]*\}}(?:\^\{{?-?[0-9]\}}?)?)+$", ""),  # 3 \text{ m}^2
+     rf"(?:(?:[\s./]|\\cdot)+{UNIT})*[\s.]*\}}(?:\^\{{?-?[0-9]\}}?)?)+$", ""),  # 3 \text{ m}^2
     (rf"(?<=[0-9])(?:\s*(?:(?:{WORDS})(?![a-zA-Z])|sq\.)| (?:[kcm]m|ft|kg|k?m/[hs]|[kMG]?Hz)\b)+"
      r"(?:\^\{?[0-9]\}?)?$", ""),  # 3 cm, 3 percent
     (r"^[Rr]s\.?\s*(?=[0-9])", ""),
