@@ -51,6 +51,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\sqrt\s*(?:\(([^()]*)\)|([0-9]+|[a-zA-Z](?![a-zA-Z])))", r"\\sqrt{\1\2}"),
     (r"np\.(?=[a-z])", r"\\"), (r"^\s*\\approx", ""),  # np.arcsin: a gold answer of Minerva
     # Spaces that mean nothing, but for those between the thousands of a number, which go first
+    (r"[,;]?\s*&\s*(?:\\text\s*\{\s*(?:if|for|when|where)\s*\})?", "&"),  # of cases
     (r"\\\\\[[^\]]*\]", r"\\\\"),  # the next row of a matrix, after some space
     (r"(?<=[0-9])(?:,\\!|\\[,! ]|\{,\})\s*(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234 and 1\,234
     (r"(?<!\\)\\[,;:! ]|~", " "), (r"\{:\}", ":"), (r"\^\{\s*'\s*\}|\^'", "'"),

@@ -66,6 +66,8 @@ SAME = {
     r"\frac{1}{3}": [r"0.\bar3", "0.333...", "0.(3)", r"0.\dot{3}"], "2:3": ["4:6", "2{:}3"],
     r"\frac35": [r"\sin A=\frac35", r"\cos\angle ABC=\frac35", "|AB|=0.6"],
     "3.5": [r"3.5\ \mathrm{m\,s^{-1}}"],
+    r"\begin{cases}1,&x>0\\0,&x\le 0\end{cases}": [
+        r"\begin{cases}1 & \text{if } x>0\\ 0 & \text{if } x\leq 0\end{cases}"],
     "9:45 a.m.": [r"9:45\text{ AM}"], r"\{x:1<x\}": ["x>1", r"(1,\infty)"],
     r"2\sqrt3": [r"2\sqrt3\approx3.46", r"\sqrt{12}≈3.5"], "10:45 a.m.": [r"10:45\text{ am}"],
     r"1-\frac1{\mathrm e}": ["1-e^{-1}"], "3+4i": [r"4\mathrm i+3"], "E_1+E_2": ["E_2+E_1"],
