@@ -54,7 +54,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"[,;]?\s*&\s*(?:\\text\s*\{\s*(?:if|for|when|where)\s*\})?", "&"),  # of cases
     (r"\\\\\[[^\]]*\]", r"\\\\"),  # the next row of a matrix, after some space
     (r"(?<=[0-9])(?:,\\!|\\[,! ]|\{,\})\s*(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234 and 1\,234
-    (r"(?<!\\)\\[,;:! ]|~", " "), (r"\{:\}", ":"), (r"\^\{\s*'\s*\}|\^'", "'"),
+    (r"(?<!\\)\\[,;:! ]|~", " "), (r"\^\{\s*'\s*\}|\^'", "'"),
+    (r"\{:\}|(?<=[0-9])\s*\\text\s*\{\s*to\s*\}\s*(?=[0-9])", ":"),  # 2{:}3, 2 to 3
     # Degrees: in a function they are a number, elsewhere a unit
     (rf"(\\{TRIG}(?:\^\{{?-?[0-9]\}}?)?\s*[({{]?\s*)([0-9]+(?:\.[0-9]+)?)\s*\^\s*\{{?\s*\\circ"
      r"(?![a-zA-Z])\s*\}?", r"\1{\\frac{\2\\pi}{180}}"),
