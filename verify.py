@@ -89,6 +89,7 @@ BASE = re.compile(r"(?<=[0-9A-F])_\{?(?:\\text\{)?(?:base)?[ }]*(\w+)")  # 204_5
 LETTER = re.compile(r"\(?[A-J]\)?")
 CHOICE = re.compile(  # C, (C), or C. and its text, in which no letter stands alone but in "a word"
     r"(?:option |choice )?\(?([A-Z])(?:[).:-]+(?!.*\b[A-J]\b(?! [a-z]{2})).*)?", re.IGNORECASE)
+COUNTED = re.compile(r"([0-9]+)\s*\\(?:text|mathrm)\{([^{}]*)\}")  # 3 \text{ red}
 APPROXIMATELY = re.compile(r"\\approx ?([0-9]*\.?([0-9]*))$")
 OPERATIONS = [re.compile(rf"(?<![a-zA-Z])(?:{names})(?![a-zA-Z])") for names in [
     r"binom|choose|[CP](?=_\{?[0-9]|\([0-9]))|(?:!", TRIG, r"log|ln|lg", r"gcd|lcm",
@@ -248,6 +249,12 @@ def compare(given: str, answer: str) -> Verdict | None:
     """What can be said of two answers without a parser, which is most; else None. Microseconds."""
     if max(len(given), len(answer)) > MAX_LENGTH:
         return Verdict(given.strip() == answer.strip(), "too long to be parsed")
+    mine, gold = (
+        {name.strip().removesuffix("and").strip(" ,"): int(n) for n, name in COUNTED.findall(text)}
+        for text in (given, answer)
+    )
+    if len(gold) > 1 and mine.keys() == gold.keys() and mine != gold:  # units are dropped below
+        return Verdict(False, "other numbers of the same things")
     given, steps, answer = prepare(given, answer)
     for rule, reason in RULES:
         right = rule(given, answer)

@@ -111,6 +111,7 @@ DIFFERENT = {
     "204_5": ["204_6", "203", r"204_{\text{six}}"], "-37_8": ["-37_9"], "(52_8,1)": ["(52_9,1)"],
     r"\frac{dv}{dt}": ["0", r"\frac{dm}{dt}"], "1+1=2": ["2+2=4"], r"0.56 = 56\%": [r"0.26 = 56\%"],
     r"\text{all } n \text{ odd}": [r"\text{all } n \text{ even}"], r"n\text{ prime}": ["n"],
+    r"3\text{ red}, 4\text{ blue}": [r"4\text{ red and }3\text{ blue}"],
     r"\Delta": [r"\delta"], r"1,4,9,\ldots": [r"4,1,9,\ldots"],
     r"0.\overline{1}": ["0", r"0.\overline{2}", r"0.\overline{12}"], "3, 5, 7": ["(7,5,3)"],
 }
