@@ -69,7 +69,7 @@ SAME = {
     r"\begin{cases}1,&x>0\\0,&x\le 0\end{cases}": [
         r"\begin{cases}1 & \text{if } x>0\\ 0 & \text{if } x\leq 0\end{cases}"],
     "2:5": [r"2\text{ to }5"], "9:45 a.m.": [r"9:45\text{ AM}"],
-    r"\{x:1<x\}": ["x>1", r"(1,\infty)"],
+    r"\{x:x>1\}": ["x>1", r"(1,\infty)"],
     r"2\sqrt3": [r"2\sqrt3\approx3.46", r"\sqrt{12}≈3.5"], "10:45 a.m.": [r"10:45\text{ am}"],
     r"1-\frac1{\mathrm e}": ["1-e^{-1}"], "3+4i": [r"4\mathrm i+3"], "E_1+E_2": ["E_2+E_1"],
     r"\sin 30^\circ": [r"\frac12"], r"2\binom52": ["20"], "x(x-1)": ["x^2-x"],
