@@ -89,6 +89,7 @@ BASE = re.compile(r"(?<=[0-9A-F])_\{?(?:\\text\{)?(?:base)?[ }]*(\w+)")  # 204_5
 LETTER = re.compile(r"\(?[A-J]\)?")
 CHOICE = re.compile(  # C, (C), or C. and its text, in which no letter stands alone but in "a word"
     r"(?:option |choice )?\(?([A-Z])(?:[).:-]+(?!.*\b[A-J]\b(?! [a-z]{2})).*)?", re.IGNORECASE)
+COUNTED = re.compile(r"([0-9]+)\s*\\(?:text|mathrm)\{([^{}]*)\}")  # 3 \text{ red}
 APPROXIMATELY = re.compile(r"\\approx ?([0-9]*\.?([0-9]*))$")
 OPERATIONS = [re.compile(rf"(?<![a-zA-Z])(?:{names})(?![a-zA-Z])") for names in [
     r"binom|choose|[CP](?=_\{?[0-9]|\([0-9]))|(?:!", TRIG, r"log|ln|lg", r"gcd|lcm",
@@ -141,7 +142,8 @@ def same_parts(given: str, answer: str, same: Callable[[str, str], bool | None])
             return False
     if name and gold_name and name != gold_name or len(parts) != len(golds):
         return False
-    if kinds <= {",", "{}", r"\c"} and number(given) is number(answer) is None:  # 1,234 is one
+    ordered = re.search(r"dots|\.\.", answer) or number(given) is not number(answer)  # 1,234 is one
+    if kinds <= {",", "{}", r"\c"} and not ordered:
         return same_set(parts, golds, same)
     if kind == ":":
         return same_ratio(parts, golds, same)
@@ -242,6 +244,12 @@ def compare(given: str, answer: str) -> Verdict | None:
     """What can be said of two answers without a parser, which is most; else None. Microseconds."""
     if max(len(given), len(answer)) > MAX_LENGTH:
         return Verdict(given.strip() == answer.strip(), "too long to be parsed")
+    mine, gold = (
+        {name.strip().removesuffix("and").strip(" ,"): int(n) for n, name in COUNTED.findall(text)}
+        for text in (given, answer)
+    )
+    if len(gold) > 1 and mine.keys() == gold.keys() and mine != gold:  # units are dropped below
+        return Verdict(False, "other numbers of the same things")
     given, steps, answer = prepare(given, answer)
     for rule, reason in RULES:
         right = rule(given, answer)
@@ -289,11 +297,11 @@ def read(answer: str) -> Any:
 def same_value(given: Any, answer: Any) -> bool:
     """Of two expressions: exactly, or to 40 digits where both are irrational constants."""
     from math_verify import verify
-    from sympy import Eq, Expr
+    from sympy import Eq, Expr, Symbol
     from sympy.logic.boolalg import Boolean
 
-    if given == answer:  # infinity, too
-        return True
+    if given == answer or isinstance(given, Symbol) and isinstance(answer, Symbol):
+        return bool(given == answer)  # infinity, too; of names, math-verify ignores the case
     if isinstance(answer, Boolean) and not answer.free_symbols:  # nothing to be solved
         sides = list(zip(given.args, answer.args))
         return given.func == answer.func and all(same_value(*pair) for pair in sides)

@@ -51,9 +51,11 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\sqrt\s*(?:\(([^()]*)\)|([0-9]+|[a-zA-Z](?![a-zA-Z])))", r"\\sqrt{\1\2}"),
     (r"np\.(?=[a-z])", r"\\"), (r"^\s*\\approx", ""),  # np.arcsin: a gold answer of Minerva
     # Spaces that mean nothing, but for those between the thousands of a number, which go first
+    (r"[,;]?\s*&\s*(?:\\text\s*\{\s*(?:if|for|when|where)\s*\})?", "&"),  # of cases
     (r"\\\\\[[^\]]*\]", r"\\\\"),  # the next row of a matrix, after some space
     (r"(?<=[0-9])(?:,\\!|\\[,! ]|\{,\})\s*(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234 and 1\,234
-    (r"(?<!\\)\\[,;:! ]|~", " "), (r"\{:\}", ":"), (r"\^\{\s*'\s*\}|\^'", "'"),
+    (r"(?<!\\)\\[,;:! ]|~", " "), (r"\^\{\s*'\s*\}|\^'", "'"),
+    (r"\{:\}|(?<=[0-9])\s*\\text\s*\{\s*to\s*\}\s*(?=[0-9])", ":"),  # 2{:}3, 2 to 3
     # Degrees: in a function they are a number, elsewhere a unit
     (rf"(\\{TRIG}(?:\^\{{?-?[0-9]\}}?)?\s*[({{]?\s*)([0-9]+(?:\.[0-9]+)?)\s*\^\s*\{{?\s*\\circ"
      r"(?![a-zA-Z])\s*\}?", r"\1{\\frac{\2\\pi}{180}}"),
@@ -92,17 +94,19 @@ WORDS = (r"percent(?:age)?|pct|degrees?|dollars?|cents?|yuan|euros?|units?|inch(
 NO_UNITS = (r"and|or|not|nor|to|half|halves|(?:quarter|third|squared|(?!mon|wid|dep|leng)[a-z]*th|"
             r"ten|dozen|score|gross|pair|couple|hundred|thousand|lakh|crore|[mbtr]+illion)s?|cubed|plus|"
             r"minus|times|over|under|below|above|less|more|off|negative|point|base|factorial|roots?|pi")
-UNIT = r"(?:[a-zA-Z]{2,}|[msghLNJWVAKCF])(?:\^-?[0-9])?"
+UNIT = r"(?:[a-zA-Z]{2,}|[msghLNJWVAKCF])(?:\^\{?-?[0-9]\}?)?"
 ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of each part
-    (r"\s*(?:\\text\s*\{)?\s*\b([ap])\.?\s*m\b\.?\s*\}?$", r" \1m"),  # of a time
+    (r"(?<=[0-9])\s*(?:\\text\s*\{)?\s*([aApP])\.?\s*[mM]\b\.?\s*\}?$",
+     lambda time: f" {time[1].lower()}m"),
     (r"^\\text\s*\{([^{}]*)\}$", r"\1"),  # \text{east}
     (r"\\?%$", ""),  # 28\%
     *((rf"(?<=[0-9])\s*(?:\\text\s*\{{\s*)?{name}\s*\}}?$", rf"\\times 10^{{{power}}}")
       for name, power in {"thousand": 3, "million": 6, "billion": 9}.items()),
     (r"^([0-9]+)\s*(?:\^\s*)?\{?(?:\\text\s*)?\{?\s*(?:st|nd|rd|th)\b\s*\}*(?: [a-zA-Z]+)?$",
      r"\1"),  # 12th
-    (rf"(?<=[0-9a-zA-Z)}}])(?:\s*(?:\\cdot\s*)?\\text\s*\{{\s*(?![^{{}}]*\b(?:{NO_UNITS})\b){UNIT}"
-     rf"(?:[\s./]+{UNIT})*[\s.]*\}}(?:\^\{{?-?[0-9]\}}?)?)+$", ""),  # 3 \text{ m}^2
+    (rf"(?:(?<=[0-9)}}])|(?<=\\pi)|(?<=[a-zA-Z])(?=\s*\\text\s*\{{\s*(?:{WORDS}|[kcm]?m)\b))"
+     rf"(?:\s*(?:\\cdot\s*)?\\text\s*\{{\s*(?![^{{}}]*\b(?:{NO_UNITS})\b){UNIT}"
+     rf"(?:(?:[\s./]|\\cdot)+{UNIT})*[\s.]*\}}(?:\^\{{?-?[0-9]\}}?)?)+$", ""),  # 3 \text{ m}^2
     (rf"(?<=[0-9])(?:\s*(?:(?:{WORDS})(?![a-zA-Z])|sq\.)| (?:[kcm]m|ft|kg|k?m/[hs]|[kMG]?Hz)\b)+"
      r"(?:\^\{?[0-9]\}?)?$", ""),  # 3 cm, 3 percent
     (r"^[Rr]s\.?\s*(?=[0-9])", ""),
@@ -111,9 +115,9 @@ ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of e
 NAME = r"(?:[a-zA-Z]|\\(?!not)[a-zA-Z]+(?:\{[a-zA-Z]\})?)(?:_\{[^{}]*\})?'*(?:\([a-z]\))?"
 LABEL = re.compile(  # before "=": a name or names, f(3), P(A), AB, [ABC], |z|, \angle A, the least
     rf"(\(?{NAME}(?:,{NAME})*\)?|(?![xyz])[a-zA-Z]'*\((?:-?[0-9]+|[A-Z]+)\)|P\([^()=]*\)|[A-Z]{{2,4}}|"
-    r"\[[A-Z]{3,}\]|\|[a-zA-Z]\||\\(?:angle|triangle) ?[A-Z]{1,3}|\([^()=]*\)_\{\\?m(?:in|ax)\}|"
+    r"\[[A-Z]{3,}\]|\|[a-zA-Z][A-Z]?\||(?:\\(?:angle|triangle|sin|cos|tan) ?)+[A-Z]{1,3}|"
     rf"{NAME}(?::{NAME})+|\\frac\{{[A-Z]{{2}}\}}\{{[A-Z]{{2}}\}}|"
-    r"\\text\{(?![^{}]*\bnot\b)[^{}]*\}|)(?:=(?!=)|\\equiv ?)")
+    r"\([^()=]*\)_\{\\?m(?:in|ax)\}|\\text\{(?![^{}]*\bnot\b)[^{}]*\}|)(?:=(?!=)|\\equiv ?)")
 QUALIFIER = re.compile(  # for all x, k \in \mathbb Z
     r"[,;]?\(?(?:\\text\{,? ?)?(?:for (?:all|any|every|some)|for(?=\}[a-z])|where)\b"
     r"(?!.*\b(?:for|if|when|otherwise|else)\b)[^,;]*$|"
@@ -124,7 +128,7 @@ POWER = re.compile(r"10\^\{?([+-]?[0-9]{1,3})\}?")
 REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
 FRACTION = re.compile(r"([+-]?)([0-9]*) ?\\frac\{([+-]?[0-9]+)\}\{([+-]?[0-9]+)\}")
 RANGE = re.compile(r"(?:([^<>=≤≥,]+)([<>≤≥]))?([a-zA-Z])([<>≤≥])([^<>=≤≥,]+)")  # 1<x≤2, x>1
-BUILDER = re.compile(r"\\?\{[a-zA-Z]\|(.*?)\\?\}|[a-zA-Z]\\in(?! ?\\mathbb) ?(.*)")  # \{x|x>1\}
+BUILDER = re.compile(r"\\?\{[a-zA-Z] ?[|:](.*?)\\?\}|[a-zA-Z]\\in(?! ?\\mathbb) ?(.*)")  # \{x|x>1\}
 COLUMN = re.compile(r"\\begin\{[pb]matrix\}([^&]*)\\end\{[pb]matrix\}")
 BRACKETS = re.compile(r"[(\[][)\]]|(\\?)\{\1\}")
 ARGUMENT = re.compile(r"([a-zA-Z])\(([a-z])\)")

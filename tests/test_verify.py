@@ -64,6 +64,12 @@ SAME = {
     "20": ["Rs. 20", "20 Rs", "¥20", r"20\text{ euros}", "20 sq. units", "２０", "|20|"],
     "7,4": [r"7\text{ goats and } 4\text{ hens}", r"4^\circ, 7^\circ"],
     r"\frac{1}{3}": [r"0.\bar3", "0.333...", "0.(3)", r"0.\dot{3}"], "2:3": ["4:6", "2{:}3"],
+    r"\frac35": [r"\sin A=\frac35", r"\cos\angle ABC=\frac35", "|AB|=0.6"],
+    "3.5": [r"3.5\ \mathrm{m\,s^{-1}}"],
+    r"\begin{cases}1,&x>0\\0,&x\le 0\end{cases}": [
+        r"\begin{cases}1 & \text{if } x>0\\ 0 & \text{if } x\leq 0\end{cases}"],
+    "2:5": [r"2\text{ to }5"], "9:45 a.m.": [r"9:45\text{ AM}"],
+    r"\{x:x>1\}": ["x>1", r"(1,\infty)"],
     r"2\sqrt3": [r"2\sqrt3\approx3.46", r"\sqrt{12}≈3.5"], "10:45 a.m.": [r"10:45\text{ am}"],
     r"1-\frac1{\mathrm e}": ["1-e^{-1}"], "3+4i": [r"4\mathrm i+3"], "E_1+E_2": ["E_2+E_1"],
     r"\sin 30^\circ": [r"\frac12"], r"2\binom52": ["20"], "x(x-1)": ["x^2-x"],
@@ -109,6 +115,9 @@ DIFFERENT = {
         r"\begin{pmatrix}1&1\\0&1\end{pmatrix}\begin{pmatrix}1&1\\0&1\end{pmatrix}"],
     r"3\sqrt2": [r"\Gamma(4)\frac{\sqrt2}2"], r"05\!:\!00": [r"\frac70"],
     "Friday the 13th": ["13th Friday the", "Fridya the 13th"], r"\text{June 20}": ["20 nuJe"],
+    r"\text{all } n \text{ odd}": [r"\text{all } n \text{ even}"], r"n\text{ prime}": ["n"],
+    r"3\text{ red}, 4\text{ blue}": [r"4\text{ red and }3\text{ blue}"],
+    r"\Delta": [r"\delta"], r"1,4,9,\ldots": [r"4,1,9,\ldots"],
     r"0.\overline{1}": ["0", r"0.\overline{2}", r"0.\overline{12}"], "3, 5, 7": ["(7,5,3)"],
 }
 RESPONSES = [
