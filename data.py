@@ -555,7 +555,7 @@ def say_unreadable(golds: dict[str, str], unread: list[bool]) -> set[str]:
         part = len(bad) / len(golds)
         say(
             f"unreadable  {len(bad)} of {len(golds)} different golds ({part:.1%}): little but the "
-            f"same text is right; --unreadable drop leaves them out\n            {some}"
+            f"same text is right; see luffy.py --unreadable\n            {some}"
         )
     return set(bad)
 

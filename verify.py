@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from machinery.files import print_what_can_be
-from machinery.notation import POWER, TRIG, form, normal_form, number, split, unlabelled
+from machinery.notation import NAME, POWER, TRIG, form, normal_form, number, split, unlabelled
 from machinery.pool import Pool, serve
 from machinery.reward import Reward, Rewards, version
 
@@ -86,9 +86,9 @@ ARTICLE = re.compile(r"\b(?:the|an?|on|in|at) |(?<=[a-z]{3})s\b| ")
 INNER = re.compile(r"\\text\{([^{}]*)\}")
 WRAPPED = re.compile(r"(?:\{|\\\{(?!.*,))([^{}]*?)\\?\}|[(\[]([^()\[\],]*)[)\]]|\|([0-9.]+)\|")
 BASE = re.compile(r"(?<=[0-9A-F])_\{?(?:\\text\{)?(?:base)?[ }]*(\w+)")  # 204_5, 204_{\text{five}}
-LETTER = re.compile(r"\(?[A-J]\)?")
+LETTER = re.compile(r"([A-J])|\(([A-J])\)(?![-+*/^_,(]).*")  # C, or (C) and its text
 CHOICE = re.compile(  # C, (C), or C. and its text, in which no letter stands alone but in "a word"
-    r"(?:option |choice )?\(?([A-Z])(?:[).:-]+(?!.*\b[A-J]\b(?! [a-z]{2})).*)?", re.IGNORECASE)
+    r"(?:option |choice )?\(?([A-Z])(?:[).:-]+(?! ?[-+*/^_,(]|.*\b[A-J]\b(?! [a-z]{2})).*)?", re.I)
 COUNTED = re.compile(r"([0-9]+)\s*\\(?:text|mathrm)\{([^{}]*)\}")  # 3 \text{ red}
 APPROXIMATELY = re.compile(r"\\approx ?([0-9]*\.?([0-9]*))$")
 OPERATIONS = [re.compile(rf"(?<![a-zA-Z])(?:{names})(?![a-zA-Z])") for names in [
@@ -113,8 +113,9 @@ def same_number_or_word(given: str, answer: str) -> bool | None:
     if gold is not None:
         computed = "frac" in given and "frac" not in answer and gold.denominator == 1  # 50/2
         computed &= not given.endswith(("{1}", "{-1}"))
-        power = POWER.fullmatch(given) and "10^" not in answer and 1 <= gold < 10**4  # 10^2
-        return number(given) == gold and not computed and not power
+        computed |= bool(POWER.fullmatch(given)) and "10^" not in answer and 1 <= gold < 10**4
+        computed |= bool(re.match(r"10+(?:\\times|\\cdot|\*)", given))  # 10^2, 10*10^2
+        return number(given) == gold and not computed
     mine, gold_word = (INNER.sub(r"\1", text) for text in (given, answer))
     if WORD.fullmatch(gold_word) and (WORD.fullmatch(mine) or len(gold_word) > 3):
         return as_word(mine) == as_word(gold_word)
@@ -128,14 +129,15 @@ def as_word(text: str) -> str:
 
 def same_parts(given: str, answer: str, same: Callable[[str, str], bool | None]) -> bool | None:
     """Two answers of one form whose parts are the same; None if `same` leaves one of them open."""
-    (kind, parts), (gold_kind, golds) = form(given), form(answer)
+    (kind, parts, name), (gold_kind, golds, gold_name) = form(given), form(answer)
     if len(parts) == len(golds) == 1:  # {5} is 5
         return same(parts[0], golds[0])
     if "" in (kind, gold_kind):
-        listed = answer if gold_kind else given
-        several = kind + gold_kind == "," or kind + gold_kind == ":" and len(form(listed)[1]) > 2
-        return False if several and number(listed) is None else same(given, answer)
-    kinds, name, gold_name = {kind[:2], gold_kind[:2]}, kind[2:], gold_kind[2:]
+        listed = parts if kind else golds
+        several = "," in (kind, gold_kind) and number(answer if gold_kind else given) is None
+        several |= ":" in (kind, gold_kind) and (len(listed) > 2 or is_time(listed))
+        return False if several else same(given, answer)
+    kinds = {kind, gold_kind}
     if len(kinds) > 1:  # brackets may be left out, but not those of an interval
         is_interval = name or gold_name or any("infty" in part for part in parts + golds)
         if is_interval or "," not in kinds or not kinds <= {",", "()", "{}"}:
@@ -143,7 +145,7 @@ def same_parts(given: str, answer: str, same: Callable[[str, str], bool | None])
     if name and gold_name and name != gold_name or len(parts) != len(golds):
         return False
     ordered = re.search(r"dots|\.\.", answer) or number(given) is not number(answer)  # 1,234 is one
-    if kinds <= {",", "{}", r"\c"} and not ordered:
+    if kinds <= {",", "{}", r"\cup"} and not ordered:
         return same_set(parts, golds, same)
     if kind == ":":
         return same_ratio(parts, golds, same)
@@ -167,13 +169,19 @@ def same_set(parts: list[str], golds: list[str], same: Callable) -> bool | None:
     return True if not left else None if is_open else False
 
 
+def is_time(parts: list[str]) -> bool:
+    """10:30, for one: a ratio would have no common factor."""
+    values = [n.numerator for part in parts if (n := number(part)) is not None]
+    return len(values) == len(parts) and gcd(*values) > 1
+
+
 def same_ratio(parts: list[str], golds: list[str], same: Callable) -> bool | None:
-    """2:4 is 1:2; but one that has a common factor may be a time, as 10:30."""
+    """2:4 is 1:2, if that is the gold answer."""
     mine, gold = ([n for p in side if (n := number(p)) is not None] for side in (parts, golds))
     if len(gold) < len(golds):
         pairs = [(f"({a})*({golds[0]})", f"({parts[0]})*({b})") for a, b in zip(parts, golds)]
         return all_same(pairs, same)
-    if len(mine) < len(gold) or 0 in mine + gold or gcd(*(n.numerator for n in gold)) > 1:
+    if len(mine) < len(gold) or 0 in mine + gold or is_time(golds):
         return mine == gold
     return len({a / b for a, b in zip(mine, gold)}) == 1
 
@@ -183,15 +191,15 @@ def same_number(given: str, answer: str) -> bool | None:
 
 
 def same_choice(given: str, answer: str) -> bool | None:
-    if LETTER.fullmatch(answer):
-        if choice := CHOICE.fullmatch(INNER.sub(r"\1", given)):
-            return choice[1].upper() == answer.strip("()")
-    return None
+    gold, mine = (p.fullmatch(INNER.sub(r"\1", t)) for p, t in ((LETTER, answer), (CHOICE, given)))
+    return mine[1].upper() == (gold[1] or gold[2]) if mine and gold else None
 
 
 def not_computed(given: str, answer: str) -> bool | None:
     found = any(o.search(given) and not o.search(answer) for o in OPERATIONS)
-    return False if found else None
+    sides = re.split(r"\\[lg]e\b ?|[<>]", given)  # of an inequality that is still to be solved
+    solved = len(sides) < 2 or form(given).kind or any(re.fullmatch("-?" + NAME, s) for s in sides)
+    return False if found or form(answer).kind and not solved else None
 
 
 def same_unread(given: str, answer: str) -> bool | None:
@@ -204,22 +212,26 @@ def same_unread(given: str, answer: str) -> bool | None:
     return None if same and mine <= gold else False
 
 
+def not_too_deep(given: str, answer: str) -> bool | None:
+    depths = accumulate((c in "([{") - (c in ")]}") for c in f"{given} {answer}")
+    return False if max(depths, default=0) > MAX_DEPTH else None
+
+
 def not_too_big(given: str, answer: str) -> bool | None:
-    both = f"{given} {answer}"
-    depths = accumulate((c in "([{") - (c in ")]}") for c in both)
-    return False if TOO_BIG.search(both) or max(depths, default=0) > MAX_DEPTH else None
+    return False if TOO_BIG.search(f"{given} {answer}") else None
 
 
-# The first that knows decides. What has a rule of its own (a number, a letter) comes before
-# what holds for all. The three that only refuse come last: they keep an answer from the parser.
+# The first that knows decides. Cheap ones come first; numbers and letters have rules of their own,
+# before that of all others. The last three only refuse: they keep an answer from the parser.
 RULES: list[tuple[Callable[[str, str], bool | None], str]] = [
     (lambda given, answer: None if given and answer else False, "empty"),
     (lambda given, answer: given == answer or None, "same text"),
     (same_number, "compared as numbers; what has to be computed is none"),
     (same_choice, "compared as choices"),
-    (partial(same_parts, same=same_number_or_word), "compared part by part"),
+    (not_too_deep, f"more than {MAX_DEPTH} brackets in brackets"),
+    (partial(same_parts, same=same_number_or_word), "compared part by part: form, order, values"),
     (not_computed, "a computation, not an answer"),
-    (same_unread, "what no parser reads is not the same"),
+    (same_unread, "not the same base, dots, primes or what else no parser reads"),
     (not_too_big, "too big to be parsed"),
 ]
 
@@ -230,11 +242,14 @@ def prepare(given: str, answer: str) -> tuple[str, list[str], str]:
     >>> prepare("x=15+14=29", "29"), prepare(r"2\sqrt{3}\approx 3.46", r"y=\sqrt{12}")
     (('29', ['15+14'], '29'), ('2\\sqrt{3}', ['\\approx 3.46'], '\\sqrt{12}'))
     """
-    given, answer = unlabelled(normal_form(given), normal_form(answer))
+    given, answer = normal_form(given), normal_form(answer)
+    if LETTER.fullmatch(answer):
+        return given, [], answer
+    given, answer = unlabelled(given, answer)
     answer, steps = APPROXIMATELY.sub("", answer), []
     if about := APPROXIMATELY.search(given):
         given, steps = given[: about.start()], [about[0]]
-    if len(split(answer, "=")) == 1 and not LETTER.fullmatch(answer):
+    if len(split(answer, "=")) == 1:
         *more, given = split(given, "=")
         steps += more
     return given, steps, answer
@@ -255,9 +270,8 @@ def compare(given: str, answer: str) -> Verdict | None:
         right = rule(given, answer)
         if right is False or right and not steps:
             return Verdict(right, reason)
-    if not_too_big(" ".join(steps), "") is False:
-        return Verdict(False, "too big to be parsed")
-    return None
+    too_big = not_too_big(" ".join(steps), "") is False
+    return Verdict(False, "too big to be parsed") if too_big else None
 
 
 # ------------------------------------------------------------------ in a worker
@@ -354,7 +368,7 @@ def parse_and_compare(given: str, answer: str, lenient: bool) -> Verdict:
                 return Verdict(True, "compared by math-verify")
             return Verdict(False, "an equation, not a value: its sides are not equal")
         for side, text in ("gold answer", answer), ("answer", given):
-            if any(read(part) is None for part in form(text)[1]):
+            if any(read(part) is None for part in form(text).parts):
                 return Verdict(False, f"the {side} cannot be read as mathematics")
         return Verdict(False, "compared by math-verify")
     except Exception as error:
@@ -366,7 +380,7 @@ def screen(response: str, answer: str, lenient: bool) -> tuple[str | None, Verdi
     if not lenient:
         given = extract_answer(response)
         return given, (
-            Verdict(False, "no complete box in the final answer")
+            Verdict(False, "no complete box after the thought")
             if given is None
             else compare(given, answer)
         )
@@ -448,12 +462,17 @@ class Grader:
         return list(zip(right, rewards))
 
     def unread(self, golds: list[str]) -> list[bool]:
-        """Which no parser reads? Beside their own text, only `compare`'s rules find one right."""
-        plain = [prepare("", gold[:MAX_LENGTH])[2] for gold in golds]
-        hard = [text for text in plain if any(number(part) is None for part in form(text)[1])]
+        """Which no parser reads? Beside their own text, only `compare`'s rules find one right.
+
+        One that took too long, or whose worker died, is not counted.
+        """
+        plain = [prepare("", gold)[2] if len(gold) <= MAX_LENGTH else None for gold in golds]
+        hard = [t for t in plain if t and any(number(part) is None for part in form(t).parts)]
+        bad = {t for t in hard if False in (not_too_big(t, ""), not_too_deep(t, ""))}
+        hard = [text for text in hard if text not in bad]
         replies = self.pool.map([(text, text, False) for text in hard], key=itemgetter(0))
-        bad = {text for text, (reply, _) in zip(hard, replies) if not (reply and reply[0])}
-        return [text in bad for text in plain]
+        bad |= {text for text, (reply, _) in zip(hard, replies) if reply and not reply[0]}
+        return [text is None or text in bad for text in plain]
 
     def close(self) -> None:
         self.pool.close()

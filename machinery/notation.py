@@ -9,6 +9,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 # ------------------------------------------------------------------ tables
 # fmt: off
@@ -22,7 +23,7 @@ SYMBOLS = str.maketrans({
     "∅": r"\emptyset ", "¥": "", "€": "", "£": "", "\u200b": "", "\u2060": "", "\ufeff": ""})
 COMMANDS = {name: one for one, names in {  # synonyms
     "": "left right middle displaystyle limits large therefore iff "
-        "big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr",
+        "big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr",
     r"\text": "textbf textit textrm textsf texttt textnormal mathbf mathit mathrm mathsf mbox emph "
               "underline boldsymbol bm operatorname",
     r"\le ": "leqslant leq leqq", r"\ge ": "geqslant geq geqq", r"\ne ": "neq", "<": "lt",
@@ -34,10 +35,11 @@ COMMANDS = {name: one for one, names in {  # synonyms
 COMMAND = re.compile(r"\\([a-zA-Z]+)")
 TRIG = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?"
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
-    # What is around the answer, or only changes its looks
+    # Each row sees what the rows above left. What is around the answer, or only changes its looks
     (r"(?<!\\)[\s~]+", " "), (r"\\?\$", ""),  # many spaces take long; $...$, and \$5
     (r"^\s*(?:\*\*(.*)\*\*|\\\[(.*)\\\]|\\\((.*)\\\))\s*$", r"\1\2\3"),  # **7**, \[7\]
     (r"^\s*(?:\\text\s*\{\s*)+([^{}]*)\}+$", r"\1"),  # \text{east}
+    (r"^\s*\{((?:[^{}|,:]|\{[^{}]*\})*)\}\s*$", r"\1"),  # {7}
     (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
     (r"\\(?:text)?color\s*\{[a-z]*\}", ""),
     (r"^\s*\\text\s*\{\s*(?:[Tt]he )?(?:final )?(?:[Aa]nswer|result|value|year)(?: is)?[\s:=]*\}",
@@ -91,9 +93,13 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
 WORDS = (r"percent(?:age)?|pct|degrees?|dollars?|cents?|yuan|euros?|units?|inch(?:es)?|feet|miles?|"
          r"yards?|(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo)?grams?|lit(?:er|re)s?|mph|hours?|"
          r"minutes?|seconds?|days?|weeks?|months?|years?|square|sq|cubic|per|[Rr]s")
-NO_UNITS = (r"and|or|not|nor|to|half|halves|(?:quarter|third|squared|(?!mon|wid|dep|leng)[a-z]*th|"
-            r"ten|dozen|score|gross|pair|couple|hundred|thousand|lakh|crore|[mbtr]+illion)s?|cubed|plus|"
-            r"minus|times|over|under|below|above|less|more|off|negative|point|base|factorial|roots?|pi")
+# \text{...} after a number is a unit, or what is counted; but for these. A month, a width are.
+NO_UNITS = (r"and|or|not|nor|to|is|are|if|half|halves|(?!mon|wid|dep|leng)[a-z]*ths?|even|odd|one|"
+            r"two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|"
+            r"eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|(?:quarter|third|ten|dozen|score|"
+            r"gross|pair|couple|hundred|thousand|lakh|crore|[mbtr]+illion|factorial|root)s?|[bm]n|mil|"
+            r"squared|cubed|doubled|tripled|plus|minus|times|over|under|below|above|less|more|off|prime|"
+            r"negative|point|base|pi|sqrt|wrong|maybe|n?either")
 UNIT = r"(?:[a-zA-Z]{2,}|[msghLNJWVAKCF])(?:\^\{?-?[0-9]\}?)?"
 ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of each part
     (r"(?<=[0-9])\s*(?:\\text\s*\{)?\s*([aApP])\.?\s*[mM]\b\.?\s*\}?$",
@@ -112,7 +118,8 @@ ENDS = [(re.compile(pattern), replacement) for pattern, replacement in [  # of e
     (r"^[Rr]s\.?\s*(?=[0-9])", ""),
 ]]
 # x, \theta, x_{1}, f(x), \vec{v}
-NAME = r"(?:[a-zA-Z]|\\(?!not)[a-zA-Z]+(?:\{[a-zA-Z]\})?)(?:_\{[^{}]*\})?'*(?:\([a-z]\))?"
+NAME = (rf"(?:[a-zA-Z]|\\(?!not|sqrt|log|ln|{TRIG})[a-zA-Z]+(?:\{{[a-zA-Z]\}})?)"
+        r"(?:_\{[^{}]*\})?'*(?:\([a-z]\))?")
 LABEL = re.compile(  # before "=": a name or names, f(3), P(A), AB, [ABC], |z|, \angle A, the least
     rf"(\(?{NAME}(?:,{NAME})*\)?|(?![xyz])[a-zA-Z]'*\((?:-?[0-9]+|[A-Z]+)\)|P\([^()=]*\)|[A-Z]{{2,4}}|"
     r"\[[A-Z]{3,}\]|\|[a-zA-Z][A-Z]?\||(?:\\(?:angle|triangle|sin|cos|tan) ?)+[A-Z]{1,3}|"
@@ -173,7 +180,7 @@ def number(text: str) -> Fraction | None:
         )
     elif match := FRACTION.fullmatch(text):
         sign, whole, top, bottom = match.groups()
-        if int(bottom) == 0 or whole and "-" in top + bottom:
+        if int(bottom) == 0 or whole and not 0 <= int(top) < int(bottom):
             return None
         value = int(whole or 0) + Fraction(int(top), int(bottom))
     else:
@@ -200,11 +207,19 @@ def both_signs(parts: list[str]) -> list[str]:
     return [re.sub(r"\\pm ?", s, p) for p in parts for s in "+-"[: 1 + (r"\pm" in p)]]
 
 
-def form(text: str) -> tuple[str, list[str]]:
-    r"""How an answer is put together, and its parts: in brackets, or with "," ":" \cup between.
+class Form(NamedTuple):
+    kind: str  # the brackets around the parts, or what is between them: "," ":" \cup; "" of one
+    parts: list[str]
+    name: str = ""  # x of x>1
 
-    >>> form("(1,2]"), form("x>1"), form(r"3\pm1"), form("1+2")
-    (('(]', ['1', '2']), ('()x', ['1', '\\infty']), (',', ['3+1', '3-1']), ('', ['1+2']))
+
+def form(text: str) -> Form:
+    r"""How an answer is put together.
+
+    >>> form("(1,2]"), form("1+2")
+    (Form(kind='(]', parts=['1', '2'], name=''), Form(kind='', parts=['1+2'], name=''))
+    >>> form("x>1"), form(r"3\pm1").parts
+    (Form(kind='()', parts=['1', '\\infty'], name='x'), ['3+1', '3-1'])
     """
     while match := BUILDER.fullmatch(text):
         text = match[1] or match[2] or ""
@@ -213,22 +228,24 @@ def form(text: str) -> tuple[str, list[str]]:
         low, high = ((near, first), (far, second))[:: 1 if second in "<≤" else -1]
         if first is None or (first in "<≤") == (second in "<≤"):
             kind = "(["[low[1] in ("≤", "≥")] + ")]"[high[1] in ("≤", "≥")]
-            return kind + name, [low[0] or r"-\infty", high[0] or r"\infty"]
+            return Form(kind, [low[0] or r"-\infty", high[0] or r"\infty"], name)
     if match := COLUMN.fullmatch(text):
-        return "()", match[1].split(r"\\")
+        return Form("()", match[1].split(r"\\"))
     for mark in (r"\cup", ",", ":"):
         if len(parts := split(text, mark)) > 1:
             parts = [bare(part) for part in parts]
             parts = both_signs(parts) if mark == "," else parts
-            return mark, list(dict.fromkeys(parts)) if parts[0][:1] == "(" else parts  # points
+            return Form(
+                mark, list(dict.fromkeys(parts)) if parts[0][:1] == "(" else parts
+            )  # points
     start, end = (2, -2) if text[:2] == r"\{" and text[-2:] == r"\}" else (1, -1)
     inner = text[start:end]
     depths = accumulate((c in "([{") - (c in ")]}") for c in inner)
     if BRACKETS.fullmatch(text[:start] + text[end:]) and min(depths, default=0) >= 0:
         parts = [bare(part) for part in split(inner, ";" if ";" in inner else ",")]
         if start == 2 or len(parts) > 1:
-            return text[start - 1] + text[-1], both_signs(parts) if text[-1] == "}" else parts
-    return (",", both_signs([text])) if text.count(r"\pm") == 1 else ("", [text])
+            return Form(text[start - 1] + text[-1], both_signs(parts) if text[-1] == "}" else parts)
+    return Form(",", both_signs([text])) if text.count(r"\pm") == 1 else Form("", [text])
 
 
 # ------------------------------------------------------------------ what only one of two says
@@ -238,7 +255,7 @@ def labels(text: str) -> list[tuple[str, str]]:
         return []
     match = LABEL.match(text)
     if match and match[1].startswith("(") and "," in match[1]:  # (x,y)=(1,2)
-        names, (_, values) = split(match[1][1:-1]), form(text[match.end() :])
+        names, values = split(match[1][1:-1]), form(text[match.end() :]).parts
         return list(zip(names, values)) if len(names) == len(values) else []
     one = match and number(text[match.end() :]) is not None  # x=1,000
     parts = [text] if one else split(text)
@@ -259,7 +276,7 @@ def unlabelled(given: str, answer: str) -> tuple[str, str]:
     if mine == gold or not mine or not gold:
         given, answer = cut
     named, gold_named = labels(given), labels(answer)
-    if named and gold_named:
+    if named and gold_named or {name for name, _ in named + gold_named} <= set("xyz"):
         named.sort()
         gold_named.sort()
     if len(named) == len(gold_named) == 1:  # the name of an argument is free

@@ -44,7 +44,8 @@ SAME = {
     r"\begin{pmatrix}1&2\\3&4\end{pmatrix}": [r"\begin{bmatrix} 1 & 2 \\[4pt] 3 & 4 \end{bmatrix}"],
     "C": ["(C)", r"\text{(C)}", r"\textbf{C}", "C.", "c", "C. Heat", r"\text{C) A warm wind}",
           r"\textbf{(C)}\ 5", "Option C"],
-    r"\text{Even}": ["even", r"\text{ even }", "Even"],
+    r"\text{Even}": ["even", r"\text{ even }", "Even"], r"\textbf{(D)}\ 12": ["D", "(D)"],
+    "{x^2}": ["x^2"], "(0,1)": ["y=1,x=0"], "(3,7)": ["3<x<7", "3<f(x)<7"], "3<x": ["x>3"],
     # What public issues found. Synonyms, sets and intervals,
     r"x\leqslant 2": [r"x\le 2", "x<=2", "x≤2", r"(-\infty,2]", r"\{x\mid x\leq2\}",
                       r"x\in(-\infty;2]"],
@@ -93,7 +94,8 @@ DIFFERENT = {
     "3": ["1 2", r"3\text{ quarters}"], "7": [r"7\text{ minus one}", r"7\text{ }^2", "7~0"],
     "1/2": [r"\frac{1}{3}|\frac{1}{2}", r"\frac{1}{3},,\frac{1}{2}", r"\frac13?\frac12"],
     "1.5": [r"\frac{1}{2}"], "1234": ["12,34"], "2x+3": ["2x+3t", "2x + 3 m"], "x^2": ["x_2"],
-    "58,500": ["500,58", "500, 58", r"\{58,500\}"], "1,2": ["1,1,2", "(2,1)"], "6": ["√16"], "m": ["M"],
+    "58,500": ["500,58", "500, 58", r"\{58,500\}"], "1,2": ["1,1,2", "(2,1)"], "6": ["√16"],
+    "m": ["M"],
     "A": ["A, B, C, D", "ABCD", "A or B", "A. or B.", "B", "(a) or (b)", "a)b)c)d)", "A. or b"],
     "2+3": [r"2+3\mathrm{i}"], r"a+2\mathbf{b}": ["a+2"], "x": [r"x\text{y}"], "N": ["n"],
     r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}": [r"\frac{2}{3}"], r"\text{listen}": ["silent"],
@@ -110,6 +112,13 @@ DIFFERENT = {
     "70": [r"\binom84", r"\binom{8}{4}"], "2.0": [r"\log_2 4", r"\gcd(4,6)", r"\frac42"],
     "204_5": ["204_6", "203", r"204_{\text{six}}"], "-37_8": ["-37_9"], "(52_8,1)": ["(52_9,1)"],
     r"\frac{dv}{dt}": ["0", r"\frac{dm}{dt}"], "1+1=2": ["2+2=4"], r"0.56 = 56\%": [r"0.26 = 56\%"],
+    # Copied from the question: an inequality to be solved, 10 times a power of ten.
+    r"(-\infty,-5)\cup(7,\infty)": ["x^2-2x>35"], "(-2,2)": ["x^2<4", "|x|<2"],
+    "1000": [r"10\cdot10^2"], "100.0": [r"10\times10", "10^2"],
+    # Times, names with an order, what is no unit and no label, letters with more than their text.
+    "4:30": [r"\frac{2}{15}"], "(0,1)": ["y=0,x=1"], "29": [r"29\text{ bn}", r"28\frac{1}{1}"],
+    "20.0": [r"20\text{ two}", r"20\text{ is wrong}", r"\sin=20", r"\sqrt=20"],
+    "B": ["D=B", "(B)^2", "(B), 17", "(B)+C"],
     # Products of matrices, other functions, infinity, and words with a number.
     r"\begin{pmatrix}1&2\\0&1\end{pmatrix}": [r"\begin{pmatrix}1&1\\0&1\end{pmatrix}^2",
         r"\begin{pmatrix}1&1\\0&1\end{pmatrix}\begin{pmatrix}1&1\\0&1\end{pmatrix}"],
