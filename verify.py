@@ -226,7 +226,7 @@ def not_too_big(given: str, answer: str) -> bool | None:
 RULES: list[tuple[Callable[[str, str], bool | None], str]] = [
     (lambda given, answer: None if given and answer else False, "empty"),
     (lambda given, answer: given == answer or None, "same text"),
-    (same_number, "compared as numbers; what has to be computed is none"),
+    (same_number, "compared as numbers; nothing is computed"),
     (same_choice, "compared as choices"),
     (not_too_deep, f"more than {MAX_DEPTH} brackets in brackets"),
     (partial(same_parts, same=same_number_or_word), "compared part by part: form, order, values"),
