@@ -285,7 +285,7 @@ def read(answer: str) -> Any:
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Derivative, Float, I, Rational, Symbol, nan, zoo
-    from sympy.logic.boolalg import BooleanAtom
+    from sympy.logic.boolalg import Boolean, BooleanAtom
 
     answer = re.sub(r"(?<![a-zA-Z\\])([Ee])(?=_)", r"\\grave{\1}", answer)  # E_1 is not Euler's
     answer = ADJACENT.sub(r"\\cdot ", answer)
@@ -301,7 +301,8 @@ def read(answer: str) -> Any:
     except Exception:  # its parser has a dozen kinds
         return None
     exact = {x: Rational(str(x)) for x in found.atoms(Float)}
-    exact |= {x: I for x in found.free_symbols if x.name == "i"}
+    if not isinstance(found, Boolean):  # 1<i<n has an index
+        exact |= {x: I for x in found.free_symbols if x.name == "i"}
     # dv/dt of a symbol v would be 0, as dw/dt is
     exact |= {d: Symbol(str(d)) for d in found.atoms(Derivative) if d.expr.is_Symbol}
     found = found.xreplace(exact)
@@ -311,7 +312,7 @@ def read(answer: str) -> Any:
 def same_value(given: Any, answer: Any) -> bool:
     """Of two expressions: exactly, or to 40 digits where both are irrational constants."""
     from math_verify import verify
-    from sympy import Eq, Expr, Symbol
+    from sympy import Eq, Expr, Ne, Symbol
     from sympy.logic.boolalg import Boolean
 
     if given == answer or isinstance(given, Symbol) and isinstance(answer, Symbol):
@@ -319,6 +320,8 @@ def same_value(given: Any, answer: Any) -> bool:
     if isinstance(answer, Boolean) and not answer.free_symbols:  # nothing to be solved
         sides = list(zip(given.args, answer.args))
         return given.func == answer.func and all(same_value(*pair) for pair in sides)
+    if isinstance(given, Ne) and isinstance(answer, Ne):  # math-verify does not know it
+        given, answer = Eq(*given.args), Eq(*answer.args)
     if any(isinstance(a, Eq) and isinstance(b, Expr) for a, b in permutations((given, answer))):
         return False  # math-verify would take what stands on the right
     if all(isinstance(e, Expr) and e.is_number for e in (given, answer)):

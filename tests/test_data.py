@@ -326,7 +326,7 @@ def test_look_says_what_a_run_would_drop_and_why(tmp_path, monkeypatch, capsys):
         "| prompts | 12 | 12 | 12 | 12 | 30 | 35 | 32 | 1 |",
         "loses characters of 11% of messages and traces:\n            'N'\n",
         "unreadable  1 of 3 different golds (33.3%): little but the same text is right; "
-        "--unreadable drop leaves them out\n            line 5: 't(0,4]'\n",
+        "see luffy.py --unreadable\n            line 5: 't(0,4]'\n",
         f"1 of 2 that fit are right (50.0%)\n            - {path}, line 2: gold '535', given '53'",
         "| - | 3 | 2 | 1 | 1 |",
         "to train on 1 problems with a right trace; 1 more have no trace",

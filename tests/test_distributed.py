@@ -274,6 +274,7 @@ SHARING = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_ranks_share_the_reading_of_traces_and_its_errors(tmp_path):
     """Each does its part and has the same problems as one process, in more blocks than one. A row
     that only one of them looks at ends all, with its message."""

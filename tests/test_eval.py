@@ -320,6 +320,7 @@ DEALT = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_ranks_share_a_benchmark(tmp_path):
     """And each problem has its k samples, if some ranks are killed and others go on."""
     script = tmp_path / "dealt.py"

@@ -137,6 +137,7 @@ def test_what_is_wrong_is_named(preflights):
     assert "wrong head: preflight, head, in chunks, rank 0: off by" in printed
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_same_weights_or_fail(preflights):
     faults = "another model", "other weights", "own gradients", "nothing"
     printed = preflights(*faults, ranks=2)

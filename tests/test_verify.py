@@ -357,7 +357,8 @@ def cases(name: str) -> list[tuple[str, str, str, bool | None]]:
     [
         ("verify_cases.jsonl", "core", 0.988, 1),
         ("verify_unfinished.jsonl", "all", 1.0, 1),
-        ("verify_hunt.jsonl", "all", 1 - 32 / 736, 1),  # but for rows whose verdict is a choice
+        # but for rows whose verdict is a choice
+        pytest.param("verify_hunt.jsonl", "all", 1 - 32 / 736, 1, marks=pytest.mark.slow),
         # two of its labels take a computation (0.1+0.2 for 0.3) for an answer
         pytest.param("verify_adversarial.jsonl", "all", 1 - 2 / 242, 2, marks=pytest.mark.slow),
     ],
