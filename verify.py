@@ -100,7 +100,7 @@ ADJACENT = re.compile(  # factors: the parser would add integers, or take them f
     r"(?<=[0-9}])(?=\\binom)|(?<=(?<![a-zA-Z\\])[a-eij-oq-z])(?=\((?![a-z]\)))")
 UNREAD = re.compile(r"'|\|_|\^\{?T|\\approx|\\p?mod|\\[lc]?dots|\.\.|[0-9] [0-9]")  # is ignored
 NAMES = "two three four five six seven eight nine ten".split()  # of bases
-TOO_BIG = re.compile(  # to be computed
+TOO_BIG = re.compile(  # to be computed: x^12345, 12345!, 9!!, 9^9^x, a^b^c^d
     r"[0-9]{400}|[a-zA-Z]{40}|\^[{(]*[+-]?[0-9]{5}|[0-9]{5}!|!!|\^[{(]?[0-9]+\^|(?:\^[{(]*\w+){4}")
 # fmt: on
 
@@ -112,9 +112,10 @@ def same_number_or_word(given: str, answer: str) -> bool | None:
     gold = number(answer)
     if gold is not None:
         computed = "frac" in given and "frac" not in answer and gold.denominator == 1  # 50/2
-        computed &= not given.endswith(("{1}", "{-1}"))
+        computed &= not given.endswith(("{1}", "{-1}"))  # but 5/1
+        # 10^2, but 10^6 for a million; 10*10^2
         computed |= bool(POWER.fullmatch(given)) and "10^" not in answer and 1 <= gold < 10**4
-        computed |= bool(re.match(r"10+(?:\\times|\\cdot|\*)", given))  # 10^2, 10*10^2
+        computed |= bool(re.match(r"10+(?:\\times|\\cdot|\*)", given))
         return number(given) == gold and not computed
     mine, gold_word = (INNER.sub(r"\1", text) for text in (given, answer))
     if WORD.fullmatch(gold_word) and (WORD.fullmatch(mine) or len(gold_word) > 3):
@@ -153,6 +154,7 @@ def same_parts(given: str, answer: str, same: Callable[[str, str], bool | None])
 
 
 def all_same(pairs: list[tuple[str, str]], same: Callable) -> bool | None:
+    """In this order."""
     found = [same_parts(part, gold, same) for part, gold in pairs]
     return False if False in found else None if None in found else True
 
@@ -196,8 +198,9 @@ def same_choice(given: str, answer: str) -> bool | None:
 
 
 def not_computed(given: str, answer: str) -> bool | None:
+    """No operation that the gold answer does not hold, and no inequality for an interval."""
     found = any(o.search(given) and not o.search(answer) for o in OPERATIONS)
-    sides = re.split(r"\\[lg]e\b ?|[<>]", given)  # of an inequality that is still to be solved
+    sides = re.split(r"\\[lg]e\b ?|[<>]", given)
     solved = len(sides) < 2 or form(given).kind or any(re.fullmatch("-?" + NAME, s) for s in sides)
     return False if found or form(answer).kind and not solved else None
 
@@ -236,6 +239,15 @@ RULES: list[tuple[Callable[[str, str], bool | None], str]] = [
 ]
 
 
+def swapped(given: str, answer: str) -> bool:
+    """3 red, 4 blue are not 4 red, 3 blue; units are dropped from the normal forms."""
+    mine, gold = (
+        {name.strip().removesuffix("and").strip(" ,"): int(n) for n, name in COUNTED.findall(text)}
+        for text in (given, answer)
+    )
+    return len(gold) > 1 and mine.keys() == gold.keys() and mine != gold
+
+
 def prepare(given: str, answer: str) -> tuple[str, list[str], str]:
     r"""The value given, what else must equal it, and the gold answer, all in normal form.
 
@@ -259,11 +271,7 @@ def compare(given: str, answer: str) -> Verdict | None:
     """What can be said of two answers without a parser, which is most; else None. Microseconds."""
     if max(len(given), len(answer)) > MAX_LENGTH:
         return Verdict(given.strip() == answer.strip(), "too long to be parsed")
-    mine, gold = (
-        {name.strip().removesuffix("and").strip(" ,"): int(n) for n, name in COUNTED.findall(text)}
-        for text in (given, answer)
-    )
-    if len(gold) > 1 and mine.keys() == gold.keys() and mine != gold:  # units are dropped below
+    if swapped(given, answer):
         return Verdict(False, "other numbers of the same things")
     given, steps, answer = prepare(given, answer)
     for rule, reason in RULES:
