@@ -42,8 +42,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"^\s*\{((?:[^{}|,:]|\{[^{}]*\})*)\}\s*$", r"\1"),  # {7}
     (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
     (r"\\(?:text)?color\s*\{[a-z]*\}", ""),
-    (r"^\s*\\text\s*\{\s*(?:[Tt]he )?(?:final )?(?:[Aa]nswer|result|value|year)(?: is)?[\s:=]*\}",
-     ""),
+    (r"^\s*\\text\s*\{(?![^{}]*\bnot\b)(?:[^{}]*[:=]|\s*(?:[Tt]he )?(?:answer|result|value|year)(?: "
+     r"is)?)\s*\}", ""),  # \text{Cost: }
     (r"\\text\s*(?:\{\s*([ei])\s*\}|([ei])(?![a-zA-Z]))", r"\1\2"),  # \text{e}: else a unit
     # ASCII for LaTeX
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\*\*", "^"), (r"\^\(([^()]*)\)", r"^{\1}"),
@@ -223,6 +223,7 @@ def form(text: str) -> Form:
     """
     while match := BUILDER.fullmatch(text):
         text = match[1] or match[2] or ""
+    text = text if "," in text else text.replace(";", ",")
     if match := RANGE.fullmatch(re.sub(r"\\([lg])e ?", lambda m: "≤≥"[m[1] == "g"], text)):
         near, first, name, second, far = match.groups()
         low, high = ((near, first), (far, second))[:: 1 if second in "<≤" else -1]
@@ -235,14 +236,13 @@ def form(text: str) -> Form:
         if len(parts := split(text, mark)) > 1:
             parts = [bare(part) for part in parts]
             parts = both_signs(parts) if mark == "," else parts
-            return Form(
-                mark, list(dict.fromkeys(parts)) if parts[0][:1] == "(" else parts
-            )  # points
+            points = parts[0][:1] == "("  # none is named twice
+            return Form(mark, list(dict.fromkeys(parts)) if points else parts)
     start, end = (2, -2) if text[:2] == r"\{" and text[-2:] == r"\}" else (1, -1)
     inner = text[start:end]
     depths = accumulate((c in "([{") - (c in ")]}") for c in inner)
     if BRACKETS.fullmatch(text[:start] + text[end:]) and min(depths, default=0) >= 0:
-        parts = [bare(part) for part in split(inner, ";" if ";" in inner else ",")]
+        parts = [bare(part) for part in split(inner)]
         if start == 2 or len(parts) > 1:
             return Form(text[start - 1] + text[-1], both_signs(parts) if text[-1] == "}" else parts)
     return Form(",", both_signs([text])) if text.count(r"\pm") == 1 else Form("", [text])
@@ -282,7 +282,9 @@ def unlabelled(given: str, answer: str) -> tuple[str, str]:
     if len(named) == len(gold_named) == 1:  # the name of an argument is free
         (name, value), [(gold_name, _)] = named[0], gold_named
         f, g = ARGUMENT.fullmatch(name), ARGUMENT.fullmatch(gold_name)
-        if f and g and f[1] == g[1] and g[2] not in value:
+        if {name, gold_name} == {"y", "f(x)"}:
+            named = [(gold_name, value)]
+        elif f and g and f[1] == g[1] and g[2] not in value:
             value = re.sub(rf"(?<![\\a-zA-Z]){f[2]}(?![a-zA-Z])", g[2], value)
             named = [(gold_name, value)]
     if named and gold_named and [n for n, _ in named] != [n for n, _ in gold_named]:
