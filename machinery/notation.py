@@ -42,8 +42,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"^\s*\{((?:[^{}|,:]|\{[^{}]*\})*)\}\s*$", r"\1"),  # {7}
     (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
     (r"\\(?:text)?color\s*\{[a-z]*\}", ""),
-    (r"^\s*\\text\s*\{(?![^{}]*\bnot\b)(?:[^{}]*[:=]|\s*(?:[Tt]he )?(?:answer|result|value|year)(?: "
-     r"is)?)\s*\}", ""),  # \text{Cost: }
+    (r"^\s*\\text\s*\{(?![^{}]*\bnot\b)(?:[^{}]*[:=]|\s*(?:[Tt]he )?(?:answer|result|value|year)"
+     r"(?: is)?)\s*\}", ""),  # \text{Cost: }
     (r"\\text\s*(?:\{\s*([ei])\s*\}|([ei])(?![a-zA-Z]))", r"\1\2"),  # \text{e}: else a unit
     # ASCII for LaTeX
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\*\*", "^"), (r"\^\(([^()]*)\)", r"^{\1}"),
