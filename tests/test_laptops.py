@@ -103,7 +103,8 @@ def test_simulated_windows_trains_the_toy_and_resumes(tiny_model, tmp_path):
     sizes = "--problems_per_step 2 --eval_data none --steps 1 --model".split()
     args = *sizes, tiny_model, "--out", tmp_path / "run"
     out, err = without(WINDOWS, tmp_path, TRAIN_AND_RESUME, *args)
-    assert "resuming" in out and "?(trace)" in out and err.count("memory is not limited") == 1
+    # Said by the first worker, if there is one: numbers need no parser.
+    assert "resuming" in out and "?(trace)" in out and err.count("memory is not limited") <= 1
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
     assert (tmp_path / "run" / "report.html").exists()
     optimizers = (tmp_path / "run").glob("checkpoint-*/optimizer-0.pt")
