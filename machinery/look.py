@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from machinery.arguments import Parser, filled, path, ranged
 from machinery.model import recipe
 from machinery.plots import plt
-from machinery.processes import InputError, progress, say
+from machinery.processes import progress, say
 from machinery.run_directory import token_texts
 
 Problem = Any  # data.Problem: an import would be a circle
@@ -30,13 +31,15 @@ LIMITS = {"max_prompt_tokens": 1024, "max_response_tokens": 8192, "max_trace_tok
 
 def parse_args() -> tuple[argparse.Namespace, dict[str, int]]:
     """-> flags, and data.encode's limits: given, or the model's own, or luffy.py's."""
-    parser = argparse.ArgumentParser(description="Look before you train.", allow_abbrev=False)
-    parser.add_argument("data", metavar="FILE", help="or another source, as luffy.py's --data")
-    parser.add_argument("--model", default="toy", help="a directory or a hub name [toy]")
-    for name in LIMITS:
-        parser.add_argument(f"--{name}", type=int, help="[luffy.py's for this model]")
+    parser = Parser(description="Look before you train.")
+    source = "or another source, as luffy.py's --data"
+    parser.add_argument("data", type=filled, metavar="FILE", help=source)
+    parser.add_argument("--model", type=filled, default="toy", help="a directory or hub name [toy]")
+    for name, default in LIMITS.items():
+        least = ranged(int, min(default, 1))
+        parser.add_argument(f"--{name}", type=least, help="[luffy.py's for this model]")
     parser.add_argument("--template", default="auto", help="auto, own or a jinja file [auto]")
-    parser.add_argument("--out", type=Path, help="the picture of lengths [runs/data/NAME.png]")
+    parser.add_argument("--out", type=path, help="the picture of lengths [runs/data/NAME.png]")
     args = parser.parse_args()
     args.out = args.out or Path(
         "runs/data", re.sub(r"[^\w.-]+", "-", Path(args.data).name) + ".png"
@@ -44,9 +47,6 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, int]]:
     given = {name: getattr(args, name) for name in LIMITS}
     own = LIMITS | recipe(args.model)
     limits = {name: own[name] if n is None else n for name, n in given.items()}
-    for name, n in limits.items():
-        if n < (least := int(LIMITS[name] > 0)):
-            raise InputError(f"--{name} {n}: must be at least {least}")
     longest = limits["max_trace_tokens"] or limits["max_response_tokens"]
     return args, {"max_prompt_tokens": limits["max_prompt_tokens"], "max_trace_tokens": longest}
 
