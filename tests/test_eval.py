@@ -194,7 +194,7 @@ def test_hub_formats_become_problems(tmp_path):
             assert problem.answer in "AB" and f"\n{problem.answer}) y\n" in text and ") x\n" in text
     bad = rows["arc_c"] | {"answerKey": "E"}
     with pytest.raises(
-        InputError, match="row 7: the answer 'E' is not the label of a choice: A, B"
+        InputError, match="row 7, column answerKey: expected the label of a choice: A, B, found 'E'"
     ):
         to_problem(Row(bad, "row 7"))
     (tmp_path / "arc_c.jsonl").write_text(json.dumps(rows["math500"]) + "\n")
