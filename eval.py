@@ -13,6 +13,7 @@ An evaluation's directory (--out) holds its config.json, the graded responses as
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections import defaultdict
@@ -343,7 +344,7 @@ def parse_args() -> argparse.Namespace:
     system = SYSTEMS.get(args.paper)
     args.model = args.model or (system.model if system else "")
     args.template = args.template or (system.template if system else "own")
-    if args.template not in TEMPLATES and not Path(args.template).is_file():
+    if args.template not in TEMPLATES and not os.path.isfile(args.template):
         raise InputError(
             f"--template {args.template}: expected a file, or one of {', '.join(TEMPLATES)}"
         )

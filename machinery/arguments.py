@@ -21,12 +21,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        flag = "a text"
         for argument in sys.argv[1:] if argv is None else argv:
-            flag, _, value = argument.partition("=")
-            if flag.startswith("-") and value == "--":  # argparse takes it for no value at all
-                self.error(f"argument {flag}: expected a value, found '--'")
+            if argument.startswith("--"):
+                flag, _, value = argument.partition("=")
+                if value == "-x-":  # argparse takes it for no value at all
+                    self.error(f"argument {flag}: expected a value, found '--'")
             if re.search("[\ud800-\udfff]", argument):  # it could not be written to any file
-                self.error(f"argument {ascii(argument)}: not UTF-8 text")
+                self.error(f"argument {ascii(flag)[1:-1]}: {ascii(argument)} is not UTF-8 text")
         return super().parse_args(argv, namespace)
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from machinery.arguments import Parser, filled, path, ranged
 from machinery.model import recipe
 from machinery.plots import plt
-from machinery.processes import progress, say
+from machinery.processes import InputError, progress, say
 from machinery.run_directory import token_texts
 
 Problem = Any  # data.Problem: an import would be a circle
@@ -146,8 +146,11 @@ def draw_lengths(name: str, lengths: Lengths, limits: dict[str, int], file: Path
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(name, fontsize=11, parse_math=False)  # a name may have a $
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=130)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {file}: not a picture that can be written ({error})") from error
     plt.close(figure)
     say(f"picture     {file}")
 

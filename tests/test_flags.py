@@ -1,11 +1,13 @@
 """Each flag of each program: its range, and what a text may not be."""
 
 import importlib
+import json
 import math
 import re
 from dataclasses import fields
 
 import pytest
+import torch.distributed as dist
 
 import eval
 import luffy
@@ -13,7 +15,7 @@ import verify
 from machinery import look, page
 from machinery.arguments import Parser, filled, path
 from machinery.flags import check_values, make
-from machinery.processes import InputError
+from machinery.processes import InputError, init_processes
 
 PLAIN = luffy.Config
 HUGE = "9" * 400
@@ -127,3 +129,46 @@ def test_a_recipe_in_a_models_config_is_checked_as_flags_are():
         with pytest.raises(InputError, match=re.escape(words)):
             check_values(make(luffy.Config, {}, recipe, {}), {})
     check_values(make(luffy.Config, {}, {"lr": 1, "clip": None}, {}), {})
+
+
+# What takes as long as it is large
+SIZES = """steps problems_per_step rollouts eval_samples graders max_prompt_tokens tensor_parallel
+    max_response_tokens max_trace_tokens updates_per_step continuations""".split()
+RUN = """--steps 2 --problems_per_step 4 --max_response_tokens 16 --max_trace_tokens 96 --clip 0.2
+    --eval_data none --graders 1 --token_budget 300 --tis_cap 2""".split()
+
+
+def ends_of(f) -> list[float]:
+    if f.type in (str, bool):
+        return []
+    limits = f.metadata["limits"]
+    ends = {
+        max(limits["low"], limits["above"] + 1e-12),
+        min(limits["high"], limits["below"] - 1e-3),
+    }
+    return sorted(end for end in ends if end < 9 or f.name not in SIZES)
+
+
+@pytest.mark.slow
+def test_both_ends_of_each_range_train(tmp_path, tiny_model, monkeypatch):
+    """What `check` lets through overflows nowhere: weights and metrics stay finite."""
+    monkeypatch.setattr(luffy, "report", lambda out: None)
+    trained = []
+    for f, end in [(field, end) for field in fields(luffy.Config) for end in ends_of(field)]:
+        value, out = int(end) if f.type is int else end, tmp_path / f"{f.name}{end}"
+        argv = [*RUN, "--model", str(tiny_model), f"--{f.name}={value}", "--out", str(out)]
+        init_processes("cpu")
+        try:
+            cfg = luffy.parse_args(argv)
+            luffy.check(cfg, 1)
+            luffy.train(cfg, str(tiny_model))
+            trained.append(f"{f.name}={value}")
+        except InputError as error:  # no prompt is as short, nothing is as long
+            assert f"--{f.name}" in str(error) or "no problem is left" in str(error)
+            continue
+        finally:
+            dist.destroy_process_group()
+        rows = [json.loads(row) for row in (out / "metrics.jsonl").open()]
+        assert len(rows) == min(cfg.steps, 2), trained[-1]
+        assert all(math.isfinite(x) for row in rows for x in row.values()), (trained[-1], rows)
+    assert len(trained) > 40, trained
