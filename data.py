@@ -14,7 +14,7 @@ import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from reprlib import repr as brief
@@ -71,6 +71,7 @@ class Problem:
     trace_logps: Sequence[float] = ()  # the teacher's log π_φ, one for each of trace_ids; none: 0
     others: tuple["Problem", ...] = ()  # the same problem with its other traces
     k: int = 0  # responses in an evaluation, where its file says so by repeating it; 0: it does not
+    where: str = field(default="", compare=False)  # file and row
 
 
 # ------------------------------------------------------------------ sources
@@ -86,12 +87,12 @@ def load_problems(path_or_name: str, *, split: str = "train") -> list[Problem]:
 
 def read_problems(
     name: str, split: str = "train", broken: list[str] | None = None
-) -> tuple[list[Problem], list[str], list[str]]:
-    """-> problems, where each of them stands, and the columns that no reader looked at.
+) -> tuple[list[Problem], list[str]]:
+    """-> problems, and the columns that no reader looked at.
 
     broken: gets the complaint about each row that cannot be read, in place of an InputError.
     """
-    problems, places = [], []
+    problems = []
     columns: dict[str, None] = {}
     read: set[str] = set()
     for where, values in read_rows(name, split):
@@ -99,7 +100,6 @@ def read_problems(
         columns |= dict.fromkeys(values)
         try:
             problems.append(to_problem(row))
-            places.append(where)
         except InputError as error:
             if broken is None:
                 raise
@@ -107,7 +107,7 @@ def read_problems(
         read |= row.read
     if not columns:
         raise InputError(f"{name}: no rows; a data set needs at least one problem")
-    return problems, places, [column for column in columns if column not in read]
+    return problems, [column for column in columns if column not in read]
 
 
 # ------------------------------------------------------------------ schemas
@@ -148,7 +148,7 @@ def from_gsm8k(row: Row) -> Problem:
     if re.fullmatch(r"\s*-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?\s*", gold):
         gold = gold.replace(",", "")
     problem = question(row, final(gold.strip(), "answer, after ####", row))
-    solution = re.sub(r"<<[^>]*>>", "", solution).strip()
+    solution = re.sub(r"<<[^<>]*>>", "", solution).strip()
     if not solution or any(column in row for column in TRACES):
         return problem
     trace = f"{solution}\nThe answer is \\boxed{{{problem.answer}}}."
@@ -160,42 +160,44 @@ def from_arc(row: Row) -> Problem:
     given = row["choices"]
     given = given if isinstance(given, dict) else {}
     labels, texts = strings(given.get("label")), strings(given.get("text"))
-    if not labels or len(labels) != len(texts):
-        raise row.wrong("choices", "{label: [...], text: [...]}, as many of each", row["choices"])
-    return multiple_choice(row, "question", dict(zip(labels, texts)), row.text("answerKey"))
+    if not labels or len(labels) != len(texts) or len(set(labels)) < len(labels):
+        expected = "{label: [...], text: [...]}, as many of each, and no label twice"
+        raise row.wrong("choices", expected, row["choices"])
+    return multiple_choice(row, "question", dict(zip(labels, texts)), "answerKey")
 
 
 def from_mmlu_pro(row: Row) -> Problem:
     """MMLU-Pro: options, of which the answer is a letter."""
     options = strings(row["options"])
-    if not options:
-        raise row.wrong("options", "a list of strings", row["options"])
-    choices = dict(zip(ascii_uppercase, options))
-    return multiple_choice(row, "question", choices, row.text("answer"))
+    if not 0 < len(options) <= len(ascii_uppercase):
+        raise row.wrong("options", "a list of strings, at most one a letter", row["options"])
+    return multiple_choice(row, "question", dict(zip(ascii_uppercase, options)), "answer")
 
 
 def from_gpqa(row: Row) -> Problem:
     """GPQA: the right answer and three wrong ones."""
     columns = "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))
     choices = {letter: row.text(column) for letter, column in zip("ABCD", columns)}
-    return multiple_choice(row, "Question", choices, "A")
+    return multiple_choice(row, "Question", choices)
 
 
-def multiple_choice(row: Row, column: str, choices: dict[str, str], answer: str) -> Problem:
+def multiple_choice(
+    row: Row, column: str, choices: dict[str, str], labelled: str | None = None
+) -> Problem:
     """Shuffled by a function of the question, for the paper shuffles, and lettered anew.
 
-    choices: label -> text; answer: one of the labels.
+    choices: label -> text, at most 26; labelled: the column of the right one's label, or none: A.
     """
-    if answer not in choices:
-        raise InputError(
-            f"{row.where}: the answer {answer!r} is not the label of a choice: {', '.join(choices)}"
-        )
+    answer = row.text(labelled) if labelled else "A"
+    if labelled and answer not in choices:
+        raise row.wrong(labelled, f"the label of a choice: {', '.join(choices)}", answer)
     asked = row.text(column)
     order = random.Random(asked).sample(list(choices), len(choices))
     texts = [choices[label].strip() for label in order]
     options = "\n".join(f"{letter}) {text}" for letter, text in zip(ascii_uppercase, texts))
     prompt = [ASK_FOR_A_BOX, {"role": "user", "content": f"{asked}\n\n{options}\n"}]
-    return Problem(prompt, ascii_uppercase[order.index(answer)], source=source_of(row))
+    letter = ascii_uppercase[order.index(answer)]
+    return Problem(prompt, letter, source=source_of(row), where=row.where)
 
 
 SCHEMAS: dict[tuple[str, ...], Callable[[Row], Problem]] = {
@@ -239,9 +241,9 @@ def question(row: Row, answer: str) -> Problem:
     prompt = messages(prompt, asked, row)
     if asked == "messages" and prompt[-1]["role"] == "assistant":
         prompt.pop()
-    if not prompt:
-        raise row.wrong(asked, "a message before the assistant's", row[asked])
-    bare = Problem(prompt, answer, source=source_of(row))
+    if all(m["role"] == "system" for m in prompt):
+        raise row.wrong(asked, "a user's message, before the assistant's", row[asked])
+    bare = Problem(prompt, answer, source=source_of(row), where=row.where)
     return with_traces(bare, column, row) if column else bare
 
 
@@ -322,7 +324,7 @@ def tokenize(
 
 
 def with_tokens(problems: list[Problem], tokenizer: Tokenizer) -> list[Problem]:
-    texts = [render(p.prompt, tokenizer) for p in problems]
+    texts = [prompt_of(p, tokenizer) for p in problems]
     opened = [THINK if text.rstrip().endswith(THINK.rstrip()) else "" for text in texts]
     found = zip(
         problems,
@@ -354,9 +356,9 @@ def unfit(problem: Problem, eos: int, max_prompt_tokens: int, max_trace_tokens: 
         return "EOS inside the trace"
     if problem.trace_logps and len(problem.trace_logps) != len(trace_ids):
         raise InputError(
-            f"{len(problem.trace_logps)} trace_logps for the {len(trace_ids)} tokens of the "
-            f"trace {problem.trace!r:.60}, its EOS included, but without the <think> that the "
-            "prompt has: the teacher's have to be of the same tokens"
+            f"{problem.where}: {len(problem.trace_logps)} trace_logps for the {len(trace_ids)} "
+            f"tokens of the trace {problem.trace!r:.60}, its EOS included, but without the <think> "
+            "that the prompt has: the teacher's have to be of the same tokens"
         )
     return ""
 
@@ -365,6 +367,14 @@ def token_ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     """In one call, which uses all cores. They hold all special tokens that they need."""
     how = dict(add_special_tokens=False, return_attention_mask=False)
     return tokenizer(texts, **how)["input_ids"]
+
+
+def prompt_of(problem: Problem, tokenizer: Tokenizer) -> str:
+    """As `render`; its errors have the problem's place."""
+    try:
+        return render(problem.prompt, tokenizer)
+    except InputError as error:
+        raise InputError(f"{problem.where}: {error}") from error
 
 
 def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
@@ -386,19 +396,19 @@ def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
     template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
     try:
         text = str(template(given))
+        asked = "boxed" in text + str(tokenizer.chat_template)  # by the template, or in the problem
+        if asked or len(given) == len(prompt):
+            return text
+        try:
+            return str(template(prompt))
+        except jinja2.TemplateError:  # Gemma's refuses system messages: then in the first one
+            first, *others = given
+            return str(template([first | {"content": f"{SYSTEM}\n\n{first['content']}"}, *others]))
     except Exception as error:  # whatever a template may compute
         raise InputError(
             f"the chat template cannot render {brief(given)} ({type(error).__name__}: {error}). "
             "--template FILE names another one"
         ) from error
-    asked = "boxed" in text + str(tokenizer.chat_template)  # by the template, or in the problem
-    if asked or len(given) == len(prompt):
-        return text
-    try:
-        return str(template(prompt))
-    except jinja2.TemplateError:  # Gemma's refuses system messages: then in the first one
-        first, *others = given
-        return str(template([first | {"content": f"{SYSTEM}\n\n{first['content']}"}, *others]))
 
 
 def bos_of(tokenizer: Tokenizer) -> str:
@@ -420,38 +430,39 @@ def choose_template(problems: list[Problem], tokenizer: Tokenizer, template: str
     at the data, not at the algorithm: all arms see the same prompts. The template is saved with the
     checkpoints, as the tokenizer's own. Raises InputError on a file that is no such template.
     """
-    chats, thoughts = [], False
-    for p in problems:
-        if not isinstance(p.prompt, str):
-            chats.append([m for m in p.prompt if m != ASK_FOR_A_BOX])
-            thoughts = thoughts or (p.trace or "").lstrip().startswith("<think>")
+    chats = [p for p in problems if not isinstance(p.prompt, str)]
+    thoughts = any((p.trace or "").lstrip().startswith("<think>") for p in chats)
+    messages: list[Any] = [m for p in chats[:1] for m in p.prompt if m != ASK_FOR_A_BOX]
+    first = [replace(p, prompt=messages) for p in chats[:1]]
     own = tokenizer.chat_template
     if template not in ("auto", "own"):
-        return use_template(tokenizer, template_file(template), chats, template)
-    suits = own and (not thoughts or chats and render(chats[0], tokenizer).endswith(THINK))
-    if not chats or template == "own" or suits:
+        return use_template(tokenizer, template_file(template), first, template)
+    suits = own and (not thoughts or first and prompt_of(first[0], tokenizer).endswith(THINK))
+    if not first or template == "own" or suits:
         return
     system, opening = (THINK_SYSTEM, f" {THINK}") if thoughts else (SYSTEM, "\n")
-    if chats[0][0]["role"] == "system":  # then so for problems without one, in evaluation
-        system = chats[0][0]["content"]
+    if messages[0]["role"] == "system":  # then so for problems without one, in evaluation
+        system = messages[0]["content"]
     constants = f"{{% set SYSTEM = {system!r} %}}{{% set OPENING = {opening!r} %}}"
     why = "its own does not open the thought" if own else "it has none"
-    use_template(tokenizer, constants + CHAT_TEMPLATE, chats, f"ours ({why})")
+    use_template(tokenizer, constants + CHAT_TEMPLATE, first, f"ours ({why})")
 
 
-def use_template(tokenizer: Tokenizer, text: str, chats: list, name: str) -> None:
-    if not chats:
+def use_template(tokenizer: Tokenizer, text: str, first: list[Problem], name: str) -> None:
+    """first: the one to try it on, if there is one."""
+    if not first:
         raise InputError(f"--template {name}: the prompts are plain text, not chat messages")
     tokenizer.chat_template = text
-    asked = [*chats[0][:-1], chats[0][-1] | {"content": "PROBLEM"}]
+    shown: Any = first[0].prompt
+    asked = [*shown[:-1], shown[-1] | {"content": "PROBLEM"}]
     try:
-        if not render(chats[0], tokenizer).startswith(bos_of(tokenizer)):
+        if not prompt_of(first[0], tokenizer).startswith(bos_of(tokenizer)):
             tokenizer.chat_template = "{{ bos_token }}" + text
         if "PROBLEM" not in render(asked, tokenizer):
             raise InputError("its prompts do not have the problem's text in them")
     except InputError as error:
         raise InputError(f"--template {name}: {error}") from error
-    say(f"template    {name}: ...{render(chats[0], tokenizer)[-40:]!r}")
+    say(f"template    {name}: ...{render(first[0].prompt, tokenizer)[-40:]!r}")
 
 
 def template_file(name: str) -> str:
@@ -488,14 +499,14 @@ def load_training_set(
     problems even if a verifier's time limit would now decide otherwise. Raises InputError if no
     problem is left.
     """
-    rows, places, ignored = read_problems(cfg.data)
+    rows, ignored = read_problems(cfg.data)
     say_ignored(cfg.data, ignored)
     choose_template(rows, tokenizer, cfg.template)
     problems = one_a_trace(rows)
     limits = dict(max_prompt_tokens=cfg.max_prompt_tokens)
     limits["max_trace_tokens"] = cfg.max_trace_tokens or cfg.max_response_tokens
     kept, dropped = encode(problems, tokenizer, **limits)
-    golds = first_places(rows, places)
+    golds = first_places(rows)
     key = hashlib.sha256(json.dumps(list(golds)).encode()).hexdigest()
     bad = share_once(verdicts, key, "golds", grader.unread, list(golds))
     unreadable = say_unreadable(golds, bad)
@@ -539,11 +550,11 @@ def share_once(file: Path, key: str, name: str, judge: Callable[[list], list], i
     return known[key]
 
 
-def first_places(problems: list[Problem], places: list[str]) -> dict[str, str]:
+def first_places(problems: list[Problem]) -> dict[str, str]:
     """Gold answer -> where it stands first; in the order of the rows."""
     found: dict[str, str] = {}
-    for place, p in zip(places, problems):
-        found.setdefault(p.answer, place)
+    for p in problems:
+        found.setdefault(p.answer, p.where)
     return found
 
 
@@ -663,31 +674,25 @@ def main() -> None:
     is_toy = args.model == "toy"  # its tokenizer needs no trained model
     tokenizer = toy.make_tokenizer() if is_toy else load_tokenizer(full_name(args.model))
     broken: list[str] = []
-    problems, places, ignored = read_problems(args.data, broken=broken)
+    problems, ignored = read_problems(args.data, broken=broken)
     say(f"{args.data} for {args.model}, {len(tokenizer):,} tokens in its vocabulary")
     say_ignored(args.data, ignored)
-    look.show_rows(problems, places, broken)
+    look.show_rows(problems, broken)
     if not problems:
         raise InputError(f"{args.data}: no row can be read; docs/data.md shows what rows look like")
     choose_template(problems, tokenizer, args.template)
-    where = [place for place, p in zip(places, problems) for _ in (p, *p.others)]
-    kept, some, lengths = look.encode_each(
-        one_a_trace(problems), where, partial(tokenize, tokenizer=tokenizer), limits
-    )
+    encoder = partial(tokenize, tokenizer=tokenizer)
+    kept, some, lengths = look.encode_each(one_a_trace(problems), encoder, limits)
     ends = {"prompt": limits["max_prompt_tokens"], "trace": limits["max_trace_tokens"]}
     look.show_lengths(lengths, ends)
     look.draw_lengths(Path(args.data).name, lengths, ends, args.out)
     look.show_unknown(problems, tokenizer)
     with Grader() as grader:
-        golds = first_places(problems, places)
+        golds = first_places(problems)
         look.show_golds(golds, grader.verdicts)
         say_unreadable(golds, look.judge("golds", list(golds), grader.unread))
-        jobs = [
-            (place, p, p.opened + text_of(p.trace_ids, tokenizer))
-            for place, p in kept
-            if p.trace_ids
-        ]
-        fit = list(dict(reversed(kept)).items())[::-1]  # one a row
+        jobs = [(p, p.opened + text_of(p.trace_ids, tokenizer)) for p in kept if p.trace_ids]
+        fit = list({p.where: p for p in reversed(kept)}.values())[::-1]  # one a row
         look.show_traces(fit, jobs, grader.verdicts, extract_answer)
     if some:
         look.show_prompt(some, render(some.prompt, tokenizer), tokenizer)

@@ -13,6 +13,7 @@ An evaluation's directory (--out) holds its config.json, the graded responses as
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections import defaultdict
@@ -29,6 +30,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from data import Problem, choose_template, key_of, load_problems, to_evaluate, without_repeats
 from luffy import VLLMSampler
 from machinery import distill, plan
+from machinery.arguments import Parser, filled, path, ranged
 from machinery.files import append, read_jsonl, to_jsonl, write
 from machinery.model import end_ids, find, from_pretrained, load_config, load_tokenizer
 from machinery.processes import InputError, barrier, init_processes, launch, progress, rank, say
@@ -258,9 +260,9 @@ def load_rows(out: Path) -> Rows:
 
 def compare(arguments: list[str]) -> None:
     """`eval.py compare`: a table of paired differences, and the picture."""
-    parser = argparse.ArgumentParser(prog="eval.py compare", allow_abbrev=False)
-    parser.add_argument("dirs", nargs="+", type=Path, help="of evaluations; the first is the base")
-    parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="the picture")
+    parser = Parser(prog="eval.py compare")
+    parser.add_argument("dirs", nargs="+", type=path, help="of evaluations; the first is the base")
+    parser.add_argument("--out", type=path, default=Path("comparison.png"), help="the picture")
     args = parser.parse_args(arguments)
     from machinery.plots import draw_comparison
 
@@ -301,37 +303,48 @@ def difference_table(models: dict[str, Rows]) -> str:
 
 
 # ------------------------------------------------------------------ the command line
+def temperatures(text: str) -> list[float]:
+    """A,B -> them: 0, or what no softmax overflows with."""
+    above_0 = ranged(float, 0.01, 100)
+    return [0.0 if re.fullmatch(r"0+(\.0*)?", t) else above_0(t) for t in text.split(",")]
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a directory or a hub name; with --url, as it is served")
     parser.add_argument("--url", help="of an OpenAI-compatible server that samples, up to /v1")
     parser.add_argument("--paper", choices=SYSTEMS, help="a system of the paper: model and prompt")
     parser.add_argument("--template", help=f"{', '.join(TEMPLATES)}, or a jinja file [own]")
     parser.add_argument(
         "--bench",
+        type=filled,
         required=True,
         help=f"A,B of {', '.join(BENCHMARKS)}; {' or '.join(GROUPS)} of them; or "
         "toy/SPLIT, files, hub names",
     )
     parser.add_argument("--data_dir", default="", help="a directory or a file, instead of the hub")
-    parser.add_argument("--samples", type=int, help="k, responses to each problem [the paper's]")
-    parser.add_argument("--temperature", help="A,B; 0 is greedy, and k = 1 [the paper's, 0.6]")
-    parser.add_argument("--limit", type=int, help="problems of each benchmark, spread evenly")
-    parser.add_argument("--max_prompt_tokens", type=int, default=1024)
-    parser.add_argument("--max_response_tokens", type=int, help="[the paper's, 8192]")
+    some = ranged(int, 1)
+    k = "k, responses to each problem [the paper's]"
+    parser.add_argument("--samples", type=ranged(int, 1, 1e4), help=k)
+    greedy = "A,B; 0 is greedy, and k = 1 [the paper's, 0.6]"
+    parser.add_argument("--temperature", type=temperatures, default=[], help=greedy)
+    parser.add_argument("--limit", type=some, help="problems of each benchmark, spread evenly")
+    parser.add_argument("--max_prompt_tokens", type=some, default=1024)
+    parser.add_argument("--max_response_tokens", type=some, help="[the paper's, 8192]")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--sampler", choices=["auto", "vllm", "torch"], default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="[runs/eval/MODEL]")
-    parser.add_argument("--traces", type=Path, help="write right responses to this file: distil")
-    parser.add_argument("--traces_per_problem", type=int, default=1, help="at most [1]")
-    parser.add_argument("--max_trace_tokens", type=int, help="the model's, with EOS [no limit]")
-    parser.add_argument("--concurrency", type=int, default=16, help="requests to --url [16]")
+    parser.add_argument("--seed", type=ranged(int, 0), default=0)
+    parser.add_argument("--out", type=path, help="[runs/eval/MODEL]")
+    parser.add_argument("--traces", type=path, help="write right responses to this file: distil")
+    parser.add_argument("--traces_per_problem", type=some, default=1, help="at most [1]")
+    parser.add_argument("--max_trace_tokens", type=some, help="the model's, with EOS [no limit]")
+    requests = "requests to --url [16]"
+    parser.add_argument("--concurrency", type=ranged(int, 1, 256), default=16, help=requests)
     args = parser.parse_args()
     system = SYSTEMS.get(args.paper)
     args.model = args.model or (system.model if system else "")
     args.template = args.template or (system.template if system else "own")
-    if args.template not in TEMPLATES and not Path(args.template).is_file():
+    if args.template not in TEMPLATES and not os.path.isfile(args.template):
         raise InputError(
             f"--template {args.template}: expected a file, or one of {', '.join(TEMPLATES)}"
         )
@@ -342,19 +355,12 @@ def parse_args() -> argparse.Namespace:
             if system
             else "--model or --paper has to say what"
         )
-    try:
-        args.temperatures = [float(t) for t in (args.temperature or "").split(",") if t]
-    except ValueError:
-        raise InputError(f"--temperature {args.temperature}: expected A or A,B,...") from None
-    for flag in ("samples", "limit", "traces_per_problem", "max_trace_tokens", "concurrency"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
     if args.url and args.template != "own":
         raise InputError(f"--template {args.template}: a server has its own; leave it out")
     if args.traces:
         distill.check_file(args.traces, args.bench.split(","))
-    path = Path(args.model)
-    name = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
+    here = Path(args.model)
+    name = f"{here.parent.name}-{here.name}" if here.name.startswith("checkpoint-") else here.name
     args.out = args.out or Path("runs/eval", args.paper or name)
     return args
 
@@ -420,7 +426,7 @@ def main() -> None:
         for name, (bench, problems) in benchmarks.items():
             n = min(args.limit or len(problems), len(problems))
             numbers = [i * len(problems) // n for i in range(n)]
-            for t in args.temperatures or [bench.temperature]:
+            for t in args.temperature or [bench.temperature]:
                 rows: list[dict] = []
                 how = dict(temperature=t, max_tokens=room[name], seed=args.seed)
                 samples = 1 if t == 0 else args.samples

@@ -14,7 +14,6 @@ run here, on at most MAX_LENGTH characters, and none of them may backtrack for l
 a worker of `Grader`: a process with little memory that is killed when it takes too long.
 """
 
-import argparse
 import logging
 import re
 import sys
@@ -28,6 +27,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from machinery.arguments import Parser, ranged
 from machinery.files import print_what_can_be
 from machinery.notation import NAME, POWER, TRIG, form, normal_form, number, split, unlabelled
 from machinery.pool import Pool, serve
@@ -511,10 +511,10 @@ def load_parser() -> Callable:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("response", help="what a model wrote")
     parser.add_argument("answer", help="the gold answer")
-    parser.add_argument("--timeout", type=float, default=5.0, help="seconds [5]")
+    parser.add_argument("--timeout", type=ranged(float, 0.01, 1e5), default=5.0, help="seconds [5]")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--strict", action="store_true", help="only a box counts: the default")
     mode.add_argument("--lenient", action="store_true", help="as the reward of the official code")

@@ -1,13 +1,14 @@
 """A dataclass as a command line: each field is a flag, with its help and its range in one line."""
 
 import argparse
-import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import field, fields
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from machinery import track
+from machinery.arguments import LARGEST, Parser, filled, outside
 from machinery.processes import InputError
 from machinery.samplers import sampler_kind
 
@@ -17,25 +18,29 @@ Config = Any  # luffy.Config, wherever the machinery names it: an import would b
 def flag(
     default: Any,
     help: str,
-    low: float = -math.inf,
-    high: float = math.inf,
+    low: float = -LARGEST,
+    high: float = LARGEST,
     *,
-    above: float = -math.inf,
-    below: float = math.inf,
+    above: float = -inf,
+    below: float = inf,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A field of a config: low <= value <= high, above < value < below, or one of `choices`."""
-    limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
-    return field(default=default, metadata={"help": help} | limits)
+    """A field of a config: low <= value <= high, above < value < below, or one of `choices`.
+
+    A text may be empty if it is so by default.
+    """
+    limits = {"low": low, "high": high, "above": above, "below": below}
+    return field(default=default, metadata={"help": help, "limits": limits, "choices": choices})
 
 
 def parse(config: type, argv: list[str] | None, description: str) -> dict[str, Any]:
     """The flags that are given -> field -> value. Exits with a message if one is malformed."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = Parser(description=description)
     alone: dict[str, Any] = {f.name: True for f in fields(config) if f.type is bool}
     alone["dry_run"] = "this"  # what a flag means without a value
     for f in fields(config):
-        kind = {bool: truth, float | None: float_or_none}.get(f.type, f.type)
+        text = filled if f.default else str
+        kind = {bool: truth, float | None: float_or_none, str: text}.get(f.type, f.type)
         parser.add_argument(
             f"--{f.name}",
             type=kind,
@@ -60,6 +65,22 @@ def float_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
 
+def make(
+    config: type, row: dict[str, Any], recipe: dict[str, Any], given: dict[str, Any]
+) -> Config:
+    """The config of an algorithm's row, then a model's recipe, then flags.
+
+    Raises InputError on a recipe, which stands in a file, that names other fields.
+    """
+    unknown = recipe.keys() - {f.name for f in fields(config)}
+    if unknown:
+        raise InputError(
+            f"--model {given.get('model')}: the luffy_recipe in its config.json has "
+            f"{', '.join(sorted(unknown))}, which are no flags; take them out"
+        )
+    return config(**row | recipe | given)
+
+
 def check_values(cfg: Config, tables: Mapping[str, Iterable[str]]) -> None:
     """Raise InputError on a value out of its range. tables: field -> the names it may have."""
     for f in fields(cfg):
@@ -68,14 +89,12 @@ def check_values(cfg: Config, tables: Mapping[str, Iterable[str]]) -> None:
         if choices and value not in choices:
             known = ", ".join(filter(None, choices))
             raise InputError(f"--{f.name} {value}: expected one of {known}")
-        if isinstance(value, bool | str) or value is None:
-            continue
-        in_range = m["low"] <= value <= m["high"] and m["above"] < value < m["below"]
-        if not in_range or value in (math.inf, -math.inf):
-            names = {"at least": "low", "at most": "high", "above": "above", "below": "below"}
-            bounds = {word: m[name] for word, name in names.items() if math.isfinite(m[name])}
-            words = [f"{word} {bound:g}" for word, bound in bounds.items()] or ["finite"]
-            raise InputError(f"--{f.name} {value}: must be {' and '.join(words)}")
+        kinds = get_args(f.type) or (f.type,)
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            named = " or ".join(kind.__name__ for kind in kinds)  # by a row, a recipe, a schedule
+            raise InputError(f"--{f.name} {value!r:.60}: expected {named}")
+        if type(value) in (int, float) and (words := outside(value, **m["limits"])):
+            raise InputError(f"--{f.name} {value!s:.60}: {words}")
 
 
 def check(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from machinery.arguments import Parser, filled, path, ranged
 from machinery.model import recipe
 from machinery.plots import plt
 from machinery.processes import InputError, progress, say
@@ -30,13 +31,15 @@ LIMITS = {"max_prompt_tokens": 1024, "max_response_tokens": 8192, "max_trace_tok
 
 def parse_args() -> tuple[argparse.Namespace, dict[str, int]]:
     """-> flags, and data.encode's limits: given, or the model's own, or luffy.py's."""
-    parser = argparse.ArgumentParser(description="Look before you train.", allow_abbrev=False)
-    parser.add_argument("data", metavar="FILE", help="or another source, as luffy.py's --data")
-    parser.add_argument("--model", default="toy", help="a directory or a hub name [toy]")
-    for name in LIMITS:
-        parser.add_argument(f"--{name}", type=int, help="[luffy.py's for this model]")
+    parser = Parser(description="Look before you train.")
+    source = "or another source, as luffy.py's --data"
+    parser.add_argument("data", type=filled, metavar="FILE", help=source)
+    parser.add_argument("--model", type=filled, default="toy", help="a directory or hub name [toy]")
+    for name, default in LIMITS.items():
+        least = ranged(int, min(default, 1))
+        parser.add_argument(f"--{name}", type=least, help="[luffy.py's for this model]")
     parser.add_argument("--template", default="auto", help="auto, own or a jinja file [auto]")
-    parser.add_argument("--out", type=Path, help="the picture of lengths [runs/data/NAME.png]")
+    parser.add_argument("--out", type=path, help="the picture of lengths [runs/data/NAME.png]")
     args = parser.parse_args()
     args.out = args.out or Path(
         "runs/data", re.sub(r"[^\w.-]+", "-", Path(args.data).name) + ".png"
@@ -44,9 +47,6 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, int]]:
     given = {name: getattr(args, name) for name in LIMITS}
     own = LIMITS | recipe(args.model)
     limits = {name: own[name] if n is None else n for name, n in given.items()}
-    for name, n in limits.items():
-        if n < (least := int(LIMITS[name] > 0)):
-            raise InputError(f"--{name} {n}: must be at least {least}")
     longest = limits["max_trace_tokens"] or limits["max_response_tokens"]
     return args, {"max_prompt_tokens": limits["max_prompt_tokens"], "max_trace_tokens": longest}
 
@@ -61,7 +61,7 @@ def beginning(problem: Problem) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def show_rows(problems: list[Problem], places: list[str], broken: list[str]) -> None:
+def show_rows(problems: list[Problem], broken: list[str]) -> None:
     traces = [sum(p.trace is not None for p in with_others(problem)) for problem in problems]
     several = f", up to {max(traces)} a problem" if max(traces, default=0) > 1 else ""
     say(f"rows        {len(problems)} problems, {sum(traces)} traces{several}")
@@ -71,8 +71,8 @@ def show_rows(problems: list[Problem], places: list[str], broken: list[str]) -> 
         say(f"malformed   {len(broken)} rows, and training does not start with such a row:")
         show_some(broken)
     found = defaultdict(list)
-    for place, problem in zip(places, problems):
-        found[json.dumps(problem.prompt)].append((place, problem.answer))
+    for problem in problems:
+        found[json.dumps(problem.prompt)].append((problem.where, problem.answer))
     again = [rows for rows in found.values() if len(rows) > 1]
     say(f"duplicates  {sum(map(len, again)) - len(again)} rows have the prompt of an earlier row")
     at_odds = [rows for rows in again if len({answer for _, answer in rows}) > 1]
@@ -90,27 +90,27 @@ def show_some(lines: Iterable[str]) -> None:
 
 
 def encode_each(
-    problems: list[Problem], places: list[str], encode: Callable, limits: dict[str, int]
-) -> tuple[list[tuple[str, Problem]], Problem | None, Lengths]:
-    """-> the problems that are kept with their places, one to show, lengths of all.
+    problems: list[Problem], encode: Callable, limits: dict[str, int]
+) -> tuple[list[Problem], Problem | None, Lengths]:
+    """-> the problems that are kept, one to show, lengths of all.
 
     encode: data.tokenize.
     """
     kept, some, lengths = [], None, {"prompt": [], "trace": []}
     dropped, example = Counter(), {}
-    for place, (problem, reason) in zip(places, encode(problems, **limits)):
+    for problem, reason in encode(problems, **limits):
         some = some or problem
         lengths["prompt"].append(len(problem.prompt_ids))  # what is too long has a length, too
         lengths["trace"] += [len(problem.trace_ids)] if problem.trace_ids else []
         if reason:
             dropped[reason] += 1
-            example.setdefault(reason, f"{place}: {beginning(problem)}")
+            example.setdefault(reason, f"{problem.where}: {beginning(problem)}")
         else:
-            kept.append((place, problem))
+            kept.append(problem)
     say(f"dropped     {sum(dropped.values())}")
     for reason, n in dropped.most_common():
         say(f"            {n}: {reason}, such as {example[reason]}")
-    return kept, kept[0][1] if kept else some, lengths
+    return kept, kept[0] if kept else some, lengths
 
 
 def show_lengths(lengths: Lengths, limits: dict[str, int]) -> None:
@@ -146,8 +146,11 @@ def draw_lengths(name: str, lengths: Lengths, limits: dict[str, int], file: Path
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(name, fontsize=11, parse_math=False)  # a name may have a $
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=130)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {file}: not a picture that can be written ({error})") from error
     plt.close(figure)
     say(f"picture     {file}")
 
@@ -171,28 +174,25 @@ def show_golds(golds: dict[str, str], verdicts: Callable) -> None:
 
 
 def show_traces(
-    kept: list[tuple[str, Problem]],
-    traces: list[tuple[str, Problem, str]],
-    verdicts: Callable,
-    extract: Callable,
+    kept: list[Problem], traces: list[tuple[Problem, str]], verdicts: Callable, extract: Callable
 ) -> None:
     """What the verifier says of traces that fit (their texts), and what is left to train on."""
-    found = judge("traces", [(text, p.answer) for _, p, text in traces], verdicts)
-    right = [(where, p) for (where, p, _), v in zip(traces, found) if v.right]
+    found = judge("traces", [(text, p.answer) for p, text in traces], verdicts)
+    right = [p for (p, _), v in zip(traces, found) if v.right]
     if traces:
         share = len(right) / len(traces)
         say(f"traces      {len(right)} of {len(traces)} that fit are right ({share:.1%})")
     show_some(
-        f"{where}: gold {p.answer!r:.40}, given {extract(text)!r:.40} ({v.reason})"
-        for (where, p, text), v in zip(traces, found)
+        f"{p.where}: gold {p.answer!r:.40}, given {extract(text)!r:.40} ({v.reason})"
+        for (p, text), v in zip(traces, found)
         if not v.right
     )
-    good = {where for where, _ in right}
+    good = {p.where for p in right}
     columns = [
-        [p.source for _, p in kept],
-        [p.source for _, p, _ in traces],
-        [p.source for _, p in right],
-        [p.source for where, p in kept if where in good],
+        [p.source for p in kept],
+        [p.source for p, _ in traces],
+        [p.source for p in right],
+        [p.source for p in kept if p.where in good],
     ]
     counts = [Counter(sources) for sources in columns]
     say("\n| source | problems that fit | traces that fit | right | problems with a right one |")
@@ -201,7 +201,7 @@ def show_traces(
         say(f"| {source or '-'} | {' | '.join(str(count[source]) for count in counts)} |")
     if len(counts[0]) > 20:
         say(f"| and {len(counts[0]) - 20} more | | | | |")
-    untraced = len(kept) - len({where for where, _, _ in traces})
+    untraced = len(kept) - len({p.where for p, _ in traces})
     say(f"\nto train on {len(good)} problems with a right trace; {untraced} more have no trace")
 
 

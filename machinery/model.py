@@ -1,6 +1,7 @@
 """The language model as the trainer uses it: log-probs of packed rows, and how it is loaded."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ SHAPES: dict[str, dict] = {
 # ------------------------------------------------------------------ finding and loading
 def full_name(name: str) -> str:
     """A directory if there is one of that name, else a name on the hub, with its organisation."""
-    is_bare_qwen = name.startswith("Qwen") and "/" not in name and not Path(name).is_dir()
+    is_bare_qwen = name.startswith("Qwen") and "/" not in name and not os.path.isdir(name)
     return f"Qwen/{name}" if is_bare_qwen else name
 
 
@@ -101,8 +102,8 @@ def recipe(name: str) -> dict[str, Any]:
     Checkpoints have it from the model that they were trained from. `luffy_toy` is an earlier mark.
     """
     config = Path(name, "config.json")
-    try:
-        own = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    try:  # os.path: Path's method raises of names that are too long
+        own = json.loads(config.read_text("utf-8")) if os.path.isfile(config) else {}
     except ValueError:  # load_config says it, with the file's name
         own = {}
     if name == "toy" or "luffy_toy" in own:

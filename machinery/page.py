@@ -8,7 +8,6 @@ the trainer recorded. The page is page.html with the runs' data and plotly.js pu
 model wrote gets into it as JSON and out as text.
 """
 
-import argparse
 import json
 import math
 from collections import defaultdict
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
 
+from machinery.arguments import Parser, path
 from machinery.files import read_jsonl, write
 from machinery.metrics import evaluation_metrics, smooth
 from machinery.processes import InputError
@@ -176,9 +176,9 @@ def short(value: Any) -> float | None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="eval.py report", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
-    parser.add_argument("--out", type=Path, help="[report.html in the first one]")
+    parser = Parser(prog="eval.py report")
+    parser.add_argument("runs", nargs="+", type=path, help="run directories")
+    parser.add_argument("--out", type=path, help="[report.html in the first one]")
     args = parser.parse_args(arguments)
     out = args.out or args.runs[0] / "report.html"
     if args.out and (out.is_dir() or not out.absolute().parent.is_dir()):

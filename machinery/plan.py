@@ -237,7 +237,7 @@ def longest_row(cfg: Config, ranks: int) -> list[int]:
 def machine(text: str, parameters: int) -> tuple[int, int | None]:
     """--dry_run's machine as (processes, bytes of each GPU; None for a CPU)."""
     if text != "this":
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
         if not match:
             raise InputError(f"--dry_run {text}: expected GPUSxGIB, such as 8x80")
         return int(match[1]), round(int(match[2]) * CARD * GIB)

@@ -5,8 +5,9 @@ What a row means is said by the readers of data.py. Here it is read, and its cel
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -17,68 +18,101 @@ from machinery import toy
 from machinery.processes import InputError, say
 
 OTHER_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|zst|xz|bz2)$", re.IGNORECASE)
+HUB_NAME = re.compile(r"\w[\w.-]{0,95}", re.ASCII).fullmatch
 
 
 def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     """(where it stands, row) for each row of the toy, a file or a hub data set."""
     path, suffix = Path(name), Path(name).suffix.lower()
-    is_toy = path.parts[:1] == ("toy",)
-    if path.is_dir() and not is_toy:
-        raise InputError(f"{name}: a directory; name a .jsonl or .parquet file in it")
-    if not path.is_file() and (path.is_absolute() or OTHER_FILE.search(name)):
-        raise InputError(f"{name}: no such file")
-    if suffix == ".jsonl":
-        try:
-            # utf-8-sig: Windows' editors put a mark first; not splitlines: U+2028 is text
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{name}: cannot be read as UTF-8 text ({error})") from None
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{name}, line {number}", parse_line(line, f"{name}, line {number}")
+    is_file = os.path.isfile(name)  # Path's method raises of names that are too long
+    if not name.strip():
+        raise InputError("--data, --eval_data or --bench: the name of a source is empty")
+    if path.parts[:1] == ("toy",) and not is_file:
+        rows: Iterable[dict] = toy.rows("/".join(path.parts[1:]) or "train")
+    elif is_file and suffix == ".jsonl":
+        yield from read_lines(path, name)
         return
-    if is_toy:
-        rows = toy.rows(*path.parts[1:])
-    elif suffix == ".parquet":
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise InputError(f"{name}: not a parquet file that can be read ({error})") from error
-    elif path.is_file():
+    elif is_file and suffix == ".parquet":
+        rows = read_parquet(path, name)
+    elif is_file:
         raise InputError(
             f"{name}: neither .jsonl (one JSON object a line) nor .parquet. Unpack it, or convert "
             "it: pandas.read_json or read_csv(...).to_json('NAME.jsonl', orient='records', "
             "lines=True)"
         )
+    elif os.path.isdir(name):
+        raise InputError(f"{name}: a directory; name a .jsonl or .parquet file in it")
     else:
-        import datasets  # slow to import, and only the hub needs it
-
-        repository, _, named = name.partition(":")
-        organisation, *parts = repository.split("/", 2)  # NAME and perhaps CONFIG
-        try:
-            rows = datasets.load_dataset(
-                "/".join([organisation, *parts[:1]]), *parts[1:], split=named or split
-            )
-        except Exception as error:  # a dozen kinds, and all mean that there is no data
-            raise InputError(
-                f"{name}: not a .jsonl or .parquet file, and no data set with a split "
-                f"{named or split!r} that this machine reaches on the hub "
-                f"({error})"
-            ) from error
+        rows = read_hub(name, split)
     for number, row in enumerate(rows):
         yield f"{name}, row {number}", row
 
 
-def parse_line(line: str, where: str) -> dict:
+def read_lines(path: Path, name: str) -> Iterator[tuple[str, dict]]:
     try:
-        row = json.loads(line)
-        if r"\ud" in line.lower():  # half a surrogate pair is no text: it could not be written
+        lines = path.read_bytes().split(b"\n")  # not splitlines: U+2028 is text
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield f"{name}, line {number}", parse_line(line, f"{name}, line {number}")
+
+
+def parse_line(line: bytes, where: str) -> dict:
+    try:
+        text = line.decode("utf-8-sig")  # Windows' editors put a mark first
+        row = json.loads(text)
+        if r"\ud" in text.lower():  # half a surrogate pair is no text: it could not be written
             json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # not JSON, or a number or nesting without end
-        raise InputError(f"{where}: not JSON ({error}); expected one object a line") from None
+        raise InputError(
+            f"{where}: not JSON in UTF-8 ({error}); expected one object a line"
+        ) from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
+
+
+def read_parquet(path: Path, name: str) -> list[dict]:
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except Exception as error:  # pyarrow has a dozen kinds
+        raise InputError(f"{name}: not a parquet file that can be read ({error})") from error
+    try:
+        return table.to_pylist()
+    except Exception as error:
+        check_cells(table, name)
+        raise InputError(f"{name}: its rows cannot be read ({error})") from error
+
+
+def check_cells(table: Any, name: str) -> None:
+    """Raise InputError at the cell that Python cannot have: text that is none, the year 10000."""
+    for column in table.column_names:
+        for number, cell in enumerate(table[column]):
+            try:
+                cell.as_py()
+            except Exception as error:
+                where = f"{name}, row {number}, column {column}"
+                raise InputError(f"{where}: cannot be read ({error})") from error
+
+
+def read_hub(name: str, split: str) -> Iterator[dict]:
+    """ORGANISATION/NAME, perhaps /CONFIG, perhaps :SPLIT."""
+    repository, _, named = name.partition(":")
+    parts = repository.split("/", 2)
+    name_on_hub, is_one = "/".join(parts[:2]), all(map(HUB_NAME, parts[:2]))
+    # In a directory of that name datasets would look at all that there is.
+    if OTHER_FILE.search(name) or not is_one or os.path.exists(name_on_hub):
+        raise InputError(f"{name}: no such file, and no name on the hub")
+    import datasets  # slow to import, and only the hub needs it
+
+    try:
+        yield from datasets.load_dataset(name_on_hub, *parts[2:], split=named or split)
+    except Exception as error:  # a dozen kinds, and all mean that there is no data
+        raise InputError(
+            f"{name}: not a .jsonl or .parquet file, and no data set with a split "
+            f"{named or split!r} that this machine reaches on the hub ({error})"
+        ) from error
 
 
 class Row:
@@ -124,10 +158,12 @@ def final(value: Any, column: str, row: Row) -> str:
 
 
 def source_of(row: Row) -> str:
-    value = row["data_source"] or row["benchmark"] or ""
-    if not isinstance(value, str):
-        raise row.wrong("data_source", "a string", value)
-    return value
+    given = (name for name in ("data_source", "benchmark") if row[name] not in (None, ""))
+    if (column := next(given, None)) is None:
+        return ""
+    if not isinstance(row[column], str):
+        raise row.wrong(column, "a string", row[column])
+    return row[column]
 
 
 def strings(value: Any) -> list[str]:

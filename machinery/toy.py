@@ -18,7 +18,6 @@ of distribution (`ood`) are hard problems with the operator *, which the base mo
 trace shows.
 """
 
-import argparse
 import hashlib
 import math
 import os
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers import Qwen2Tokenizer
 
+from machinery.arguments import Parser, path, ranged
 from machinery.processes import InputError
 
 # What the laptop's runs differ in from the defaults, for every algorithm alike: sizes, and what
@@ -295,15 +295,15 @@ def base_model() -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a base model.", allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True, help="a directory that does not exist")
+    parser = Parser(description="Train a base model.")
+    parser.add_argument("--out", type=path, required=True, help="a directory that does not exist")
     parser.add_argument(
         "--goals",
-        type=float,
+        type=ranged(float, 0, 1),
         default=GOALS,
         help=f"share of listings that stop at the letter they name ({GOALS})",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=ranged(int, 0), default=0)
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"--out {args.out} exists; name a new directory")

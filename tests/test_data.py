@@ -4,13 +4,16 @@ import json
 import re
 from dataclasses import replace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, SHARED, Judge
 
 import data
 from luffy import Config
 from machinery import toy
-from data import SCHEMAS, TRACES, Problem, batch_at, encode, load_benchmarks, load_problems
+from data import SCHEMAS, TRACES, Problem, batch_at, choose_template, encode, load_benchmarks
+from data import load_problems
 from data import load_training_set, read_problems, render, without_repeats
 from machinery.look import LIMITS
 from machinery.processes import InputError
@@ -22,6 +25,7 @@ OPENR1 = {
     "target": [{"role": "assistant", "content": "d=5-2=3;e=3-5=5;\\boxed{535}"}],
     "reward_model": {"ground_truth": "535", "style": "rule"},
 }
+ARC = {"question": "a", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
 GSM8K = {"question": "How many?", "answer": "2+2=<<2+2=4>>4 thousand\n#### 4,000"}
 
 
@@ -36,9 +40,6 @@ def write(path, *rows) -> str:
 
 
 def test_jsonl_and_parquet_read_alike(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     jsonl = load_problems(write(tmp_path / "a.jsonl", OPENR1, OPENR1))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([OPENR1, OPENR1]), tmp_path / "a.parquet")
     assert load_problems(str(tmp_path / "a.parquet")) == jsonl
@@ -64,7 +65,7 @@ def test_each_row_of_the_document_is_read(tmp_path):
     """docs/data.md: one row of each schema at least; all of the same problem but the choices."""
     text = (ROOT / "docs" / "data.md").read_text()
     rows = [json.loads(row) for row in re.findall(r"^(\{.*\})$", text, re.M)]
-    problems, _, ignored = read_problems(write(tmp_path / "a.jsonl", *rows))
+    problems, ignored = read_problems(write(tmp_path / "a.jsonl", *rows))
     first = [next(s for s in SCHEMAS if set(s) <= row.keys()) for row in rows]
     assert set(first) == set(SCHEMAS) and not ignored
     for row, problem in zip(rows, problems):
@@ -88,12 +89,12 @@ def test_the_first_column_of_traces_decides(tmp_path):
     }
     without = {k: v for k, v in row.items() if k != "generations"}
     path = write(tmp_path / "a.jsonl", row, row | {"generations": None}, without)
-    (several, null, said), places, ignored = read_problems(path)
+    (several, null, said), ignored = read_problems(path)
     assert [p.trace for p in (several, *several.others)] == ["one", "two"]
     assert several.others[0] == Problem(several.prompt, "535", "two")
     assert null.trace is None and null.others == ()
     assert (said.prompt, said.trace) == ([{"role": "user", "content": "b2"}], "said")
-    assert places[2] == f"{path}, line 3"
+    assert said.where == f"{path}, line 3"
     assert ignored == ["solution", "correctness_math_verify"]
 
 
@@ -125,6 +126,9 @@ def test_log_probs_belong_to_their_trace(tmp_path):
         (OPENR1 | {"reward_model": {}}, ["column reward_model"]),
         (OPENR1 | {"target": [{"role": "assistant", "content": None}]}, ["column target"]),
         (OPENR1 | {"data_source": ["a"]}, ["column data_source"]),
+        (OPENR1 | {"data_source": 0}, ["column data_source"]),
+        (OPENR1 | {"data_source": None, "benchmark": {}}, ["column benchmark"]),
+        (OPENR1 | {"prompt": [{"role": "system", "content": "a"}]}, ["column prompt", "user's"]),
         (GSM8K | {"answer": "2 + 2\nis 4"}, ["column answer", "####"]),
         (GSM8K | {"answer": "2 #### "}, ["column answer", "####"]),
         (PLAIN | {"problem": ""}, ["column problem"]),
@@ -139,7 +143,10 @@ def test_log_probs_belong_to_their_trace(tmp_path):
         (PLAIN | TRACE | {"trace": None}, ["column trace_logps", "no trace"]),
         ({"problem": "a", "solution": "no box"}, ["column solution", "boxed"]),
         ({"question": "a", "choices": {"text": ["a"]}, "answerKey": "A"}, ["column choices"]),
+        (ARC | {"choices": {"text": ["a", "b"], "label": ["A", "A"]}}, ["column choices", "twice"]),
+        (ARC | {"answerKey": "C"}, ["column answerKey", "label of a choice: A, B"]),
         ({"question": "a", "options": ["a", 1], "answer": "A"}, ["column options"]),
+        ({"question": "a", "options": ["a"] * 27, "answer": "A"}, ["column options", "letter"]),
         ({"Question": "a", "Correct Answer": "b"}, ["column Incorrect Answer 1"]),
     ],
     ids=lambda x: str(x)[:40],
@@ -152,7 +159,8 @@ def test_a_broken_row_names_file_row_column_and_what_was_expected(tmp_path, row,
         assert word in str(error.value)
 
 
-def test_sources_that_hold_nothing(tmp_path):
+def test_sources_that_hold_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for source, words in (
         (write(tmp_path / "empty.jsonl"), "no rows"),
         (str(tmp_path / "absent.parquet"), "no such file"),
@@ -161,6 +169,12 @@ def test_sources_that_hold_nothing(tmp_path):
         (write(tmp_path / "rows.jsonl.gz", "a,b"), "Unpack"),
         (str(tmp_path), "directory"),
         (str(tmp_path / "absent.json"), "no such file"),
+        ("docs/data.md", "convert"),
+        ("docs/absent:train", "hub"),
+        ("machinery:train", "no such file"),
+        ("x" * 300, "no such file"),
+        (" ", "empty"),
+        ("toy/val/x", "train"),
         ("toy/nothing", "train"),
         ("nobody/nothing-at-all", "hub"),
     ):
@@ -272,9 +286,38 @@ def test_a_line_separator_inside_a_string_is_text(tmp_path):
     assert load_problems(str(tmp_path / "a.jsonl"))[0].trace == "a\u2028b\x85c"
     (tmp_path / "a.JSONL").write_text(json.dumps(row), encoding="utf-8-sig")  # as on Windows
     assert load_problems(str(tmp_path / "a.JSONL"))[0].answer == "535"
-    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="UTF-8"):
+    (tmp_path / "b.jsonl").write_bytes(json.dumps(row).encode() + b"\n\xff\xfe")
+    with pytest.raises(InputError, match="b.jsonl, line 2: not JSON in UTF-8"):
         load_problems(str(tmp_path / "b.jsonl"))
+
+
+def test_a_row_that_its_template_cannot_render_is_named(tmp_path, tokenizer):
+    """With ours, when it is chosen, and with a model's own, after that."""
+    odd = OPENR1 | {"prompt": [{"role": "martian", "content": "b2"}]}
+    odd["target"] = [{"role": "assistant", "content": "<think>\nd=3;"}]
+    problems = load(tmp_path, odd, PLAIN)
+    with pytest.raises(InputError, match="--template ours.*a.jsonl, line 1: the chat template"):
+        choose_template(problems, toy.make_tokenizer())
+    strict = toy.make_tokenizer()
+    strict.chat_template = "{{ {'user': 'a'}[messages[-1]['role']] + messages[-1]['content'] }}"
+    with pytest.raises(InputError, match="a.jsonl, line 2: the chat template cannot render"):
+        encode(load(tmp_path, PLAIN, odd), strict, **limits())
+    with pytest.raises(InputError, match="a.jsonl, line 1: 2 trace_logps"):
+        encode(load(tmp_path, PLAIN | TRACE), tokenizer, **limits())
+
+
+def test_a_cell_that_python_cannot_have_is_named(tmp_path):
+    cells = pyarrow.array([b"1", b"\xff"], pyarrow.binary()).view("string")
+    table = pyarrow.table({"problem": ["a", "b"], "answer": cells})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="a.parquet, row 1, column answer: .*utf-8"):
+        load_problems(str(tmp_path / "a.parquet"))
+
+
+def test_marks_without_an_end_take_no_minutes(tmp_path):
+    """`<<` that no `>>` ends, in GSM8K's solution: quadratic once."""
+    (problem,) = load(tmp_path, GSM8K | {"answer": "<" * 100_000 + "\n#### 4"})
+    assert problem.answer == "4"
 
 
 def test_a_tokenizer_without_eos_or_chat_template_is_refused():
