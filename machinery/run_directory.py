@@ -336,8 +336,8 @@ class Run:
                 kept.load_state_dict(state)
             except KeyError as error:
                 raise InputError(
-                    f"{self.checkpoint}: its {name} has no state for {error}; only the newest "
-                    "checkpoint keeps it. Start a new run with --model from this one"
+                    f"{self.checkpoint}: its {name} has no state for {error}; only the newest two "
+                    "checkpoints keep it. Start a new run with --model from this one"
                 ) from None
         return kept
 

@@ -116,7 +116,7 @@ def test_of_two_starts_one_is_refused(tiny_model, tmp_path):
 FULL = textwrap.dedent("""
     import os, sys
     sys.path.insert(0, ".")
-    from contextlib import contextmanager
+    from contextlib import contextmanager, suppress
     from pathlib import Path
     from machinery import files
     name, n, disk = sys.argv.pop(1), int(sys.argv.pop(1)), Path(sys.argv.pop(1))
@@ -125,12 +125,9 @@ FULL = textwrap.dedent("""
     def writing(path, *more):
         times.append(str(path).endswith(name))
         if sum(times) == n and times[-1]:
-            with (disk / "ballast").open("wb") as ballast:
-                try:
-                    while ballast.write(bytes(4096)):
-                        ballast.flush()
-                except OSError:
-                    pass
+            with (disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+                while True:
+                    ballast.write(bytes(4096))
         with of(path, *more):
             yield
     files.writing = writing
