@@ -54,8 +54,18 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-        if os.getppid() != PARENT:  # it died before
+        if os.getppid() != PARENT or is_orphan():
             os._exit(1)
+
+
+def is_orphan() -> bool:
+    """Did process 1 take this one over? In a container process 1 may be torchrun, a Python."""
+    if os.getppid() != 1:
+        return False
+    try:
+        return "python" not in os.path.basename(os.readlink("/proc/1/exe"))
+    except OSError:  # it is another user's
+        return True
 
 
 def choose_device(asked: str) -> None:
