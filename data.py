@@ -25,7 +25,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from machinery import toy
-from machinery.files import write
+from machinery.files import read_json, write
 from machinery.flags import Config
 from machinery.processes import InputError, launch, rank, say, share
 from machinery.sources import Row, final, is_logp, messages, read_rows, say_ignored, source_of
@@ -542,8 +542,8 @@ def load_training_set(
 
 def share_once(file: Path, key: str, name: str, judge: Callable[[list], list], items: list) -> list:
     """As `share`; or what it made of them before, if the file has it by that key."""
-    known = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    if key not in known:
+    known = read_json(file) if file.exists() else {}
+    if len(known.setdefault(key, [])) != len(items):
         known[key] = share(name, judge, items, JOBS)
         if rank() == 0:  # after the ranks met: by now each of them has looked for the file
             write(file, json.dumps(known))

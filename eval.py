@@ -31,10 +31,10 @@ from data import Problem, choose_template, key_of, load_problems, to_evaluate, w
 from luffy import VLLMSampler
 from machinery import distill, plan
 from machinery.arguments import Parser, filled, path, ranged
-from machinery.files import append, read_jsonl, to_jsonl, write
+from machinery.files import append, lock, read_json, read_jsonl, to_jsonl, write, writing
 from machinery.model import end_ids, find, from_pretrained, load_config, load_tokenizer
-from machinery.processes import InputError, barrier, init_processes, launch, progress, rank, say
-from machinery.processes import world_size
+from machinery.processes import InputError, barrier, by_rank_0, init_processes, launch, progress
+from machinery.processes import rank, say, world_size
 from machinery.published import BENCHMARKS, GROUPS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
 from machinery.published import Benchmark
 from machinery.samplers import TORCH_ROWS, Sampler, TorchSampler, sampler_kind
@@ -370,16 +370,20 @@ def prepare_directory(args: argparse.Namespace) -> None:
     names = "model", "template", "seed", "max_response_tokens"
     config = {name: getattr(args, name) for name in names}
     file = args.out / "config.json"
-    if file.exists() and (old := json.loads(file.read_text("utf-8"))) != config:
+    if file.exists() and (old := read_json(file)) != config:
         differ = [
             f"{k} was {old.get(k)!r}, now {v!r}" for k, v in config.items() if v != old.get(k)
         ]
         raise InputError(f"--out {args.out} holds another evaluation: {'; '.join(differ)}")
-    barrier()
-    if rank() == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
+
+    def take() -> None:
+        with writing(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
+        lock(args.out)
         write(file, json.dumps(config, indent=1))
-    barrier()
+
+    barrier()  # all have read it
+    by_rank_0(take)
 
 
 def main() -> None:

@@ -123,6 +123,7 @@ class Config:
     graders: int = flag(2, "verifier processes of each rank", 1, 256)
     grade_timeout: float = flag(5.0, "seconds for a response, then its reward is 0", 0.01, 1e5)
     save_every: int = flag(50, "steps between checkpoints", 1)
+    keep: int = flag(0, "checkpoints that stay, the newest; 0: all", 0)
     eval_every: int = flag(0, "steps between evaluations; 0: only before and after", 0)
     eval_samples: int = flag(0, "k, at temperature 0.6; 0: its repeats in the file, else 8", 0, 1e4)
     sample_every: int = flag(10, "steps between files of sampled groups, for report.html", 1)
@@ -138,9 +139,8 @@ class Config:
         return bool(self.rollouts or self.eval_data)
 
 
-# The arms of the paper, as changes of Config's defaults; other papers' rows are rivals.ROWS. Each
-# ablation differs in one field from another row: mixed_shaped from luffy (clip), mixed from
-# mixed_shaped (shaping), on_policy_noclip and on_policy_shaped from on_policy.
+# The paper's arms, as changes of Config's defaults; other papers': rivals.ROWS. An ablation differs
+# in one field: mixed_shaped from luffy, mixed from it, on_policy_noclip, _shaped from on_policy.
 # fmt: off
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "luffy": dict(rollouts=7, traces=1, shaping="luffy", clip=None),
@@ -285,7 +285,7 @@ def train(cfg: Config, base: str) -> None:
     with Grader(cfg.graders, cfg.grade_timeout, cfg.lenient, cfg.reward) as grader:
         tokenizer, problems, watched, held_out, sampler, model = load(cfg, run, base, grader)
         policy, optimizer = learner(model, cfg)
-        run.keep("optimizer", optimizer)
+        run.begin(model, tokenizer, problems, held_out, optimizer)
 
         def look(step: int, due: Due) -> None:
             if due.show:

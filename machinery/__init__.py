@@ -1,7 +1,7 @@
 """What a reader of the paper may skip. Nothing in here imports luffy, data, verify or eval.
 
 processes       ranks of torchrun and their GPUs, numbers over all of them, how a program ends
-files           .jsonl logs, and text that is written whole or not at all
+files           .jsonl logs, text that is written whole or not at all, a directory's one writer
 arguments       what argparse lacks: ranges, no empty texts, no tracebacks
 flags           a dataclass as a command line; values that cannot be
 sources         rows of a file, the toy or a hub data set, and what their cells may be
@@ -16,7 +16,8 @@ track           the same in wandb, trackio or tensorboard
 server          what samples instead of a local model: an OpenAI-compatible server
 distill         a teacher's traces, from the rows of an evaluation
 scores          avg@k and pass@k on held-out problems; what a run came to
-run_directory   log, checkpoints, resumption
+run_directory   log, when to save, resumption
+checkpoints     written, read back, checked, tried before the first step
 plan            --dry_run: batches, tokens and memory of each GPU
 preflight       --preflight: what a run needs, proven on this machine
 look            python data.py: what a file of problems comes to

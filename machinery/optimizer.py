@@ -85,7 +85,7 @@ class ShardedAdamW:
         norm = torch.stack([p.grad.float().norm() for p in self.params]).norm()
         if not norm.isfinite():
             raise FloatingPointError(
-                f"the gradient's norm is {norm.item()}: no step was taken. "
+                f"the gradient's norm is {norm.item()}: this update was not made. "
                 "See the end of metrics.jsonl; try a smaller --lr"
             )
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
+from machinery.checkpoints import number_saved
 from machinery.flags import Config
 from machinery.model import FITS_A_LAPTOP, Policy, fit_context, full_name, on_paper
 from machinery.model import parameter_sizes, shape_of
@@ -271,13 +272,13 @@ def show(cfg: Config, check: Callable[[int], None], differences: str) -> None:
     show_batches(cfg, ranks)
     unit, name, size = (2**20, "process, MiB", 4) if capacity is None else (GIB, "GPU, GiB", 2)
     if capacity is not None:
-        saved = ceil(cfg.steps / cfg.save_every)
+        saved = number_saved(cfg)
         weights, state, copies = (
             x / GIB for x in (size * parameters, 12 * parameters, 12 * max(sizes))
         )
         say(
             f"disk        {saved} checkpoints of {weights:.1f} GiB, and {state:.1f} GiB of "
-            "optimizer state, twice while one is saved"
+            "optimizer state, twice"
         )
         say(f"host        {weights:.1f} GiB for each GPU while the model is loaded")
         if cfg.offload_optimizer:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from machinery import plan, processes, samplers
+from machinery import checkpoints, plan, processes, samplers
 from machinery.batches import Trajectory, length, pack
 from machinery.flags import Config
 from machinery.model import load_config, packed_attention, token_logprobs
@@ -144,6 +144,8 @@ def run(
         same_weights(model, "weights, trained")
         seconds_a_step(cfg, speed)
         shard(optimizer, scratch)
+        the_run.try_to_save(model, tokenizer, problems)
+        check("checkpoint, tried", "transformers reads it as it was")
     say(f"preflight passed in {now() - start:.0f} s")
 
 
@@ -179,9 +181,9 @@ def machine(cfg: Config, config: Any, local_ranks: int, scratch: Path) -> None:
     fix = "Fewer processes a node, or no --offload_optimizer, need less"
     fits = not available or available > on_host
     check("host memory", value, fits, f"> {amount(on_host)}", fix)
-    saved = math.ceil(cfg.steps / cfg.save_every) * weights + 2 * parameters * state
+    saved = checkpoints.number_saved(cfg) * weights + 2 * parameters * state
     where, free = scratch.parent, shutil.disk_usage(scratch.parent).free
-    fix = f"Make room in {where}, name another --out, or save less often: --save_every"
+    fix = f"Make room in {where}, name another --out, or save less: --keep, --save_every"
     value = f"{amount(free)} are free in {where}"
     check("disk", value, free > saved, f"> {amount(saved)}", fix)
     speed = written(scratch, min(max(saved, GIB // 16), GIB, free // 2))

@@ -1,9 +1,11 @@
 """Processes: torchrun's ranks and their GPUs, numbers over all of them, how a program ends."""
 
+import ctypes
 import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,20 +20,14 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
+from machinery.files import InputError as InputError
+from machinery.files import OwnInputError as OwnInputError
 from machinery.files import print_what_can_be
-
 
 ending = ExitStack()  # closed when a program's main ends, however it does
 DRIVER = Path("/proc/driver/nvidia/version")  # of the kernel's module, on Linux
 EXPANDABLE = "expandable_segments:True"
-
-
-class InputError(ValueError):
-    """The user's input cannot be used. The message names the flag, file or row, and the fix."""
-
-
-class OwnInputError(InputError):
-    """One that the other ranks may not meet: whoever does prints it."""
+PARENT = os.getppid()
 
 
 def init_processes(device: str = "auto") -> None:
@@ -40,6 +36,8 @@ def init_processes(device: str = "auto") -> None:
     device: auto, cuda or cpu. Raises InputError if there is, or has to be, a GPU that is no use.
     To be called before anything starts CUDA.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # then every torch.cuda.is_available() says no
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
@@ -49,6 +47,25 @@ def init_processes(device: str = "auto") -> None:
     else:
         dist.init_process_group(backend, store=lone_store(), rank=0, world_size=1)
     choose_device(device)
+
+
+def die_with_parent() -> None:
+    """A rank whose torchrun was killed would train on, beside the ranks of the next one. Linux."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() != PARENT or is_orphan():
+            os._exit(1)
+
+
+def is_orphan() -> bool:
+    """Did process 1 take this one over? In a container process 1 may be torchrun, a Python."""
+    if os.getppid() != 1:
+        return False
+    try:
+        return "python" not in os.path.basename(os.readlink("/proc/1/exe"))
+    except OSError:  # it is another user's
+        return True
 
 
 def choose_device(asked: str) -> None:
@@ -214,6 +231,18 @@ def share(name: str, work: Callable[[list], list], items: list, at_once: int) ->
             done += block
             bar.update(len(block))
     return done
+
+
+def by_rank_0(work: Callable[[], None]) -> None:
+    """Done by rank 0 alone, while the others wait; its InputError is raised on all of them."""
+    complaint = ""
+    if rank() == 0:
+        try:
+            work()
+        except InputError as error:
+            complaint = str(error)
+    if complaint := gather(complaint)[0]:
+        raise InputError(complaint)
 
 
 def barrier() -> None:

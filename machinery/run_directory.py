@@ -1,23 +1,28 @@
 """The run directory: its log, checkpoints and resumption. Rank 0 writes all but optimizer shards.
 
-config.json            what was asked for; the same command with the same --out resumes
+config.json            what was asked for, and hashes of the problems; the same command with the
+                       same --out resumes
 metrics.jsonl          one object a step; on a CPU the same bits if the run was interrupted,
                        and went on with as many processes
 timing.jsonl           one object a step: seconds and tokens per second of each phase
 evals.jsonl            one object for each evaluation
 samples/               groups of trajectories with what was computed of their tokens
 watched.jsonl          the same values for a fixed set of traces, every few steps
-checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's shards
+checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's shards; the last
+                       two keep these
 curves.png             drawn at the end and on Ctrl-C
 report.html            made at the end and on Ctrl-C: a page to look into all of this
 tracked_as.txt         the run's name in another program: --track
+.lock                  held by the process that writes here
 """
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,22 +36,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from machinery import track
+from machinery import checkpoints, track
 from machinery.batches import Trajectory
-from machinery.files import append, read_jsonl, to_jsonl, write
+from machinery.files import append, lock, read_json, read_jsonl, sync, to_jsonl, write, writing
 from machinery.flags import Config
 from machinery.metrics import evaluation_metrics, one_line
-from machinery.processes import InputError, all_reduce, barrier, rank, say
+from machinery.processes import InputError, all_reduce, barrier, by_rank_0, rank, say
 
 # A finished or interrupted run may go on with these changed: they do not change the objective,
 # but for `steps` where a schedule may use it.
 MAY_CHANGE = {"out", "steps", "save_every", "eval_every", "sample_every", "sample_groups", "note"}
-MAY_CHANGE |= {"graders", "token_budget", "sampler", "tensor_parallel", "cache_gib"}
+MAY_CHANGE |= {"graders", "token_budget", "sampler", "tensor_parallel", "cache_gib", "keep"}
 MAY_CHANGE |= {"checkpointing", "track", "dry_run", "preflight", "device", "offload_optimizer"}
 # Fields of a Trajectory that report.html shows: of the whole, of each token.
 VERDICTS = "right", "reward", "advantage", "learns", "inv_z"
 TOKENS = "logp", "logp_behavior", "factor", "slope"
-
+LOGS = "metrics.jsonl", "timing.jsonl", "evals.jsonl", "watched.jsonl"
+HASHES = "data_sha256", "eval_data_sha256"
+Problem = Any  # data.Problem: the machinery imports none of the files on top
 
 Kept = TypeVar("Kept")
 
@@ -66,21 +73,19 @@ class Run:
         self.cfg, self.out = cfg, Path(cfg.out)
         self.seconds: dict[str, float] = defaultdict(float)
         self.kept: dict[str, Any] = {}  # what checkpoints hold besides the model
-        self.check()
-        done = checkpoints(self.out)
-        self.checkpoint = done[-1] if done else None
-        self.first_step = int(done[-1].name.split("-")[1]) if done else 0
+        self.track: track.Log = lambda metrics, step: None
         self.asked_to_stop = 0.0  # when
         self.stopped = False  # agreed upon by all ranks
-        barrier()
-        if rank() == 0:
-            self.prepare()
-        barrier()
+        by_rank_0(self.take)
         if all_reduce(not (self.out / "config.json").exists()):
             raise InputError(
                 f"--out {self.out}: not all ranks see what rank 0 writes there; name a directory "
                 "on a file system that all nodes share"
             )
+        self.checkpoint = checkpoints.to_resume(self.out)
+        self.first_step = checkpoints.step_of(self.checkpoint) if self.checkpoint else 0
+        if rank() == 0 and not self.checkpoint:
+            self.cut_logs()
 
     def check(self) -> None:
         """Refuse the directory of another run, and one below a file."""
@@ -89,9 +94,10 @@ class Run:
         if not self.out.exists():
             return
         config = self.out / "config.json"
-        old = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        old = read_json(config) if config.is_file() else {}
         if "algo" not in old:  # a model's directory has a config.json, too
-            if not self.out.is_dir() or any(self.out.iterdir()):
+            own = {".lock", ".config.json.tmp"}  # of a start that died at once
+            if not self.out.is_dir() or {p.name for p in self.out.iterdir()} - own:
                 raise InputError(
                     f"--out {self.out} exists and is not a run of this program; name another "
                     "directory"
@@ -107,27 +113,72 @@ class Run:
             for name in new
             if name not in may_change and old[name] != new[name]
         ]
-        differ += [f"{n} was {old[n]!r}, now there is no such flag" for n in old if n not in new]
+        gone = old.keys() - new.keys() - set(HASHES)
+        differ += [f"{n} was {old[n]!r}, now there is no such flag" for n in sorted(gone)]
         if differ and read_jsonl(self.out / "metrics.jsonl"):  # else there is nothing to lose
             raise InputError(
                 f"--out {self.out} holds a run with another configuration: {'; '.join(differ)}. "
                 "Name another --out, or use the old values"
             )
 
-    def prepare(self) -> None:
-        """Make the directory; drop what a killed run logged after its last checkpoint."""
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        write(self.out / "config.json", json.dumps(asdict(self.cfg), indent=1))
-        for name in ("metrics", "timing", "evals", "watched"):
-            rows = read_jsonl(self.out / f"{name}.jsonl") if self.checkpoint else []
-            kept = [row for row in rows if row["step"] <= self.first_step]
-            write(self.out / f"{name}.jsonl", to_jsonl(kept))
+    def take(self) -> None:
+        """Make the directory this run's, by rank 0, before anything else is written there."""
+        self.check()
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        lock(self.out)
+        checkpoints.remove_half_written(self.out)
+        config = self.out / "config.json"
+        old = read_json(config) if config.exists() else {}
+        self.write_config({name: old[name] for name in HASHES if name in old})
+        with writing(self.out / "samples"):
+            (self.out / "samples").mkdir(exist_ok=True)
+
+    def write_config(self, hashes: dict[str, str]) -> None:
+        write(self.out / "config.json", json.dumps(asdict(self.cfg) | hashes, indent=1))
+
+    def begin(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        problems: list[Problem],
+        held_out: list[Problem],
+        optimizer: Any,
+    ) -> None:
+        """Before the first step: restore, try to save, and only then drop what a killed run logged
+        after its last checkpoint. Raises InputError if it cannot go on, or could not save."""
+        self.keep("optimizer", optimizer)
+        self.try_to_save(model, tokenizer, problems)
+        by_rank_0(lambda: self.compare_problems(problems, held_out))
+        if rank() == 0:
+            if self.checkpoint:
+                self.cut_logs()
+                say(f"resuming {self.out} after step {self.first_step}")
+            self.track = track.start(self.cfg.track, self.out, asdict(self.cfg))
+        barrier()
+
+    def compare_problems(self, *found: list[Problem]) -> None:
+        """With those that the run began with, by their hashes in config.json."""
+        known, hashes = read_json(self.out / "config.json"), dict(zip(HASHES, map(digest, found)))
+        for name, now in hashes.items():
+            if self.checkpoint and known.get(name, now) != now:
+                flag = name.removesuffix("_sha256")
+                raise InputError(
+                    f"--{flag} {getattr(self.cfg, flag)}: its problems, traces or their rewards "
+                    f"are not those that the run in {self.out} began with. Put the old ones back, "
+                    "or name another --out"
+                )
+        self.write_config(hashes)
+
+    def cut_logs(self) -> None:
+        """To what was logged up to the checkpoint. All are read before one is written."""
+        rows = {name: read_jsonl(self.out / name) if self.checkpoint else [] for name in LOGS}
+        for name, found in rows.items():
+            kept = [row for row in found if row["step"] <= self.first_step]
+            write(self.out / name, to_jsonl(kept))
         for file in (self.out / "samples").glob("step-*.jsonl"):
             if int(file.stem.split("-")[1]) > self.first_step:
                 file.unlink()
-        self.track = track.start(self.cfg.track, self.out, asdict(self.cfg))
-        if self.checkpoint:
-            say(f"resuming {self.out} after step {self.first_step}")
 
     # -------------------------------------------------------------- the steps
     def steps(self) -> Iterator[int]:
@@ -225,20 +276,50 @@ class Run:
         """A complete checkpoint or none: written under another name, then renamed."""
         final = self.out / f"checkpoint-{step:06d}"
         half_written = self.out / f".{final.name}.tmp"
-        if rank() == 0:
-            shutil.rmtree(half_written, ignore_errors=True)
-            model.save_pretrained(half_written)
-            tokenizer.save_pretrained(half_written)
-        barrier()
+
+        def begin() -> None:
+            for file in checkpoints.spare(self.out):  # the newest one, which stays, is complete
+                file.unlink()
+            checkpoints.save_model(half_written, model, tokenizer)
+            for log in LOGS:  # a checkpoint without its log would be resumed
+                sync(self.out / log)
+
+        by_rank_0(begin)
         for name, kept in self.kept.items():
-            torch.save(kept.state_dict(), half_written / f"{name}-{rank()}.pt")
+            checkpoints.save_state(half_written / f"{name}-{rank()}.pt", kept.state_dict())
+        barrier()
+        checkpoints.complete(half_written, final)
+        if rank() == 0 and self.cfg.keep:
+            for old in checkpoints.checkpoints(self.out)[: -self.cfg.keep]:
+                checkpoints.remove(old)
+        barrier()
+
+    def try_to_save(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem]
+    ) -> None:
+        """Is there room for a checkpoint, can it be written, will it load? Else InputErrors."""
+        states = {name: kept.state_dict() for name, kept in self.kept.items()}
+        weights, state = checkpoints.sizes(model, list(states.values()))
+        scratch = self.out / ".try.tmp"
+        text = tokenizer.decode(problems[0].prompt_ids) if problems else "1 + 1"
+
+        def try_model() -> None:
+            old = sum(file.stat().st_size for file in checkpoints.spare(self.out))
+            free, needed = shutil.disk_usage(self.out).free, weights + state - old
+            if free < needed:
+                raise InputError(
+                    f"--out {self.out}: a checkpoint needs {needed / 2**30:.1f} GiB, and "
+                    f"{free / 2**30:.1f} are free on that disk. Make room, or name another --out"
+                )
+            checkpoints.try_model(scratch, model, tokenizer, text)
+            scratch.mkdir()
+
+        by_rank_0(try_model)
+        for name, kept in states.items():
+            checkpoints.try_state(scratch / f"{name}-{rank()}.pt", kept)
         barrier()
         if rank() == 0:
-            half_written.rename(final)
-            for old in self.out.glob("checkpoint-[0-9]*/*-*.pt"):  # only the newest resumes
-                if old.parent != final:
-                    old.unlink()
-        barrier()
+            shutil.rmtree(scratch)
 
     def keep(self, name: str, kept: Kept) -> Kept:
         """Save this with each checkpoint, and take it from the one that the run goes on from.
@@ -255,15 +336,23 @@ class Run:
                 kept.load_state_dict(state)
             except KeyError as error:
                 raise InputError(
-                    f"{self.checkpoint}: its {name} has no state for {error}; only the newest "
-                    "checkpoint keeps it. Start a new run with --model from this one"
+                    f"{self.checkpoint}: its {name} has no state for {error}; only the newest two "
+                    "checkpoints keep it. Start a new run with --model from this one"
                 ) from None
         return kept
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """Complete ones, the newest last: a half-written one has another name."""
-    return sorted(directory.glob("checkpoint-[0-9]*"))
+def digest(problems: list[Problem]) -> str:
+    """Of what problems are to a run: their tokens, golds and rewards, in their order."""
+    found = hashlib.sha256()
+    for problem in problems:
+        for p in (problem, *problem.others):
+            ids = p.prompt_ids, p.trace_ids
+            facts = *map(len, ids), p.answer, p.source, p.trace_right, p.trace_reward, p.k
+            found.update(repr((*facts, list(p.trace_logps))).encode("utf-8", "surrogatepass"))
+            for tokens in ids:
+                found.update(array("i", tokens))
+    return found.hexdigest()
 
 
 # ------------------------------------------------------------------ rows to look at

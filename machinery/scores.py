@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from machinery.files import read_jsonl
+from machinery.checkpoints import checkpoints
+from machinery.files import read_jsonl, writing
 from machinery.flags import Config
 from machinery.processes import gather, rank, seed_of, world_size
-from machinery.run_directory import checkpoints
 from machinery.samplers import Sampler
 
 Grader = Any  # verify.Grader: the machinery imports none of the files on top
@@ -180,7 +180,8 @@ def report(directory: Path) -> None:
     from machinery.page import write_page
     from machinery.plots import draw_curves  # matplotlib is slow to import
 
-    draw_curves(directory)
+    with writing(directory / "curves.png"):
+        draw_curves(directory)
     evaluations = read_jsonl(directory / "evals.jsonl")
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]

@@ -1,0 +1,203 @@
+"""kill -9 at random moments, and a disk that is full at each write: the same bits in the end.
+
+FAULTS=30 pytest -n 0 -m slow tests/test_faults.py    # as many kills of each kind, not four
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command, run
+
+from machinery import checkpoints
+
+KILLS = int(os.environ.get("FAULTS", "4"))
+SMALL = "--steps 8 --save_every 2 --problems_per_step 8 --updates_per_step 2 --lr 1e-2".split()
+SMALL += "--max_response_tokens 48 --eval_samples 1 --sample_every 2 --sample_groups 2".split()
+
+# A run that kills itself, or torchrun, at a moment that is drawn; of a rank that is drawn.
+KILLED = textwrap.dedent("""
+    import os, random, signal, sys, threading, time
+    sys.path.insert(0, ".")
+    import luffy
+    from machinery.processes import launch
+    who, seed, longest = sys.argv.pop(1), int(sys.argv.pop(1)), float(sys.argv.pop(1))
+    rng = random.Random(seed)
+    victim, moment = rng.randrange(int(os.environ.get("WORLD_SIZE", 1))), rng.random() * longest
+    def kill():
+        time.sleep(moment)
+        os.kill(os.getppid() if who == "torchrun" else os.getpid(), signal.SIGKILL)
+    if victim == int(os.environ.get("RANK", 0)):
+        threading.Thread(target=kill, daemon=True).start()
+    launch(luffy.main)
+""")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for name in ("metrics.jsonl", "evals.jsonl", "watched.jsonl"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    names = [c.name for c in checkpoints.checkpoints(a)]
+    assert names == [c.name for c in checkpoints.checkpoints(b)] and names
+    for name in names:
+        files = [(d / name / "model.safetensors").read_bytes() for d in (a, b)]
+        assert files[0] == files[1], name
+
+
+def assert_whole(out: Path) -> None:
+    """No checkpoint of a killed run is there in part, and no step is logged twice."""
+    for checkpoint in checkpoints.checkpoints(out):
+        sums = json.loads((checkpoint / checkpoints.CHECKSUMS).read_text())
+        there = {name for name in sums if (checkpoint / name).exists()}
+        assert all(checkpoints.checksum(checkpoint / name) == sums[name] for name in there)
+        assert all("optimizer" in name for name in sums.keys() - there)
+
+
+def words(process: Path) -> str:
+    """Of its command line."""
+    try:
+        return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:  # it has ended
+        return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, who", [(1, "rank"), (2, "rank"), (4, "rank"), (2, "torchrun")])
+def test_kill_9_at_random_moments(tiny_model, tmp_path, ranks, who):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    args = "--model", tiny_model, *SMALL
+    start = time.monotonic()
+    run("luffy.py", *args, "--out", tmp_path / "whole", ranks=ranks)
+    longest = 0.6 * (time.monotonic() - start)  # it is counted from when all is imported
+    seed = random.randrange(10**6)
+    kills = finished = 0
+    out = tmp_path / "run0"
+    while kills < (KILLS // 3 or 1 if who == "torchrun" else KILLS) or not finished:
+        seed += 1
+        line = command(script, who, seed, longest, *args, "--out", out, ranks=ranks)
+        how = dict(cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(line, **how)
+        if who == "torchrun":  # the next one starts at once, and no rank of this one may write
+            process.wait()
+            errors = ""
+            process.stderr.close()
+        else:
+            errors = process.communicate()[1]
+        print(f"{out.name}, seed {seed}: {process.returncode}", flush=True)
+        assert process.returncode == 0 or "luffy.py:" not in errors, errors
+        if process.returncode == 0:
+            assert_same_run(out, tmp_path / "whole")
+            finished += 1
+            out = tmp_path / f"run{finished}"
+        else:
+            kills += 1
+            assert_whole(out)
+    deadline = time.monotonic() + 60
+    while alive := [x for x in map(words, Path("/proc").glob("[0-9]*")) if str(script) in x]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(1)
+    print(f"{ranks} ranks, {who}: {kills} kills, {finished} runs to their end")
+
+
+@pytest.mark.slow
+def test_of_two_starts_one_is_refused(tiny_model, tmp_path):
+    """At once, and a moment later; by one process and by two; the first one is not harmed."""
+    args = "luffy.py", "--model", tiny_model, *SMALL
+    for n, (ranks, later) in enumerate([(1, 0), (1, 6), (2, 0), (2, 8), (1, 2), (2, 3)]):
+        out, both = tmp_path / f"run{n}", []
+        for _ in range(2):
+            line = command(*args, "--out", out, ranks=ranks)
+            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            both.append(subprocess.Popen(line, cwd=ROOT, text=True, **pipes))
+            time.sleep(later)
+        printed = [process.communicate()[1] for process in both]
+        failed = [errors for process, errors in zip(both, printed) if process.returncode]
+        assert len(failed) == 1 and "is writing there" in failed[0], printed
+        steps = [json.loads(x)["step"] for x in (out / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [*range(1, 9)]
+
+
+# The disk is full from the n-th time on that a file of this name is written.
+FULL = textwrap.dedent("""
+    import os, sys
+    sys.path.insert(0, ".")
+    from contextlib import contextmanager, suppress
+    from pathlib import Path
+    from machinery import files
+    name, n, disk = sys.argv.pop(1), int(sys.argv.pop(1)), Path(sys.argv.pop(1))
+    times, of = [], files.writing
+    @contextmanager
+    def writing(path, *more):
+        times.append(str(path).endswith(name))
+        if sum(times) == n and times[-1]:
+            with (disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+                while True:
+                    ballast.write(bytes(4096))
+        with of(path, *more):
+            yield
+    files.writing = writing
+    import luffy
+    from machinery.processes import launch
+    launch(luffy.main)
+""")
+PLACES = [("/.lock", 1), ("/config.json", 1), ("/samples", 1), ("trace_rewards.json", 1)]
+PLACES += [("/.try.tmp", 1), (".try.tmp/optimizer-0.pt", 1), ("watched.jsonl", 3)]
+PLACES += [("evals.jsonl", 2), ("metrics.jsonl", 4), ("timing.jsonl", 3)]
+PLACES += [("step-000002.jsonl", 1), ("/.checkpoint-000004.tmp", 1), ("0004.tmp/optimizer-0.pt", 1)]
+PLACES += [("0004.tmp/checksums.json", 1), ("curves.png", 1), ("report.html", 1)]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    where = tmp_path / "disk"
+    where.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(where)]
+    if sys.platform != "linux" or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("a small disk needs mount, and so root")
+    yield where
+    subprocess.run(["umount", str(where)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_each_write(tiny_model, tmp_path, disk):
+    script = tmp_path / "full.py"
+    script.write_text(FULL)
+    args = "--model", tiny_model, *SMALL
+    run("luffy.py", *args, "--out", tmp_path / "whole")
+    for name, n in PLACES:
+        out = disk / "run"
+        failed = run(script, name, n, disk, *args, "--out", out, check=False)
+        said = failed.stderr
+        print(f"{name}, {n}: {said.strip().splitlines()[-1:]}", flush=True)
+        assert (disk / "ballast").exists(), name
+        assert failed.returncode == 1 and "Traceback" not in said, (name, said)
+        assert "cannot be written" in said or "are free on that disk" in said, (name, said)
+        (disk / "ballast").unlink()
+        run("luffy.py", *args, "--out", out)
+        assert_same_run(out, tmp_path / "whole")
+        shutil.rmtree(out)
+
+
+@pytest.mark.slow
+def test_four_processes_resume_exactly(tiny_model, tmp_path):
+    """DDP sums four gradients in an order that depends on how its buckets are made."""
+    args = "luffy.py", "--model", tiny_model, *SMALL
+    run(*args, "--out", tmp_path / "whole", ranks=4)
+    run(*args, "--out", tmp_path / "run", "--steps", 4, ranks=4)
+    lines = (tmp_path / "run" / "evals.jsonl").read_text().splitlines()
+    run(*args, "--out", tmp_path / "run", ranks=4)
+    (tmp_path / "run" / "evals.jsonl").write_text(  # its end at step 4 was evaluated, too
+        "".join(
+            x + "\n"
+            for x in (tmp_path / "run" / "evals.jsonl").read_text().splitlines()
+            if x != lines[-1]
+        )
+    )
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
