@@ -178,7 +178,7 @@ def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def load_config(path: str | Path) -> PretrainedConfig:
-    """Its config alone, which has a context by the name that we know. InputError if there is none."""
+    """Its config, with a context by the name that we know. InputError if there is none."""
     with reading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "max_position_embeddings", None) is None:
@@ -271,9 +271,7 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, temperature: float):
         super().__init__()
         self.model, self.temperature = model, temperature
-        self.sparse = getattr(
-            model, "sparse", False
-        )  # some get no gradient
+        self.sparse = getattr(model, "sparse", False)  # some get no gradient
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         if self.model.config._attn_implementation != "packed":

@@ -238,9 +238,7 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Tokens and their log-probs (B,) from logits (B, V): the distribution function, inverted."""
     if not logits.amax(-1).isfinite().all():
-        raise FloatingPointError(
-            "the sampler's logits are not finite: see metrics.jsonl"
-        )
+        raise FloatingPointError("the sampler's logits are not finite: see metrics.jsonl")
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
     logp = F.log_softmax(logits.float() / temperature, dim=-1)
@@ -393,8 +391,6 @@ def to_samples(output: Any, ends: Sequence[int]) -> list[Sample]:
                 f"vLLM gave log-probs of {len(flat.token_ids)} tokens, but sampled {len(tokens)}"
             )
         if not all(map(math.isfinite, flat.logprobs)):
-            raise FloatingPointError(
-                "vLLM's log-probs are not finite: see metrics.jsonl"
-            )
+            raise FloatingPointError("vLLM's log-probs are not finite: see metrics.jsonl")
         samples.append(Sample(tokens, list(flat.logprobs), tokens[-1] not in ends))
     return samples
