@@ -158,8 +158,20 @@ def is_pointer(file: Path) -> bool:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Raises InputError if it has words that the model of that path has no embeddings of."""
     with reading(path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    size = load_config(path).get_text_config().vocab_size
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.discard(tokenizer.eos_token_id)
+    words = tokenizer.get_vocab().items() if len(tokenizer) > size else ()
+    beyond = [word for word, i in words if i >= size and i not in special]  # as for images: unused
+    if beyond:
+        raise InputError(
+            f"--model {path}: its tokenizer has {len(beyond)} tokens ({beyond[0]!r}, ...) beyond "
+            f"the model's vocabulary of {size}: is it another model's?"
+        )
+    return tokenizer
 
 
 def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -433,7 +445,7 @@ def packed_attention(
             seen = torch.ones(2 * q.shape[2:3], dtype=torch.bool).tril().triu(1 - sliding_window)
         how = dict(attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True)
         out.append(F.scaled_dot_product_attention(q, k, v, **how))
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("packed", packed_attention)  # without a mask function: none is built

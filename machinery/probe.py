@@ -93,6 +93,14 @@ def differs(model: PreTrainedModel, compute: Callable[[], Iterable[tuple[Tensor,
     return "" if near else f"log-probs differ by {worst:.2g} from the model's own"
 
 
+def refused(model: PreTrainedModel, path: Any, problem: str) -> InputError:
+    return InputError(
+        f"--model {path}: a {model.config.model_type} cannot be trained here. Its log-probs are no "
+        f"function of weights and tokens before, or cannot be had: {problem}. Take a causal "
+        "language model of another architecture"
+    )
+
+
 @torch.no_grad()
 def choose_attention(policy: nn.Module, path: Any) -> None:
     """Packed rows, or one trajectory at a time where they differ. InputError if that does, too."""
@@ -115,11 +123,7 @@ def choose_attention(policy: nn.Module, path: Any) -> None:
         alone = differs(model, lambda: pairs(own))
     model.set_attn_implementation(own)
     if alone:
-        raise InputError(
-            f"--model {path}: a {model.config.model_type} cannot be trained here, as its log-probs "
-            f"are no function of the tokens before, or cannot be had ({alone}). Take a causal "
-            "language model of another architecture"
-        )
+        raise refused(model, path, alone)
     say(f"attention   one trajectory at a time; packed ones: {packed or 'not for this model'}")
 
 

@@ -105,26 +105,28 @@ class TorchSampler:
     @torch.no_grad()
     def check(self, path: str | Path) -> None:
         """Use the cache if samples have the log-probs that the model gives their tokens."""
-        own = self.model.config._attn_implementation
-        prompts = [ids[: 20 + 6 * i] for i, ids in enumerate(probe.random_sequences(self.model))]
+        model, own, ends = self.model, self.model.config._attn_implementation, self.ends
+        prompts = [ids[: 20 + 6 * i] for i, ids in enumerate(probe.random_sequences(model))]
+        self.ends = list(range(0, model.get_input_embeddings().weight.shape[0], 2))  # rows leave
 
         def pairs(attention: str) -> Iterator[tuple[Tensor, Tensor]]:
-            self.model.set_attn_implementation(attention)
-            samples = self.generate(prompts, 1, seeds=[0, 1], temperature=1.0, max_tokens=4)
-            self.model.set_attn_implementation(own)
-            for ids, (sample,) in zip(prompts, samples):
+            model.set_attn_implementation(attention)
+            groups = self.generate(prompts, 4, seeds=[0, 1], temperature=1.0, max_tokens=4)
+            model.set_attn_implementation(own)
+            for ids, sample in ((ids, s) for ids, group in zip(prompts, groups) for s in group):
                 logps = torch.tensor(sample.logps, device=device())
-                yield logps, probe.own_logps(self.model, ids + sample.tokens)[len(ids) - 1 :]
+                yield logps, probe.own_logps(model, ids + sample.tokens)[len(ids) - 1 :]
 
-        with probe.short_windows(self.model):
-            problem = probe.differs(self.model, lambda: pairs("grouped"))
+        with probe.short_windows(model):
+            problem = probe.differs(model, lambda: pairs("grouped"))
             if problem:
                 say(f"sampler     without a cache of keys and values, slowly: {problem}")
                 self.cached = False
-                problem = probe.differs(self.model, lambda: pairs(own))
-        self.model.set_attn_implementation("grouped" if self.cached else own)
+                problem = probe.differs(model, lambda: pairs(own))
         if problem:
-            raise InputError(f"--model {path}: cannot be sampled from ({problem})")
+            raise probe.refused(model, path, problem)
+        model.set_attn_implementation("grouped" if self.cached else own)
+        self.ends = ends
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """As Sampler.push. The parameters are shared, not copied: there is no memory to leave."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from machinery import toy
 
@@ -16,6 +17,7 @@ SIZES: dict[str, Any] = dict(  # by whatever names a config has
     max_position_embeddings=512, n_positions=512, max_seq_len=512,
     num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
 )  # fmt: skip
+MAMBA = dict(mamba_chunk_size=16, mamba_n_heads=4, mamba_d_state=16)
 OF_ITS_OWN: dict[str, dict[str, Any]] = {
     "gptj": dict(rotary_dim=8),
     "codegen": dict(rotary_dim=8),
@@ -23,17 +25,27 @@ OF_ITS_OWN: dict[str, dict[str, Any]] = {
     "mamba2": dict(num_heads=8, head_dim=16),
     "cwm": dict(bos_token_id=2),
     "modernbert-decoder": dict(bos_token_id=2),
-    "bamba": dict(mamba_chunk_size=16),
-    "falcon_h1": dict(mamba_chunk_size=16),
-    "granitemoehybrid": dict(mamba_chunk_size=16),
+    "bamba": MAMBA,
+    "falcon_h1": MAMBA | dict(mamba_d_ssm=128, mamba_d_head=32),
+    "granitemoehybrid": MAMBA,
     "gemma3n_text": dict(layer_types=["sliding_attention", "full_attention"] * 2),
     "kimi_linear": dict(num_experts_per_token=2),
     "nemotron_h": dict(chunk_size=16),
     "zaya": dict(num_experts_per_tok=1),
-    "dots1": dict(n_group=1, topk_group=1),
     "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
 }
+
+LARGE = (  # whatever the sizes above are
+    "blenderbot blt emu3 gemma3 gemma4 gemma4_text gemma4_unified git got_ocr2 llama4 "
+    "longcat_flash mllama phi4_multimodal qwen3_5 qwen3_5_moe xlm"
+)
+NOT_MADE = (  # of two models, of another package, or with a config of many parts
+    "cohere_compass_text dbrx dots1 gemma3n gemma3n_text gemma4_assistant gemma4_unified_assistant "
+    "musicgen musicgen_melody plbart qwen4_exp qwen4_exp_text reformer whisper zamba zamba2"
+)
+LEFT_OUT = {*LARGE.split(), *NOT_MADE.split()}
+ARCHITECTURES = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in LEFT_OUT]
 
 
 def make_tiny(name: str, directory: Path) -> Path:
@@ -53,6 +65,7 @@ def tiny_config(name: str):
     known = given.to_dict()
     tokenizer = toy.make_tokenizer()
     sizes = {k: v for k, v in SIZES.items() if k in known}
+    sizes |= {k: 1 for k in ("n_group", "topk_group") if k in known}
     if "qk_rope_head_dim" in known:  # latent attention has heads of its own
         sizes |= dict(qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, kv_lora_rank=32)
         sizes |= dict(q_lora_rank=32, num_key_value_heads=4)
