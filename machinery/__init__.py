@@ -6,6 +6,7 @@ arguments       what argparse lacks: ranges, no empty texts, no tracebacks
 flags           a dataclass as a command line; values that cannot be
 sources         rows of a file, the toy or a hub data set, and what their cells may be
 model           models found and loaded; log-probs of packed rows, attention, the vocabulary head
+probe           does a model compute what we take it to compute? asked at load
 batches         trajectories, and micro-batches of them
 rivals          other papers' methods, as rows of luffy.py's tables
 prefixes        rollouts that go on from a prefix of their trace

@@ -98,8 +98,16 @@ class MicroBatch:
     logp_sampler: Tensor  # (N,), 0 on traces
 
     def give(self, **values: Tensor) -> None:
-        """Set fields of the trajectories: to each its part of an (N,) tensor."""
+        """Set fields of the trajectories: to each its part of an (N,) tensor.
+
+        Raises FloatingPointError where one is not finite.
+        """
         for name, value in values.items():
+            if not value.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} of a response is not finite, and the step is not taken. "
+                    "See the end of metrics.jsonl; try a smaller --lr"
+                )
             parts = value.detach().split([len(t.response) for t in self.trajectories])
             for t, part in zip(self.trajectories, parts):
                 setattr(t, name, part)

@@ -2,24 +2,28 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from machinery import toy
+from machinery import probe, toy
 from machinery.batches import MicroBatch
-from machinery.processes import InputError, barrier, device, gpu_problem, rank, say
+from machinery.processes import InputError, barrier, device, gpu_problem, progress, rank, say
 
 transformers_logging.disable_progress_bar()  # ours say what takes long
+os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # a pickle of weights may hold code
+NO_LIMIT = 2**20  # tokens, of a model without positions
 FITS_A_CPU = 1_000_000_000  # parameters: larger models run there only if --device cpu asks for it
 FITS_A_LAPTOP = 100_000_000  # the same where there is a GPU that torch cannot use
 
@@ -92,8 +96,8 @@ def on_paper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def parameter_sizes(config: PretrainedConfig) -> list[int]:
-    with FakeTensorMode():
-        return [p.numel() for p in on_paper(config, torch.bfloat16).parameters()]
+    with torch.device("meta"):
+        return [p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()]
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -120,11 +124,54 @@ def shape_of(name: str) -> PretrainedConfig:
     return load_config(full_name(name))
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever third parties raise of a directory's files is an InputError, in one line."""
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise not_found(path, error) from error
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        words = words if len(words) < 400 else words[:400] + "..."
+        if not Path(path).is_dir():
+            raise InputError(
+                f"--model {path}: neither a directory with a model and its tokenizer nor a name on "
+                f"the hub that can be reached from here ({words})"
+            ) from error
+        if pointers := [f.name for f in sorted(Path(path).iterdir()) if is_pointer(f)]:
+            raise InputError(
+                f"--model {path}: {', '.join(pointers[:3])} is what Git LFS puts in a file's "
+                "place: `git lfs pull` there gets the file"
+            ) from error
+        raise InputError(
+            f"--model {path}: its files cannot be read ({words}). Are they complete, and of an "
+            "architecture that transformers knows without code from the hub?"
+        ) from error
+
+
+def is_pointer(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as f:
+        return f.read(40).startswith(b"version https://git-lfs")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Raises InputError if it has words that the model of that path has no embeddings of."""
+    with reading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    size = load_config(path).get_text_config().vocab_size
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.discard(tokenizer.eos_token_id)
+    words = tokenizer.get_vocab().items() if len(tokenizer) > size else ()
+    beyond = [word for word, i in words if i >= size and i not in special]  # as for images: unused
+    if beyond:
+        raise InputError(
+            f"--model {path}: its tokenizer has {len(beyond)} tokens ({beyond[0]!r}, ...) beyond "
+            f"the model's vocabulary of {size}: is it another model's?"
+        )
+    return tokenizer
 
 
 def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -134,42 +181,72 @@ def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     try:
         more = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # it has no file for that
+    except OSError as error:
+        if (file := Path(path, "generation_config.json")).exists():
+            raise InputError(f"--model {path}: {file.name} cannot be read ({error})") from error
         more = load_config(path).eos_token_id
     more = [] if more is None else more if isinstance(more, list) else [more]
     return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 def load_config(path: str | Path) -> PretrainedConfig:
-    """Its config alone. Raises InputError if there is no model."""
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise not_found(path, error) from error
+    """Its config, with a context by the name that we know. InputError if there is none."""
+    with reading(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if getattr(config, "max_position_embeddings", None) is None:
+        text = config.get_text_config()
+        names = "max_position_embeddings", "max_seq_len", "seq_length"
+        known = (getattr(text, name, None) for name in names)
+        config.max_position_embeddings = next(filter(None, known), NO_LIMIT)
+    return config
 
 
 def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model in this machine's precision: bfloat16 on a GPU, float32 on a CPU."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs).to(device())
-    except OSError as error:
-        raise not_found(path, error) from error
+    """A causal language model in this machine's precision: bfloat16 on a GPU, float32 on a CPU.
+
+    Raises InputError unless each of its tensors is in the files, finite and of its shape, and no
+    other is. transformers would draw missing ones at random.
+    """
+    how = kwargs | dict(dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    how |= dict(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+    with reading(path):
+        model, info = AutoModelForCausalLM.from_pretrained(path, **how)
+    of_another_shape = [f"{n} {tuple(a)}, not {tuple(b)}" for n, a, b in info["mismatched_keys"]]
+    named = {
+        "lack": sorted(info["missing_keys"]),
+        "have besides": sorted(info["unexpected_keys"]),
+        "have in another shape": sorted(of_another_shape),
+        "have not as finite numbers": not_finite(model),
+    }
+    problems = [
+        f"{what} {len(names)} ({', '.join(names[:4])}{', ...' * (len(names) > 4)})"
+        for what, names in named.items()
+        if names
+    ]
+    if problems:
+        raise InputError(
+            f"--model {path}: of the tensors of a {type(model).__name__} its files "
+            f"{'; '.join(problems)}. Is the download complete, and config.json of these weights?"
+        )
+    return model.to(device())
+
+
+def not_finite(model: PreTrainedModel) -> list[str]:
+    parameters = dict(model.named_parameters())
+    with progress("weights", len(parameters)) as bar:
+        return [name for name, p in parameters.items() if bar.update() or not p.isfinite().all()]
 
 
 def load_model(path: str | Path, config: PretrainedConfig, checkpointing: bool) -> PreTrainedModel:
-    """The model to train."""
-    model = from_pretrained(path, config=config, attn_implementation="packed").train()
-    if checkpointing:
+    """The model to train, without dropout. InputError if we would compute it wrongly."""
+    model = from_pretrained(path, config=config).train()
+    if checkpointing and model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    probe.switch_off_dropout(model)
+    policy = Policy(model, temperature=1.0)
+    probe.choose_attention(policy, path)
+    model.sparse = probe.leaves_out(policy)
     return model
-
-
-def not_found(path: str | Path, error: Exception) -> InputError:
-    return InputError(
-        f"--model {path}: neither a directory with a model and its tokenizer nor a name on the "
-        f"hub that can be reached from here ({error})"
-    )
 
 
 def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_tokens: int) -> None:
@@ -197,13 +274,20 @@ def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_t
 
 # ------------------------------------------------------------------ the policy
 class Policy(nn.Module):
-    """The language model as DDP wraps it: -> log-probs and entropies of response tokens."""
+    """The language model as DDP wraps it: -> log-probs and entropies of response tokens.
+
+    With the attention "packed" in one row; with another, each trajectory alone and by the model's
+    own head. machinery.probe chooses.
+    """
 
     def __init__(self, model: PreTrainedModel, temperature: float):
         super().__init__()
         self.model, self.temperature = model, temperature
+        self.sparse = getattr(model, "sparse", False)  # some get no gradient
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        if self.model.config._attn_implementation != "packed":
+            return self.one_by_one(batch)
         hidden = self.model.base_model(  # use_cache=False: a cache would let trajectories mix
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -215,8 +299,32 @@ class Policy(nn.Module):
             hidden[batch.response_index - 1],
             self.model.get_output_embeddings().weight,
             batch.input_ids[0, batch.response_index],
-            temperature=self.temperature,
+            temperature=self.temperature / logit_scale(self.model.config),
         )
+
+    def one_by_one(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        found = []
+        sequences = batch.input_ids[0].split(batch.lengths)
+        for ids, t in zip(sequences, batch.trajectories):
+            n = len(t.response)
+            logits = self.model(input_ids=ids[None], use_cache=False).logits[0, -n - 1 : -1]
+            found.append(checkpoint(logits_logprobs, logits, ids[-n:], self.temperature, **LIGHT))
+        logps, entropies = zip(*found)
+        return torch.cat(logps), torch.cat(entropies)
+
+
+LIGHT: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)
+
+
+def logits_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(N, V) logits, (N,) next tokens -> log-probs (N,), entropies (N,), in float32."""
+    log_p = F.log_softmax(logits.float() / temperature, dim=-1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """What a model multiplies its logits by: Cohere's name for it, and Granite's."""
+    return getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
 
 
 def token_logprobs(
@@ -308,28 +416,36 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _mask,
+    attention_mask: Tensor | None,
     scaling: float,
     lengths: list[int],
     ends: Tensor | None = None,
+    sliding_window: int | None = None,
     **options,
 ) -> tuple[Tensor, None]:
     """Causal attention within each trajectory of a row: (1, H, S, D/H) -> (1, S, H, D/H).
 
     lengths (B,) sum to S; ends (B + 1,) int32, needed on a GPU, are their sums from 0 on.
+    sliding_window: a token sees so many, itself included; None: all before it.
     """
-    if unknown := {k for k in ("sliding_window", "softcap", "s_aux") if options.get(k) is not None}:
-        raise NotImplementedError(f"packed_attention lacks what this model needs: {unknown}")
+    options |= dict(mask=attention_mask)
+    lacking = "softcap", "s_aux", "position_bias", "mask"
+    if unknown := [name for name in lacking if options.get(name) is not None]:
+        raise NotImplementedError(f"its attention has a {' and a '.join(unknown)}")
     if query.is_cuda:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        how = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)  # (-1, 0): causal
+        window = (sliding_window or 0) - 1, 0  # (-1, 0): causal
+        how = dict(scale=scaling, window_size=window, enable_gqa=True)
         out = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), **how)
         return out[None], None
-    out = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
-    ]
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    out = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
+        seen = None
+        if sliding_window and sliding_window < q.shape[2]:
+            seen = torch.ones(2 * q.shape[2:3], dtype=torch.bool).tril().triu(1 - sliding_window)
+        how = dict(attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True)
+        out.append(F.scaled_dot_product_attention(q, k, v, **how))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("packed", packed_attention)  # without a mask function: none is built

@@ -23,9 +23,10 @@ def data_parallel(module: nn.Module) -> DDP:
     the first update, new buckets beside the old ones in the second. So the backward pass after
     which it makes its last buckets comes at once. It reaches all parameters, the last one first.
     """
-    policy = DDP(module, gradient_as_bucket_view=True)
+    sparse = getattr(module, "sparse", False)
+    policy = DDP(module, gradient_as_bucket_view=True, find_unused_parameters=sparse)
     nothing = 0 * sum(p.sum() for p in policy.parameters() if p.requires_grad)
-    policy.reducer.prepare_for_backward([])
+    policy.reducer.prepare_for_backward([nothing] * sparse)
     nothing.backward()
     policy.reducer._rebuild_buckets()  # else DDP.forward calls it, in the second update
     return policy

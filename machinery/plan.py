@@ -82,7 +82,12 @@ OF_CONTEXT = "max_position_embeddings", "rope_parameters"
 def count_activations(config, dtype: torch.dtype, checkpointing: bool, lengths: list[int]) -> int:
     tokens = sum(lengths)
     with FakeTensorMode():
-        policy = Policy(on_paper(config, dtype).train(), temperature=1.0)
+        try:
+            policy = Policy(on_paper(config, dtype).train(), temperature=1.0)
+        except KeyError as error:  # an attention that is not to be had in packed rows
+            raise no_plan(config) from error
+        if policy.model._is_stateful:  # its state would run on through a packed row
+            raise no_plan(config)
         if checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         batch = SimpleNamespace(
@@ -99,16 +104,33 @@ def count_activations(config, dtype: torch.dtype, checkpointing: bool, lengths: 
                 counter.count(p.untyped_storage())
                 counter.count(p.grad.untyped_storage())
             before = counter.now
-            logp, entropy = policy(batch)
+            try:
+                logp, entropy = policy(batch)
+            except (NotImplementedError, TypeError) as error:
+                raise no_plan(config) from error
             (logp + entropy).sum().backward()
     return counter.peak - before
 
 
 def cache_bytes_per_token(cfg: Config, config: PretrainedConfig, size: int) -> int:
     """Keys and values of one token on one GPU."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = ceil(config.num_key_value_heads / cfg.tensor_parallel)
+    config = config.get_text_config()
+    if not (heads := attention_heads(config)):
+        return 0  # a state-space model
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = ceil((getattr(config, "num_key_value_heads", None) or heads) / cfg.tensor_parallel)
     return 2 * config.num_hidden_layers * heads * width * size
+
+
+def no_plan(config: PretrainedConfig) -> InputError:
+    return InputError(
+        f"no plan of the memory of a {config.model_type}, which is trained one trajectory at a "
+        "time. Try it without --dry_run, with --cache_gib N for vLLM's keys and values"
+    )
+
+
+def attention_heads(config: PretrainedConfig) -> int:
+    return getattr(config.get_text_config(), "num_attention_heads", None) or 0
 
 
 def memory(
@@ -119,10 +141,10 @@ def memory(
     The last row is the sampler's keys and values: below 0, what is missing before there are any.
     Raises InputError if vLLM could not share out the model's heads.
     """
-    if config.num_attention_heads % cfg.tensor_parallel:
+    if attention_heads(config) % cfg.tensor_parallel:
         raise InputError(
             f"--tensor_parallel {cfg.tensor_parallel}: the model's "
-            f"{config.num_attention_heads} attention heads cannot be divided by it"
+            f"{attention_heads(config)} attention heads cannot be divided by it"
         )
     on_gpu = capacity is not None
     sizes, dtype = parameter_sizes(config), torch.bfloat16 if on_gpu else torch.float32

@@ -263,8 +263,9 @@ def bits(x: Tensor) -> int:
 
 def kernels(model: Any) -> None:
     """Attention and head at the model's geometry, in its precision, against plain float32."""
-    config, on_gpu = model.config, torch.cuda.is_available()
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    config, on_gpu = model.config.get_text_config(), torch.cuda.is_available()
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     lengths = [1200, 300, 1] if on_gpu else [120, 30, 1]
     weight = model.get_output_embeddings().weight.detach()

@@ -5,6 +5,7 @@ the weights and the prompt's seed: the rest of the batch and the number of ranks
 only.
 """
 
+import math
 import os
 import shutil
 import sysconfig
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from machinery import probe
 from machinery.model import from_pretrained
 from machinery.processes import InputError, barrier, device, progress, rank, say
 from machinery.processes import use_expandable_segments, world_size
@@ -94,9 +96,37 @@ class TorchSampler:
         max_rows: int = TORCH_ROWS,
     ):
         """ends: the tokens that end a response."""
-        self.model = from_pretrained(path, config=config, attn_implementation="grouped").eval()
+        self.model = from_pretrained(path, config=config).eval()
         self.ends, self.max_rows = list(ends), max_rows
         self.awake = True  # with the weights that it has loaded itself
+        self.cached = True
+        self.check(path)
+
+    @torch.no_grad()
+    def check(self, path: str | Path) -> None:
+        """Use the cache if samples have the log-probs that the model gives their tokens."""
+        model, own, ends = self.model, self.model.config._attn_implementation, self.ends
+        prompts = [ids[: 20 + 6 * i] for i, ids in enumerate(probe.random_sequences(model))]
+        self.ends = list(range(0, model.get_input_embeddings().weight.shape[0], 2))  # rows leave
+
+        def pairs(attention: str) -> Iterator[tuple[Tensor, Tensor]]:
+            model.set_attn_implementation(attention)
+            groups = self.generate(prompts, 4, seeds=[0, 1], temperature=1.0, max_tokens=4)
+            model.set_attn_implementation(own)
+            for ids, sample in ((ids, s) for ids, group in zip(prompts, groups) for s in group):
+                logps = torch.tensor(sample.logps, device=device())
+                yield logps, probe.own_logps(model, ids + sample.tokens)[len(ids) - 1 :]
+
+        with probe.short_windows(model):
+            problem = probe.differs(model, lambda: pairs("grouped"))
+            if problem:
+                say(f"sampler     without a cache of keys and values, slowly: {problem}")
+                self.cached = False
+                problem = probe.differs(model, lambda: pairs(own))
+        if problem:
+            raise probe.refused(model, path, problem)
+        model.set_attn_implementation("grouped" if self.cached else own)
+        self.ends = ends
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """As Sampler.push. The parameters are shared, not copied: there is no memory to leave."""
@@ -115,7 +145,7 @@ class TorchSampler:
         if prompts and n:
             check_awake(self.awake)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        size = max(1, self.max_rows // max(1, n))
+        size = max(1, self.max_rows // max(1, n)) if self.cached else 1  # prompt: no padding
         with progress("sample", n * len(prompts)) as bar:
             for i in range(0, len(prompts) if n else 0, size):
                 some = by_length[i : i + size]
@@ -136,7 +166,7 @@ class TorchSampler:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniform = torch.cat([torch.rand(n, max_tokens, generator=g) for g in generators])
         uniform = uniform.to(device())  # (B, max_tokens), B = n x prompts
-        cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache(config=self.model.config) if self.cached else Tokens(ids[:, :0])
         logits = self.logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         cache.batch_repeat_interleave(n)
         logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -163,8 +193,24 @@ class TorchSampler:
         return samples
 
     def logits(self, ids, mask, positions, cache) -> Tensor:
+        if isinstance(cache, Tokens):
+            cache.ids = torch.cat([cache.ids, ids], dim=1)
+            return self.model(input_ids=cache.ids, use_cache=False).logits[:, -1]
         where = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
         return self.model(input_ids=ids, logits_to_keep=1, **where).logits[:, -1]
+
+
+class Tokens:
+    """In place of a cache: the rows' tokens, which the model then reads again for each new one."""
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids
+
+    def batch_repeat_interleave(self, n: int) -> None:
+        self.ids = self.ids.repeat_interleave(n, 0)
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        self.ids = self.ids[rows]
 
 
 def grouped_attention(
@@ -172,17 +218,18 @@ def grouped_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None,
     scaling: float,
     **options,
 ) -> tuple[Tensor, None]:
     """transformers' sdpa, but query heads that share a key read it; there, each gets a copy."""
-    if unknown := {k for k in ("softcap", "s_aux", "position_bias") if options.get(k) is not None}:
-        raise NotImplementedError(f"grouped_attention lacks what this model needs: {unknown}")
+    if unknown := [k for k in ("softcap", "s_aux", "position_bias") if options.get(k) is not None]:
+        raise NotImplementedError(f"its attention has a {' and a '.join(unknown)}")
     if query.shape[2] > 1:  # prompts
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+        how = dict(scaling=scaling, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     heads = query.view(len(query), key.shape[1], -1, query.shape[3])  # as if they were positions
-    out = F.scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=scaling)
+    out = F.scaled_dot_product_attention(heads, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(len(query), 1, -1, value.shape[3]), None
 
 
@@ -192,6 +239,8 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Tokens and their log-probs (B,) from logits (B, V): the distribution function, inverted."""
+    if not logits.amax(-1).isfinite().all():
+        raise FloatingPointError("the sampler's logits are not finite: see metrics.jsonl")
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
     logp = F.log_softmax(logits.float() / temperature, dim=-1)
@@ -343,5 +392,7 @@ def to_samples(output: Any, ends: Sequence[int]) -> list[Sample]:
             raise RuntimeError(
                 f"vLLM gave log-probs of {len(flat.token_ids)} tokens, but sampled {len(tokens)}"
             )
+        if not all(map(math.isfinite, flat.logprobs)):
+            raise FloatingPointError("vLLM's log-probs are not finite: see metrics.jsonl")
         samples.append(Sample(tokens, list(flat.logprobs), tokens[-1] not in ends))
     return samples

@@ -1,0 +1,188 @@
+"""Models of other architectures: computed as they compute themselves, or refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from tiny_models import ARCHITECTURES, make_tiny
+from transformers import AutoModelForCausalLM
+
+from machinery import probe, toy
+from machinery.model import Policy, end_ids, load_config, load_model, load_tokenizer
+from machinery.processes import InputError
+from machinery.samplers import TorchSampler
+
+QUICK = {  # architecture -> is it trained in packed rows?
+    "llama": True,
+    "gpt2": True,  # dropout, learnt positions, a tied head
+    "granite": True,  # a scaled head
+    "mistral": True,  # a sliding window
+    "mixtral": True,
+    "gptj": False,  # positions of another name, attention of its own
+    "falcon": False,
+    "stablelm": False,  # passes nothing on to its attention
+    "gemma2": False,  # capped head and attention
+    "phi": False,  # a biased head
+    "gpt_oss": False,  # sinks
+    "lfm2": False,  # convolutions over the row
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_log_probs_are_the_models_own(name, tmp_path):
+    """Of the policy, however rows are packed, and of the sampler; in float32, by eager attention.
+
+    Longer than its window, at another temperature.
+    """
+    path = make_tiny(name, tmp_path / name)
+    config = load_config(path)
+    model = load_model(path, config, checkpointing=True)
+    plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(50, (n,), generator=generator).tolist() for n in (90, 7, 40)]
+    policy = Policy(model, temperature=0.7)
+    found = probe.of_policy(policy, rows)
+    for row, logps in zip(rows, found):
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([row])).logits[0, :-1] / 0.7
+        own = logits.log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+        assert torch.allclose(logps, own, atol=1e-3), name
+    torch.cat(found).sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert (model.config._attn_implementation == "packed") == QUICK[name]
+
+    sampler = TorchSampler(path, config, ends=[1])
+    groups = sampler.generate(rows[1:], 2, seeds=[0, 1], temperature=1.0, max_tokens=12)
+    for row, sample in ((r, s) for r, group in zip(rows[1:], groups) for s in group):
+        (logps,) = probe.of_policy(Policy(model, 1.0), [row + sample.tokens])
+        assert torch.allclose(logps[len(row) - 1 :], torch.tensor(sample.logps), atol=1e-3), name
+
+
+def test_a_model_that_sees_the_future_is_refused(tmp_path):
+    path = make_tiny("bert", tmp_path / "bert")
+    with pytest.raises(InputError, match="a bert cannot .* differ by"):
+        load_model(path, load_config(path), checkpointing=False)
+    with pytest.raises(InputError, match="a bert cannot .* differ by"):
+        TorchSampler(path, load_config(path), [1])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_tiny("llama", tmp_path_factory.mktemp("model") / "llama")
+
+
+def without(weights):
+    del weights["model.layers.1.mlp.up_proj.weight"]
+
+
+def with_more(weights):
+    weights["value_head.weight"] = torch.zeros(1, 64)
+
+
+def with_another_shape(weights):
+    weights["lm_head.weight"] = torch.zeros(60, 64)
+
+
+def with_nan(weights):
+    weights["model.norm.weight"][3] = torch.nan
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (without, "lack 1 .model.layers.1.mlp.up_proj.weight"),
+        (with_more, "have besides 1 .value_head.weight"),
+        (with_another_shape, r"another shape 1 .lm_head.weight \(60, 64\), not \(54, 64\)"),
+        (with_nan, "not as finite numbers 1 .model.norm.weight"),
+    ],
+)
+def test_tensors_that_are_not_the_models_are_named(llama, tmp_path, change, words):
+    path = shutil.copytree(llama, tmp_path / "changed")
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=words):
+        load_model(path, load_config(path), checkpointing=False)
+
+
+def test_files_that_are_no_model_are_an_error_in_one_line(llama, tmp_path):
+    path = shutil.copytree(llama, tmp_path / "broken")
+    weights, config = path / "model.safetensors", path / "config.json"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    foreign = {"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}
+    (path / "code.py").write_text("raise SystemExit('code of a model was run')")
+    for file, content, words in [
+        (weights, pointer, "model.safetensors is what Git LFS puts"),
+        (weights, weights.read_bytes()[:5000], "its files cannot be read .SafetensorError"),
+        (weights, b"", "its files cannot be read"),
+        (config, b"{", "its files cannot be read"),
+        (config, b"[1]", "its files cannot be read"),
+        (config, json.dumps(foreign).encode(), "its files cannot be read"),
+        (path / "generation_config.json", b"{", "generation_config.json cannot be read"),
+    ]:
+        kept = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=words) as caught:
+            end_ids(path, load_tokenizer(path))
+            load_model(path, load_config(path), checkpointing=False)
+        assert "\n" not in str(caught.value)
+        file.write_bytes(kept)
+    load_model(path, load_config(path), checkpointing=False)
+
+
+def test_a_tokenizer_with_words_beyond_the_vocabulary(llama, tmp_path):
+    path = shutil.copytree(llama, tmp_path / "larger")
+    tokenizer = toy.make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(path)
+    load_tokenizer(path)  # as Gemma-3's: no text has it
+    tokenizer.add_tokens(["whatever"])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(InputError, match="1 tokens .'whatever', .* beyond .* vocabulary of 54"):
+        load_tokenizer(path)
+
+
+ALL = """
+import contextlib, io, json, sys, torch
+from pathlib import Path
+import luffy, tiny_models
+from machinery.processes import InputError
+name, out = sys.argv[1], Path(sys.argv[2])
+path = tiny_models.make_tiny(name, out / "model")
+sys.argv[1:] = ["--model", str(path), "--data", "toy", "--out", str(out / "run"), *sys.argv[3:]]
+try:
+    luffy.main()
+except InputError as error:
+    assert "\\n" not in str(error), error
+    print("REFUSED", error)
+else:
+    (row,) = map(json.loads, (out / "run/metrics.jsonl").read_text().splitlines())
+    assert abs(row["sampler_kl"]) < 1e-3 and row["grad_norm"] > 0, row
+    print("TRAINED")
+"""
+SMALL = (
+    "--steps 1 --problems_per_step 2 --rollouts 3 --max_prompt_tokens 40 --max_response_tokens 12 "
+    "--max_trace_tokens 90 --eval_data none --updates_per_step 1 --sample_every 100"
+)
+
+
+@pytest.mark.slow
+def test_every_architecture_trains_or_is_refused(tmp_path):
+    """A step on the toy's data from the command line, and the sampler's log-probs are π_θ's."""
+    ends = {}
+    for name in ARCHITECTURES:
+        ended = subprocess.run(
+            [sys.executable, "-c", ALL, name, tmp_path / name, *SMALL.split()],
+            cwd=ROOT, env=dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT}/tests"),
+            text=True, capture_output=True, timeout=300,
+        )  # fmt: skip
+        assert ended.returncode == 0, (name, ended.stdout + ended.stderr)
+        ends[name] = ended.stdout.splitlines()[-1].split(" ")[0]
+    assert set(ends.values()) <= {"TRAINED", "REFUSED"}, ends
+    assert sum(end == "TRAINED" for end in ends.values()) >= 100, ends
