@@ -28,7 +28,7 @@ import luffy
 from machinery.batches import Trajectory, pack
 from machinery.flags import flag
 from machinery.metrics import Means
-from machinery.model import Policy, find, fit_context, from_pretrained, load_config, load_tokenizer
+from machinery.model import Policy, find, fit_context, load_config, load_model, load_tokenizer
 from machinery.processes import InputError, device, launch
 
 luffy.ALGORITHMS["opd"] = dict(rollouts=8, traces=0, clip=0.2, **luffy.rivals.TOKEN_MEAN)
@@ -62,12 +62,12 @@ def load_teacher(cfg: Config, base: str) -> Policy:
     path = find(cfg.teacher, cfg.device)
     try:
         vocabulary, config = load_tokenizer(path).get_vocab(), load_config(path)
+        if vocabulary != load_tokenizer(base).get_vocab():
+            raise InputError(f"--model {cfg.teacher}: its vocabulary is not that of the policy")
+        fit_context(config, cfg.max_prompt_tokens, cfg.max_response_tokens)
+        model = load_model(path, config, checkpointing=False)
     except InputError as error:
         raise InputError(str(error).replace("--model", "--teacher", 1)) from error
-    if vocabulary != load_tokenizer(base).get_vocab():
-        raise InputError(f"--teacher {cfg.teacher}: its vocabulary is not that of --model {base}")
-    fit_context(config, cfg.max_prompt_tokens, cfg.max_response_tokens)
-    model = from_pretrained(path, config=config, attn_implementation="packed")
     return Policy(model, cfg.temperature).eval().requires_grad_(False).to("cpu")
 
 

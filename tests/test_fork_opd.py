@@ -59,6 +59,9 @@ def test_a_teacher_is_needed_and_must_share_the_vocabulary(tiny_model, teacher, 
     tokenizer = luffy.load_tokenizer(tmp_path / "other")
     tokenizer.add_tokens(["one more"])
     tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="--teacher .*other: its tokenizer has 1 tokens"):
+        opd.load_teacher(opd.Config(teacher=str(tmp_path / "other")), str(tiny_model))
+    toy.make_model(tokenizer, seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="--teacher .*other: its vocabulary"):
         opd.load_teacher(opd.Config(teacher=str(tmp_path / "other")), str(tiny_model))
 
