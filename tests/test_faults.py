@@ -21,21 +21,62 @@ from machinery import checkpoints
 KILLS = int(os.environ.get("FAULTS", "4"))
 SMALL = "--steps 8 --save_every 2 --problems_per_step 8 --updates_per_step 2 --lr 1e-2".split()
 SMALL += "--max_response_tokens 48 --eval_samples 1 --sample_every 2 --sample_groups 2".split()
+SMALL += ["--graders", "1"]
 
-# A run that kills itself, or torchrun, at a moment that is drawn; of a rank that is drawn.
+# torchrun's work without its and the imports' time: a line a job in, a line of how it ended out.
+FORKS = textwrap.dedent("""
+    import json, os, signal, socket, sys, time
+    sys.path.insert(0, ".")
+    import luffy, transformers.models.qwen2.modeling_qwen2
+    from machinery.processes import launch
+    luffy.report = lambda out: None  # its pictures take as long as the run
+
+    def fork(rank, ranks, port, args, errors):
+        if pid := os.fork():
+            return pid
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(0, 1)
+        os.dup2(os.open(errors, os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
+        if ranks > 1:
+            os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+            os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.argv = ["luffy.py", *args]
+        launch(luffy.main)
+
+    for line in sys.stdin:
+        ranks, args, errors, victim, moment = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start, ended, told = time.monotonic(), {}, float("inf")
+        pids = [fork(rank, ranks, port, args, errors) for rank in range(ranks)]
+        while len(ended) < ranks:
+            now = time.monotonic() - start
+            if now > moment:
+                moment = float("inf")
+                if pids[victim] not in ended:
+                    os.kill(pids[victim], signal.SIGKILL)
+            if any(ended.values()) and told > now or now > told + 30:
+                for pid in set(pids) - set(ended):
+                    os.kill(pid, signal.SIGTERM if told > now else signal.SIGKILL)
+                told = min(told, now)
+            for pid in set(pids) - set(ended):
+                found, status = os.waitpid(pid, os.WNOHANG)
+                ended |= {pid: status} if found else {}
+            time.sleep(0.005)
+        print(json.dumps([max(ended.values()), time.monotonic() - start]), flush=True)
+""")
 KILLED = textwrap.dedent("""
-    import os, random, signal, sys, threading, time
+    import os, signal, sys, threading, time
     sys.path.insert(0, ".")
     import luffy
     from machinery.processes import launch
-    who, seed, longest = sys.argv.pop(1), int(sys.argv.pop(1)), float(sys.argv.pop(1))
-    rng = random.Random(seed)
-    victim, moment = rng.randrange(int(os.environ.get("WORLD_SIZE", 1))), rng.random() * longest
-    def kill():
+    moment = float(sys.argv.pop(1))
+    def kill_torchrun():
         time.sleep(moment)
-        os.kill(os.getppid() if who == "torchrun" else os.getpid(), signal.SIGKILL)
-    if victim == int(os.environ.get("RANK", 0)):
-        threading.Thread(target=kill, daemon=True).start()
+        os.kill(os.getppid(), signal.SIGKILL)
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=kill_torchrun, daemon=True).start()
     launch(luffy.main)
 """)
 
@@ -67,43 +108,74 @@ def words(process: Path) -> str:
         return ""
 
 
+@pytest.fixture(scope="module")
+def forks():
+    """(ranks, arguments, file of stderr, rank to kill, after these seconds) -> status, seconds."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, text=True, **pipes)
+
+    def start(*job):
+        print(json.dumps(job), file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+
+    yield start
+    process.stdin.close()
+    process.wait()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, who", [(1, "rank"), (2, "rank"), (4, "rank"), (2, "torchrun")])
-def test_kill_9_at_random_moments(tiny_model, tmp_path, ranks, who):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    args = "--model", tiny_model, *SMALL
-    start = time.monotonic()
-    run("luffy.py", *args, "--out", tmp_path / "whole", ranks=ranks)
-    longest = 0.6 * (time.monotonic() - start)  # it is counted from when all is imported
-    seed = random.randrange(10**6)
-    kills = finished = 0
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_kill_9_of_a_rank_at_random_moments(forks, tiny_model, tmp_path, ranks):
+    args, errors = ["--model", str(tiny_model), *SMALL], tmp_path / "errors"
+    whole, never = tmp_path / "whole", 1e9
+    status, seconds = forks(ranks, [*args, "--out", str(whole)], str(errors), 0, never)
+    assert status == 0, errors.read_text()
+    kills = finished = resumed = 0
     out = tmp_path / "run0"
-    while kills < (KILLS // 3 or 1 if who == "torchrun" else KILLS) or not finished:
-        seed += 1
-        line = command(script, who, seed, longest, *args, "--out", out, ranks=ranks)
-        how = dict(cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        process = subprocess.Popen(line, **how)
-        if who == "torchrun":  # the next one starts at once, and no rank of this one may write
-            process.wait()
-            errors = ""
-            process.stderr.close()
-        else:
-            errors = process.communicate()[1]
-        print(f"{out.name}, seed {seed}: {process.returncode}", flush=True)
-        assert process.returncode == 0 or "luffy.py:" not in errors, errors
-        if process.returncode == 0:
-            assert_same_run(out, tmp_path / "whole")
+    while kills < KILLS or not finished:
+        resumed += bool(checkpoints.checkpoints(out))
+        victim, moment = random.randrange(ranks), random.random() * seconds
+        errors.write_text("")
+        status, _ = forks(ranks, [*args, "--out", str(out)], str(errors), victim, moment)
+        print(f"{out.name}, rank {victim} at {moment:.2f} s: {status}", flush=True)
+        assert "luffy.py: " not in errors.read_text(), errors.read_text()
+        if status == 0:
+            assert_same_run(out, whole)
             finished += 1
             out = tmp_path / f"run{finished}"
         else:
             kills += 1
             assert_whole(out)
+    print(f"{ranks} ranks: {kills} kills, {resumed} resumed, {finished} runs to their end")
+
+
+@pytest.mark.slow
+def test_kill_9_of_torchrun_at_random_moments(tiny_model, tmp_path):
+    """The next one starts at once; no rank of the one before may write beside it."""
+    script, args = tmp_path / "killed.py", ("--model", tiny_model, *SMALL)
+    script.write_text(KILLED)
+    start, out = time.monotonic(), tmp_path / "run"
+    run("luffy.py", *args, "--out", tmp_path / "whole", ranks=2)
+    longest = 0.5 * (time.monotonic() - start)  # it is counted from when all is imported
+    for n in range(KILLS // 3 or 1):
+        moment = random.random() * longest
+        line = command(script, moment, *args, "--out", out, ranks=2)
+        with (tmp_path / "errors").open("w") as errors:  # of ranks that live on, too
+            how = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
+            status = subprocess.run(line, **how).returncode
+        print(f"kill {n}, {moment:.1f} s: {status}", flush=True)
+        assert "luffy.py: " not in (tmp_path / "errors").read_text()
+        if status == 0:
+            assert_same_run(out, tmp_path / "whole")
+            shutil.rmtree(out)
+        else:
+            assert_whole(out)
+    run("luffy.py", *args, "--out", out, ranks=2)
+    assert_same_run(out, tmp_path / "whole")
     deadline = time.monotonic() + 60
     while alive := [x for x in map(words, Path("/proc").glob("[0-9]*")) if str(script) in x]:
         assert time.monotonic() < deadline, alive
         time.sleep(1)
-    print(f"{ranks} ranks, {who}: {kills} kills, {finished} runs to their end")
 
 
 @pytest.mark.slow
