@@ -26,10 +26,24 @@ SMALL += ["--graders", "1"]
 # torchrun's work without its and the imports' time: a line a job in, a line of how it ended out.
 FORKS = textwrap.dedent("""
     import json, os, signal, socket, sys, time
+    from contextlib import contextmanager, suppress
     sys.path.insert(0, ".")
-    import luffy, transformers.models.qwen2.modeling_qwen2
+    from machinery import files
+    full, times, of = [], [], files.writing
+
+    @contextmanager
+    def writing(path, *more):  # the disk is full from the n-th such file on
+        times.extend([path] if full and str(path).endswith(full[0]) else [])
+        if full and len(times) == full[1] and not os.path.exists(full[2]):
+            with open(full[2], "wb", buffering=0) as ballast, suppress(OSError):
+                while True:
+                    ballast.write(bytes(4096))
+        with of(path, *more):
+            yield
+
+    files.writing = writing
+    import luffy, matplotlib.pyplot, transformers.models.qwen2.modeling_qwen2
     from machinery.processes import launch
-    luffy.report = lambda out: None  # its pictures take as long as the run
 
     def fork(rank, ranks, port, args, errors):
         if pid := os.fork():
@@ -40,11 +54,13 @@ FORKS = textwrap.dedent("""
         if ranks > 1:
             os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
             os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        if not full:  # the pictures take as long as the run
+            luffy.report = lambda out: None
         sys.argv = ["luffy.py", *args]
         launch(luffy.main)
 
     for line in sys.stdin:
-        ranks, args, errors, victim, moment = json.loads(line)
+        ranks, args, errors, victim, moment, *full = json.loads(line)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -196,29 +212,6 @@ def test_of_two_starts_one_is_refused(tiny_model, tmp_path):
         assert steps == [*range(1, 9)]
 
 
-# The disk is full from the n-th time on that a file of this name is written.
-FULL = textwrap.dedent("""
-    import os, sys
-    sys.path.insert(0, ".")
-    from contextlib import contextmanager, suppress
-    from pathlib import Path
-    from machinery import files
-    name, n, disk = sys.argv.pop(1), int(sys.argv.pop(1)), Path(sys.argv.pop(1))
-    times, of = [], files.writing
-    @contextmanager
-    def writing(path, *more):
-        times.append(str(path).endswith(name))
-        if sum(times) == n and times[-1]:
-            with (disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
-                while True:
-                    ballast.write(bytes(4096))
-        with of(path, *more):
-            yield
-    files.writing = writing
-    import luffy
-    from machinery.processes import launch
-    launch(luffy.main)
-""")
 PLACES = [("/.lock", 1), ("/config.json", 1), ("/samples", 1), ("trace_rewards.json", 1)]
 PLACES += [("/.try.tmp", 1), (".try.tmp/optimizer-0.pt", 1), ("watched.jsonl", 3)]
 PLACES += [("evals.jsonl", 2), ("metrics.jsonl", 4), ("timing.jsonl", 3)]
@@ -238,21 +231,21 @@ def disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_each_write(tiny_model, tmp_path, disk):
-    script = tmp_path / "full.py"
-    script.write_text(FULL)
-    args = "--model", tiny_model, *SMALL
+def test_a_full_disk_at_each_write(forks, tiny_model, tmp_path, disk):
+    args, errors, out = ["--model", str(tiny_model), *SMALL], tmp_path / "errors", disk / "run"
+    ballast, job = disk / "ballast", (1, [*args, "--out", str(out)], str(errors), 0, 1e9)
     run("luffy.py", *args, "--out", tmp_path / "whole")
     for name, n in PLACES:
-        out = disk / "run"
-        failed = run(script, name, n, disk, *args, "--out", out, check=False)
-        said = failed.stderr
+        errors.write_text("")
+        status, _ = forks(*job, name, n, str(ballast))
+        said = errors.read_text()
         print(f"{name}, {n}: {said.strip().splitlines()[-1:]}", flush=True)
-        assert (disk / "ballast").exists(), name
-        assert failed.returncode == 1 and "Traceback" not in said, (name, said)
+        assert ballast.exists(), name
+        assert status == 256 and "Traceback" not in said, (name, said)
         assert "cannot be written" in said or "are free on that disk" in said, (name, said)
-        (disk / "ballast").unlink()
-        run("luffy.py", *args, "--out", out)
+        ballast.unlink()
+        status, _ = forks(*job)
+        assert status == 0, errors.read_text()
         assert_same_run(out, tmp_path / "whole")
         shutil.rmtree(out)
 

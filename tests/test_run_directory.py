@@ -88,6 +88,9 @@ def test_a_second_process_is_refused_with_the_first_ones_name(tmp_path):
     assert first.stdout.readline() == "mine\n"
     with pytest.raises(InputError, match=rf"process {first.pid} on \S+ is writing there"):
         lock(tmp_path)
+    with pytest.raises(InputError, match="is writing there"):
+        Run(replace(luffy.parse_args([]), out=str(tmp_path)))
+    assert not (tmp_path / "config.json").exists()
     first.kill()  # kill -9 leaves no lock behind
     first.wait()
     lock(tmp_path)
