@@ -258,7 +258,7 @@ def test_four_processes_resume_exactly_after_any_step(forks, tiny_model, tmp_pat
     whole, errors = tmp_path / "whole", tmp_path / "errors"
     for last in (8, 1, 2, 3, 7):
         out = whole if last == 8 else tmp_path / f"run{last}"
-        for steps in {last, 8}:
+        for steps in sorted({last, 8}):
             more = ["--out", str(out), "--steps", str(steps)]
             status, _ = forks(4, args + more, str(errors), 0, 1e9)
             assert status == 0, errors.read_text()
