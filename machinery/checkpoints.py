@@ -65,12 +65,13 @@ def damage(checkpoint: Path) -> str:
     with progress("check", len(sums)) as bar:
         for name, expected in list(sums.items())[rank() :: world_size()]:
             file = checkpoint / name
-            if not file.is_file():
-                found = found or f"{name} is not there"
-            elif (size := file.stat().st_size) != expected[0]:
-                found = found or f"{name} has {size:,} of its {expected[0]:,} bytes"
-            elif checksum(file) != expected:
-                found = found or f"{name} has other bytes than were saved"
+            try:
+                if (size := file.stat().st_size) != expected[0]:
+                    found = f"{name} has {size:,} of its {expected[0]:,} bytes"
+                elif checksum(file) != expected:
+                    found = f"{name} has other bytes than were saved"
+            except OSError as error:  # it is not there, or the disk has lost a block of it
+                found = f"{name} cannot be read ({error.strerror})"
             bar.update(world_size())
     return next(filter(None, gather(found)), "")
 
@@ -116,15 +117,20 @@ def save_state(file: Path, state: Any) -> None:
     """A rank's share of something; read back."""
     with writing(file, RuntimeError):
         torch.save(state, file)
-        torch.load(file, map_location="cpu", mmap=True)
+        load_state(file)
+
+
+def load_state(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
 
 def complete(half_written: Path, final: Path) -> None:
     """By all ranks, when each has written its files: on the disk, with checksums, then renamed."""
-    files = sorted(p for p in half_written.iterdir())
+    # A rank on another node may not see all of them yet; each one was seen by who wrote it.
+    names = sorted(set(sum(gather([p.name for p in half_written.iterdir()]), [])))
     mine = {}
-    with writing(half_written):
-        for file in files[rank() :: world_size()]:
+    with writing(half_written, SafetensorError):
+        for file in (half_written / name for name in names[rank() :: world_size()]):
             sync(file)
             mine[file.name] = checksum(file)
             if file.suffix == ".safetensors":
@@ -172,8 +178,9 @@ def sizes(model: PreTrainedModel, states: list[Any]) -> tuple[int, int]:
 
 
 def try_state(file: Path, state: Any) -> None:
-    """Of each tensor one number is saved, and loads."""
-    save_state(file, tree_map(lambda x: x.flatten()[:1] if isinstance(x, Tensor) else x, state))
+    """Of each tensor one number is saved, and loads. A view of it would be saved whole."""
+    first = tree_map(lambda x: x.flatten()[:1].clone() if isinstance(x, Tensor) else x, state)
+    save_state(file, first)
 
 
 def try_model(scratch: Path, model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> None:

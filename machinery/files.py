@@ -35,7 +35,10 @@ def read_jsonl(path: Path) -> list[dict]:
     lines = path.read_bytes().split(b"\n") if path.exists() else []  # U+2028 is text
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line.decode("utf-8")))
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row, dict):
+                raise ValueError("no object")
+            rows.append(row)
         except ValueError as error:
             if any(lines[number:]):
                 raise InputError(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from machinery import checkpoints, plan, processes, samplers
 from machinery.batches import Trajectory, length, pack
+from machinery.files import lock, writing
 from machinery.flags import Config
 from machinery.model import load_config, packed_attention, token_logprobs
 from machinery.plan import GIB
@@ -114,11 +115,8 @@ def run(
     out = Path(cfg.out).absolute()  # it may be a disk of its own
     where = next(p for p in (out, *out.parents) if p.is_dir())
     scratch = where / f".preflight-{out.name}"
-    if rank() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        processes.ending.callback(shutil.rmtree, scratch, ignore_errors=True)
-    barrier()
     Run.check(SimpleNamespace(cfg=cfg, out=out))  # would a run take this directory?
+    processes.by_rank_0(lambda: take(scratch))
     config = load_config(base)
     old_context = config.max_position_embeddings
     machine(cfg, config, local_ranks, scratch)
@@ -147,6 +145,17 @@ def run(
         the_run.try_to_save(model, tokenizer, problems)
         check("checkpoint, tried", "transformers reads it as it was")
     say(f"preflight passed in {now() - start:.0f} s")
+
+
+def take(scratch: Path) -> None:
+    """Alone, and without what a preflight that was killed has left. It is removed at the end."""
+    with writing(scratch):
+        scratch.mkdir(exist_ok=True)
+    lock(scratch)
+    processes.ending.callback(shutil.rmtree, scratch, ignore_errors=True)
+    for path in scratch.iterdir():
+        if path.name != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def machine(cfg: Config, config: Any, local_ranks: int, scratch: Path) -> None:
@@ -540,7 +549,7 @@ def shard(optimizer: Any, scratch: Path) -> None:
     fix = "Make room on the disk, or name another --out"
     with explained("optimizer shard", fix, OSError, RuntimeError):  # torch.save's own is the latter
         torch.save(some, file)
-        loaded = torch.load(file, map_location="cpu", mmap=True)
+        loaded = checkpoints.load_state(file)
     same = all(
         torch.equal(x.cpu(), loaded[i][name]) for i, xs in some.items() for name, x in xs.items()
     )

@@ -30,7 +30,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -84,8 +83,8 @@ class Run:
             )
         self.checkpoint = checkpoints.to_resume(self.out)
         self.first_step = checkpoints.step_of(self.checkpoint) if self.checkpoint else 0
-        if rank() == 0 and not self.checkpoint:
-            self.cut_logs()
+        if not self.checkpoint:
+            by_rank_0(self.cut_logs)
 
     def check(self) -> None:
         """Refuse the directory of another run, and one below a file."""
@@ -96,7 +95,8 @@ class Run:
         config = self.out / "config.json"
         old = read_json(config) if config.is_file() else {}
         if "algo" not in old:  # a model's directory has a config.json, too
-            own = {".lock", ".config.json.tmp"}  # of a start that died at once
+            # of a start that died at once, or of a preflight
+            own = {".lock", ".config.json.tmp", f".preflight-{self.out.name}"}
             if not self.out.is_dir() or {p.name for p in self.out.iterdir()} - own:
                 raise InputError(
                     f"--out {self.out} exists and is not a run of this program; name another "
@@ -115,7 +115,13 @@ class Run:
         ]
         gone = old.keys() - new.keys() - set(HASHES)
         differ += [f"{n} was {old[n]!r}, now there is no such flag" for n in sorted(gone)]
-        if differ and read_jsonl(self.out / "metrics.jsonl"):  # else there is nothing to lose
+        rows = read_jsonl(self.out / "metrics.jsonl")  # without any there is nothing to lose
+        if rows and rows[-1]["step"] > old["save_every"] and not checkpoints.checkpoints(self.out):
+            raise InputError(
+                f"--out {self.out}: its metrics.jsonl goes to step {rows[-1]['step']}, and there "
+                "is no checkpoint to go on from. Put it back, or name another --out"
+            )
+        if differ and rows:
             raise InputError(
                 f"--out {self.out} holds a run with another configuration: {'; '.join(differ)}. "
                 "Name another --out, or use the old values"
@@ -123,8 +129,8 @@ class Run:
 
     def take(self) -> None:
         """Make the directory this run's, by rank 0, before anything else is written there."""
-        self.check()
         with writing(self.out):
+            self.check()
             self.out.mkdir(parents=True, exist_ok=True)
         lock(self.out)
         checkpoints.remove_half_written(self.out)
@@ -148,12 +154,13 @@ class Run:
         """Before the first step: restore, try to save, and only then drop what a killed run logged
         after its last checkpoint. Raises InputError if it cannot go on, or could not save."""
         self.keep("optimizer", optimizer)
-        self.try_to_save(model, tokenizer, problems)
+        if self.first_step < self.cfg.steps:
+            self.try_to_save(model, tokenizer, problems)
         by_rank_0(lambda: self.compare_problems(problems, held_out))
+        if self.checkpoint:
+            by_rank_0(self.cut_logs)
+            say(f"resuming {self.out} after step {self.first_step}")
         if rank() == 0:
-            if self.checkpoint:
-                self.cut_logs()
-                say(f"resuming {self.out} after step {self.first_step}")
             self.track = track.start(self.cfg.track, self.out, asdict(self.cfg))
         barrier()
 
@@ -173,10 +180,17 @@ class Run:
     def cut_logs(self) -> None:
         """To what was logged up to the checkpoint. All are read before one is written."""
         rows = {name: read_jsonl(self.out / name) if self.checkpoint else [] for name in LOGS}
+        steps = [row["step"] for row in rows["metrics.jsonl"] if row["step"] <= self.first_step]
+        if steps != [*range(1, self.first_step + 1)]:
+            raise InputError(
+                f"{self.out / 'metrics.jsonl'} does not have each step up to the checkpoint's, "
+                f"{self.first_step}, once: something else wrote there. Put the old one back, or "
+                "name another --out, and with --model the checkpoint"
+            )
         for name, found in rows.items():
             kept = [row for row in found if row["step"] <= self.first_step]
             write(self.out / name, to_jsonl(kept))
-        for file in (self.out / "samples").glob("step-*.jsonl"):
+        for file in (self.out / "samples").glob(f"step-{6 * '[0-9]'}.jsonl"):
             if int(file.stem.split("-")[1]) > self.first_step:
                 file.unlink()
 
@@ -331,7 +345,7 @@ class Run:
         if self.checkpoint:
             state = {}
             for shard in self.checkpoint.glob(f"{name}-[0-9]*.pt"):
-                state |= torch.load(shard, map_location="cpu", mmap=True)
+                state |= checkpoints.load_state(shard)
             try:
                 kept.load_state_dict(state)
             except KeyError as error:

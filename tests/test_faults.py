@@ -21,21 +21,78 @@ from machinery import checkpoints
 KILLS = int(os.environ.get("FAULTS", "4"))
 SMALL = "--steps 8 --save_every 2 --problems_per_step 8 --updates_per_step 2 --lr 1e-2".split()
 SMALL += "--max_response_tokens 48 --eval_samples 1 --sample_every 2 --sample_groups 2".split()
+SMALL += ["--graders", "1"]
 
-# A run that kills itself, or torchrun, at a moment that is drawn; of a rank that is drawn.
+# torchrun's work without its and the imports' time: a line a job in, a line of how it ended out.
+FORKS = textwrap.dedent("""
+    import json, os, signal, socket, sys, time
+    from contextlib import contextmanager, suppress
+    sys.path.insert(0, ".")
+    from machinery import files
+    full, times, of = [], [], files.writing
+
+    @contextmanager
+    def writing(path, *more):  # the disk is full from the n-th such file on
+        times.extend([path] if full and str(path).endswith(full[0]) else [])
+        if full and len(times) == full[1] and not os.path.exists(full[2]):
+            with open(full[2], "wb", buffering=0) as ballast, suppress(OSError):
+                while True:
+                    ballast.write(bytes(4096))
+        with of(path, *more):
+            yield
+
+    files.writing = writing
+    import luffy, matplotlib.pyplot, transformers.models.qwen2.modeling_qwen2
+    from machinery.processes import launch
+
+    def fork(rank, ranks, port, args, errors):
+        if pid := os.fork():
+            return pid
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(0, 1)
+        os.dup2(os.open(errors, os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
+        if ranks > 1:
+            os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+            os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        if not full:  # the pictures take as long as the run
+            luffy.report = lambda out: None
+        sys.argv = ["luffy.py", *args]
+        launch(luffy.main)
+
+    for line in sys.stdin:
+        ranks, args, errors, victim, moment, *full = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start, ended, told = time.monotonic(), {}, float("inf")
+        pids = [fork(rank, ranks, port, args, errors) for rank in range(ranks)]
+        while len(ended) < ranks:
+            now = time.monotonic() - start
+            if now > moment:
+                moment = float("inf")
+                if pids[victim] not in ended:
+                    os.kill(pids[victim], signal.SIGKILL)
+            if any(ended.values()) and told > now or now > told + 30:
+                for pid in set(pids) - set(ended):
+                    os.kill(pid, signal.SIGTERM if told > now else signal.SIGKILL)
+                told = min(told, now)
+            for pid in set(pids) - set(ended):
+                found, status = os.waitpid(pid, os.WNOHANG)
+                ended |= {pid: status} if found else {}
+            time.sleep(0.005)
+        print(json.dumps([max(ended.values()), time.monotonic() - start]), flush=True)
+""")
 KILLED = textwrap.dedent("""
-    import os, random, signal, sys, threading, time
+    import os, signal, sys, threading, time
     sys.path.insert(0, ".")
     import luffy
     from machinery.processes import launch
-    who, seed, longest = sys.argv.pop(1), int(sys.argv.pop(1)), float(sys.argv.pop(1))
-    rng = random.Random(seed)
-    victim, moment = rng.randrange(int(os.environ.get("WORLD_SIZE", 1))), rng.random() * longest
-    def kill():
+    moment = float(sys.argv.pop(1))
+    def kill_torchrun():
         time.sleep(moment)
-        os.kill(os.getppid() if who == "torchrun" else os.getpid(), signal.SIGKILL)
-    if victim == int(os.environ.get("RANK", 0)):
-        threading.Thread(target=kill, daemon=True).start()
+        os.kill(os.getppid(), signal.SIGKILL)
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=kill_torchrun, daemon=True).start()
     launch(luffy.main)
 """)
 
@@ -67,43 +124,77 @@ def words(process: Path) -> str:
         return ""
 
 
+@pytest.fixture(scope="module")
+def forks():
+    """(ranks, arguments, file of stderr, rank to kill, after these seconds) -> status, seconds."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, text=True, **pipes)
+
+    def start(*job):
+        print(json.dumps(job), file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+
+    yield start
+    process.stdin.close()
+    process.wait()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, who", [(1, "rank"), (2, "rank"), (4, "rank"), (2, "torchrun")])
-def test_kill_9_at_random_moments(tiny_model, tmp_path, ranks, who):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    args = "--model", tiny_model, *SMALL
-    start = time.monotonic()
-    run("luffy.py", *args, "--out", tmp_path / "whole", ranks=ranks)
-    longest = 0.6 * (time.monotonic() - start)  # it is counted from when all is imported
-    seed = random.randrange(10**6)
-    kills = finished = 0
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_kill_9_of_a_rank_at_random_moments(forks, tiny_model, tmp_path, ranks):
+    args, errors = ["--model", str(tiny_model), *SMALL, "--save_every", "1"], tmp_path / "errors"
+    whole, never = tmp_path / "whole", 1e9
+    status, seconds = forks(ranks, [*args, "--out", str(whole)], str(errors), 0, never)
+    assert status == 0, errors.read_text()
+    kills = finished = resumed = 0
     out = tmp_path / "run0"
-    while kills < (KILLS // 3 or 1 if who == "torchrun" else KILLS) or not finished:
-        seed += 1
-        line = command(script, who, seed, longest, *args, "--out", out, ranks=ranks)
-        how = dict(cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        process = subprocess.Popen(line, **how)
-        if who == "torchrun":  # the next one starts at once, and no rank of this one may write
-            process.wait()
-            errors = ""
-            process.stderr.close()
-        else:
-            errors = process.communicate()[1]
-        print(f"{out.name}, seed {seed}: {process.returncode}", flush=True)
-        assert process.returncode == 0 or "luffy.py:" not in errors, errors
-        if process.returncode == 0:
-            assert_same_run(out, tmp_path / "whole")
+    while kills < KILLS or out.exists():
+        resumed += bool(checkpoints.checkpoints(out))
+        victim, moment = random.randrange(ranks), random.random() * seconds
+        moment = moment if kills < KILLS else never
+        errors.write_text("")
+        status, _ = forks(ranks, [*args, "--out", str(out)], str(errors), victim, moment)
+        print(f"{out.name}, rank {victim} at {moment:.2f} s: {status}", flush=True)
+        assert "luffy.py: " not in errors.read_text(), errors.read_text()
+        if status == 0:
+            assert_same_run(out, whole)
             finished += 1
             out = tmp_path / f"run{finished}"
         else:
             kills += 1
             assert_whole(out)
+    print(f"{ranks} ranks: {kills} kills, {resumed} resumed, {finished} runs to their end")
+
+
+@pytest.mark.slow
+def test_kill_9_of_torchrun_at_random_moments(tiny_model, tmp_path):
+    """The next one starts at once; no rank of the one before may write beside it."""
+    script, args = tmp_path / "killed.py", ("--model", tiny_model, *SMALL)
+    script.write_text(KILLED)
+    start, out = time.monotonic(), tmp_path / "run"
+    run("luffy.py", *args, "--out", tmp_path / "whole", ranks=2)
+    longest = 0.25 * (time.monotonic() - start)  # it is counted from when all is imported
+    kills = 0
+    while kills < (KILLS // 3 or 1):
+        moment = random.random() * longest
+        line = command(script, moment, *args, "--out", out, ranks=2)
+        with (tmp_path / "errors").open("w") as errors:  # of ranks that live on, too
+            how = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
+            status = subprocess.run(line, **how).returncode
+        kills += status != 0
+        print(f"{kills} kills, {moment:.1f} s: {status}", flush=True)
+        assert "luffy.py: " not in (tmp_path / "errors").read_text()
+        if status == 0:
+            assert_same_run(out, tmp_path / "whole")
+            shutil.rmtree(out)
+        else:
+            assert_whole(out)
+    run("luffy.py", *args, "--out", out, ranks=2)
+    assert_same_run(out, tmp_path / "whole")
     deadline = time.monotonic() + 60
     while alive := [x for x in map(words, Path("/proc").glob("[0-9]*")) if str(script) in x]:
         assert time.monotonic() < deadline, alive
         time.sleep(1)
-    print(f"{ranks} ranks, {who}: {kills} kills, {finished} runs to their end")
 
 
 @pytest.mark.slow
@@ -124,29 +215,6 @@ def test_of_two_starts_one_is_refused(tiny_model, tmp_path):
         assert steps == [*range(1, 9)]
 
 
-# The disk is full from the n-th time on that a file of this name is written.
-FULL = textwrap.dedent("""
-    import os, sys
-    sys.path.insert(0, ".")
-    from contextlib import contextmanager, suppress
-    from pathlib import Path
-    from machinery import files
-    name, n, disk = sys.argv.pop(1), int(sys.argv.pop(1)), Path(sys.argv.pop(1))
-    times, of = [], files.writing
-    @contextmanager
-    def writing(path, *more):
-        times.append(str(path).endswith(name))
-        if sum(times) == n and times[-1]:
-            with (disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
-                while True:
-                    ballast.write(bytes(4096))
-        with of(path, *more):
-            yield
-    files.writing = writing
-    import luffy
-    from machinery.processes import launch
-    launch(luffy.main)
-""")
 PLACES = [("/.lock", 1), ("/config.json", 1), ("/samples", 1), ("trace_rewards.json", 1)]
 PLACES += [("/.try.tmp", 1), (".try.tmp/optimizer-0.pt", 1), ("watched.jsonl", 3)]
 PLACES += [("evals.jsonl", 2), ("metrics.jsonl", 4), ("timing.jsonl", 3)]
@@ -166,38 +234,35 @@ def disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_each_write(tiny_model, tmp_path, disk):
-    script = tmp_path / "full.py"
-    script.write_text(FULL)
-    args = "--model", tiny_model, *SMALL
+def test_a_full_disk_at_each_write(forks, tiny_model, tmp_path, disk):
+    args, errors, out = ["--model", str(tiny_model), *SMALL], tmp_path / "errors", disk / "run"
+    ballast, job = disk / "ballast", (1, [*args, "--out", str(out)], str(errors), 0, 1e9)
     run("luffy.py", *args, "--out", tmp_path / "whole")
     for name, n in PLACES:
-        out = disk / "run"
-        failed = run(script, name, n, disk, *args, "--out", out, check=False)
-        said = failed.stderr
+        errors.write_text("")
+        status, _ = forks(*job, name, n, str(ballast))
+        said = errors.read_text()
         print(f"{name}, {n}: {said.strip().splitlines()[-1:]}", flush=True)
-        assert (disk / "ballast").exists(), name
-        assert failed.returncode == 1 and "Traceback" not in said, (name, said)
+        assert ballast.exists(), name
+        assert status == 256 and "Traceback" not in said, (name, said)
         assert "cannot be written" in said or "are free on that disk" in said, (name, said)
-        (disk / "ballast").unlink()
-        run("luffy.py", *args, "--out", out)
+        ballast.unlink()
+        status, _ = forks(*job)
+        assert status == 0, errors.read_text()
         assert_same_run(out, tmp_path / "whole")
         shutil.rmtree(out)
 
 
 @pytest.mark.slow
-def test_four_processes_resume_exactly(tiny_model, tmp_path):
+def test_four_processes_resume_exactly_after_any_step(forks, tiny_model, tmp_path):
     """DDP sums four gradients in an order that depends on how its buckets are made."""
-    args = "luffy.py", "--model", tiny_model, *SMALL
-    run(*args, "--out", tmp_path / "whole", ranks=4)
-    run(*args, "--out", tmp_path / "run", "--steps", 4, ranks=4)
-    lines = (tmp_path / "run" / "evals.jsonl").read_text().splitlines()
-    run(*args, "--out", tmp_path / "run", ranks=4)
-    (tmp_path / "run" / "evals.jsonl").write_text(  # its end at step 4 was evaluated, too
-        "".join(
-            x + "\n"
-            for x in (tmp_path / "run" / "evals.jsonl").read_text().splitlines()
-            if x != lines[-1]
-        )
-    )
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    args = ["--model", str(tiny_model), *SMALL, "--save_every", "1", "--eval_data", "none"]
+    whole, errors = tmp_path / "whole", tmp_path / "errors"
+    for last in (8, 1, 2, 3, 7):
+        out = whole if last == 8 else tmp_path / f"run{last}"
+        for steps in sorted({last, 8}):
+            more = ["--out", str(out), "--steps", str(steps)]
+            status, _ = forks(4, args + more, str(errors), 0, 1e9)
+            assert status == 0, errors.read_text()
+        for file in ("metrics.jsonl", "checkpoint-000008/model.safetensors"):
+            assert (out / file).read_bytes() == (whole / file).read_bytes(), (last, file)

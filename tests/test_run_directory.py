@@ -1,9 +1,16 @@
 """One run, one directory, one writer; what was saved is what is read, or it is refused by name."""
 
+import errno
 import json
+import os
+import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +21,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 import data
 import luffy
 from data import Problem
-from machinery import checkpoints, toy
+from machinery import checkpoints, files, preflight, toy
 from machinery.files import append, lock, read_jsonl, write
 from machinery.processes import InputError
 from machinery.run_directory import LOGS, Run
@@ -81,6 +88,9 @@ def test_a_second_process_is_refused_with_the_first_ones_name(tmp_path):
     assert first.stdout.readline() == "mine\n"
     with pytest.raises(InputError, match=rf"process {first.pid} on \S+ is writing there"):
         lock(tmp_path)
+    with pytest.raises(InputError, match="is writing there"):
+        Run(replace(luffy.parse_args([]), out=str(tmp_path)))
+    assert not (tmp_path / "config.json").exists()
     first.kill()  # kill -9 leaves no lock behind
     first.wait()
     lock(tmp_path)
@@ -88,6 +98,42 @@ def test_a_second_process_is_refused_with_the_first_ones_name(tmp_path):
     _, error = second.communicate()
     assert second.returncode and "is writing there" in error
     lock(tmp_path)  # this process may go on: it holds it
+    scratch = tmp_path / ".preflight-run"
+    (scratch / "left").mkdir(parents=True)
+    preflight.take(scratch)
+    assert [p.name for p in scratch.iterdir()] == [".lock"]
+    lock_of_another = subprocess.run(
+        [sys.executable, "-c", script, str(scratch)], text=True, capture_output=True, cwd=ROOT
+    )
+    assert "is writing there" in lock_of_another.stderr
+
+
+def test_where_there_are_no_locks_a_line_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files, "fcntl", SimpleNamespace(LOCK_EX=2, LOCK_NB=4, lockf=refuse))
+    lock(tmp_path)
+    assert f"none in {tmp_path}: [Errno {errno.ENOLCK}]" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process")
+def test_a_rank_dies_with_torchrun(monkeypatch):
+    rank = "from machinery.processes import die_with_parent; import os, time; die_with_parent(); "
+    rank += "print(os.getpid(), flush=True); time.sleep(600)"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    how = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."})
+    torchrun = subprocess.Popen([sys.executable, "-c", script], **how)
+    process = Path("/proc", torchrun.stdout.readline().strip(), "cmdline")
+    assert process.read_bytes()
+    torchrun.kill()
+    torchrun.wait()
+    deadline = time.monotonic() + 10
+    while process.exists() and process.read_bytes():  # a zombie has no command line
+        if time.monotonic() > deadline:
+            os.kill(int(process.parent.name), signal.SIGKILL)
+            raise AssertionError("it lives on")
+        time.sleep(0.05)
 
 
 def test_a_start_that_died_at_once_does_not_block_the_directory(tmp_path, model):
@@ -102,6 +148,8 @@ def test_a_start_that_died_at_once_does_not_block_the_directory(tmp_path, model)
     (out / ".checkpoint-000002.tmp" / "model.safetensors").write_bytes(b"half")
     begin(out, model)
     assert not list(out.glob(".*.tmp"))
+    (tmp_path / "empty" / ".preflight-empty").mkdir(parents=True)
+    begin(tmp_path / "empty", model)
 
 
 # ------------------------------------------------------------------ logs
@@ -113,6 +161,28 @@ def test_only_the_end_of_a_log_may_be_broken(tmp_path):
     file.write_bytes(b'{"step": 1}\n{"step"\0 2}\n{"step": 3}\n')
     with pytest.raises(InputError, match=r"metrics.jsonl, line 2: not a row"):
         read_jsonl(file)
+    file.write_bytes(b'{"step": 1}\n2\n{"step": 3}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 2: not a row"):
+        read_jsonl(file)
+
+
+def test_a_log_without_its_checkpoint_is_not_cut(trained, model):
+    """It may be all that there is of a run, whose checkpoints were moved."""
+    before = logged(trained)
+    for step in (2, 4, 6):
+        checkpoints.remove(trained / f"checkpoint-00000{step}")
+    (trained / "config.json").write_text((trained / "config.json").read_text().replace("50", "2"))
+    with pytest.raises(InputError, match="goes to step 7, and there is no checkpoint"):
+        begin(trained, model)
+    assert logged(trained) == before
+
+
+@pytest.mark.parametrize("steps", [(1, 2, 3, 3, 4, 5, 6, 7), (1, 2, 4, 5, 6), (1, 2, 3)])
+def test_a_log_with_steps_that_are_missing_or_twice_there_is_refused(trained, model, steps):
+    (trained / "metrics.jsonl").unlink()
+    append(trained / "metrics.jsonl", *({"step": step} for step in steps))
+    with pytest.raises(InputError, match="does not have each step up to the checkpoint's, 6, once"):
+        begin(trained, model)
 
 
 def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(trained, model):
@@ -168,11 +238,37 @@ def test_truncated_missing_and_empty_are_damage_and_a_copy_is_no_checkpoint(trai
     with pytest.raises(InputError, match="optimizer-0.pt has 100 of its"):
         checkpoints.to_resume(trained)
     (older / "model.safetensors").unlink()
+    words = r"safetensors cannot be read \(No such file"
+    assert re.search(words, checkpoints.damage(older))
     with pytest.raises(InputError, match="No other one resumes"):  # that of step 2 has no optimizer
         checkpoints.to_resume(trained)
     (trained / "checkpoint-000010").mkdir()
     with pytest.raises(InputError, match="000010 is damaged: it has no checksums.json"):
         checkpoints.to_resume(trained)
+
+
+def test_a_checkpoint_runs_no_code_and_is_on_the_disk(trained, model, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save(State(), trained / "state.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoints.load_state(trained / "state.pt")
+    synced, fsync, rename = set(), os.fsync, Path.rename
+    name_of = {}  # inode -> name
+
+    def note(number):
+        fsync(number)
+        synced.add(os.fstat(number).st_ino)
+
+    def renamed(old, new):
+        name_of.update({p.stat().st_ino: p.name for p in [*old.iterdir(), old]})
+        name_of.update({(old.parent / log).stat().st_ino: log for log in LOGS})
+        assert not [name for inode, name in name_of.items() if inode not in synced]
+        return rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", renamed)
+    begin(trained, model).save(8, model, toy.make_tokenizer())
+    assert len(name_of) > 8 and trained.stat().st_ino in synced
 
 
 # ------------------------------------------------------------------ saving, before it matters
@@ -213,6 +309,16 @@ def test_what_could_not_be_saved_is_refused_before_the_first_step(tmp_path, mode
             begin(out, model)
     begin(out, model)
     assert not list(out.glob("checkpoint-*")) and not list(out.glob(".*.tmp"))
+    large = {i: {"master": x} for i, x in enumerate(torch.zeros(2, 10**6))}
+    checkpoints.try_state(tmp_path / "state.pt", large)
+    assert (tmp_path / "state.pt").stat().st_size < 10**4
+
+
+def test_a_finished_run_needs_no_room(trained, model, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    begin(trained, model, steps=6)
+    with pytest.raises(InputError, match="Make room"):
+        begin(trained, model, steps=7)
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
