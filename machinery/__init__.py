@@ -2,6 +2,7 @@
 
 processes       ranks of torchrun and their GPUs, numbers over all of them, how a program ends
 files           .jsonl logs, text that is written whole or not at all, a directory's one writer
+printing        terminals without UTF-8, pipes that close: a tool ends there, a run goes on
 arguments       what argparse lacks: ranges, no empty texts, no tracebacks
 flags           a dataclass as a command line; values that cannot be
 sources         rows of a file, the toy or a hub data set, and what their cells may be
