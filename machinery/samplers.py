@@ -10,7 +10,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from operator import attrgetter
@@ -339,7 +339,8 @@ def vllm_options(config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
     vllm._custom_ops._supports_onednn = False  # it packs weights where a push does not reach them
     if rank() == 0:  # what an earlier run left, under the very names of this one
         for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
-            left.unlink()
+            if left.stat().st_uid == os.getuid() and not is_mapped(left):
+                left.unlink()
     barrier()
     return common | dict(
         dtype="float32",
@@ -347,6 +348,15 @@ def vllm_options(config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
         enable_chunked_prefill=False,  # prompts cut into chunks crash if their samples are seeded
         max_num_batched_tokens=max(4096, max_tokens),
     )
+
+
+def is_mapped(file: Path) -> bool:
+    """Has a living process this file of ours in its memory?"""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if str(file) in maps.read_text("utf-8", "replace"):
+                return True
+    return False
 
 
 def no_compiler() -> str:
