@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from machinery.files import InputError
 from machinery.pool import Pool, Worker
 from verify import Grader
 
@@ -97,7 +98,7 @@ def test_closing_ends_a_call():
 
 def test_workers_that_do_not_start():
     pool = Pool([sys.executable, "-c", "pass"], workers=1, timeout=1.0)
-    with pytest.raises(RuntimeError, match="do not start"):
+    with pytest.raises(InputError, match="do not start"):
         for _ in range(2):
             pool.map([1], key=id)
     pool.close()
