@@ -16,7 +16,6 @@ from eval import by_source, difference_table, load_benchmark, load_rows, parse_a
 from eval import published_table, score_table, standard_error, summarize, to_prompt
 from luffy import Config
 from machinery import toy
-from machinery.files import to_jsonl
 from machinery.published import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
 from machinery.processes import InputError
 from machinery.responses import Responses, whole_blocks
