@@ -202,7 +202,7 @@ EDITS = {
     "--temperature": flags(6, temperature=0.6000001),  # the same in six digits
     "--samples": flags(6, samples=3),
     "--max_response_tokens": flags("max_response_tokens was", max_response_tokens=20),
-    "--max_prompt_tokens": flags(0, max_prompt_tokens=80),
+    "--max_prompt_tokens": flags(0, max_prompt_tokens=40),
     "--limit": flags(0, limit=2),
     "paths spelt otherwise": spelt_otherwise,
     "the same model elsewhere": copied,
