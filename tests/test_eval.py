@@ -460,11 +460,24 @@ def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_a_models_path_names_its_directory(tmp_path, monkeypatch):
+    """However it is spelt."""
+    model = tmp_path / "run" / "checkpoint-000007"
+    model.mkdir(parents=True)
+    for here, spelt in (model, "."), (model.parent, "checkpoint-000007/"), (tmp_path, str(model)):
+        monkeypatch.chdir(here)
+        monkeypatch.setattr("sys.argv", ["eval.py", "--bench", "toy", "--model", spelt])
+        assert str(parse_args().out) == "runs/eval/run-checkpoint-000007"
+
+
 def test_what_cannot_be_evaluated(monkeypatch, capsys):
     for arguments, words in (
         (["--paper", "on-policy", "--bench", "six"], "no checkpoint"),
         (["--bench", "six"], "--model or --paper"),
         (["--bench", "six", "--limit", "0"], "--limit: 0"),
+        (["--bench", "six", "--max_response_tokens", "0"], "--max_response_tokens: 0"),
+        (["--bench", "six", "--max_response_tokens", "-5"], "--max_response_tokens: -5"),
+        (["--bench", "six", "--temperature", "1e-05"], "--temperature: 1e-05"),
         (["--bench", "six", "--temperature", "0,b"], "--temperature: 'b'"),
     ):
         monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
