@@ -25,6 +25,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from machinery import toy
+from machinery.checkpoints import checkpoints
 from machinery.files import read_json, write
 from machinery.flags import Config
 from machinery.processes import InputError, launch, rank, say, share
@@ -518,15 +519,20 @@ def load_training_set(
         kept = [p for p in kept if p.answer not in unreadable]
     traced = {i: p for i, p in enumerate(kept) if p.trace is not None}
 
-    def judge(problems: list[Problem]) -> list[tuple[float, float]]:
+    def judge(problems: list[Problem]) -> list[tuple[float, float] | None]:
         texts = [p.opened + text_of(p.trace_ids, tokenizer) for p in problems]
-        return grader.right_and_reward([(text, p.answer) for text, p in zip(texts, problems)])
+        jobs = [(text, p.answer) for text, p in zip(texts, problems)]
+        found = grader.right_and_reward(jobs, failed=None)
+        return [None if None in pair else pair for pair in found]
 
     key = key_of_traces(list(traced.values()), grader)
     found = share_once(verdicts, key, "verdicts", judge, list(traced.values()))
-    for (i, p), (right, reward) in zip(traced.items(), found):
+    for (i, p), verdict in zip(traced.items(), found):
+        right, reward = verdict or (0.0, 0.0)
         kept[i] = replace(p, trace_right=right, trace_reward=reward)
-    dropped["wrong trace"] = sum(p.trace is not None and p.trace_reward <= 0 for p in kept)
+    dropped["trace on which the grader failed"] = failed = found.count(None)
+    wrong = sum(p.trace is not None and p.trace_reward <= 0 for p in kept)
+    dropped["wrong trace"] = wrong - failed
     kept = [p for p in kept if p.trace is None or p.trace_reward > 0]
     reasons = "".join(f"; dropped {n}: {reason}" for reason, n in sorted(dropped.items()) if n)
     if not kept:
@@ -541,13 +547,22 @@ def load_training_set(
 
 
 def share_once(file: Path, key: str, name: str, judge: Callable[[list], list], items: list) -> list:
-    """As `share`; or what it made of them before, if the file has it by that key."""
+    """As `share`; or what it made of them before, if the file has it by that key.
+
+    What is None came to nothing, and is tried again; but not in a run that has checkpoints, whose
+    problems stay what they are.
+    """
     known = read_json(file) if file.exists() else {}
-    if len(known.setdefault(key, [])) != len(items):
-        known[key] = share(name, judge, items, JOBS)
+    found = known.setdefault(key, [])
+    if is_new := len(found) != len(items):
+        found[:] = [None] * len(items)
+    left = [i for i, value in enumerate(found) if value is None]
+    if left and (is_new or not checkpoints(file.parent)):
+        for i, value in zip(left, share(name, judge, [items[i] for i in left], JOBS)):
+            found[i] = value
         if rank() == 0:  # after the ranks met: by now each of them has looked for the file
             write(file, json.dumps(known))
-    return known[key]
+    return found
 
 
 def first_places(problems: list[Problem]) -> dict[str, str]:
@@ -558,7 +573,7 @@ def first_places(problems: list[Problem]) -> dict[str, str]:
     return found
 
 
-def say_unreadable(golds: dict[str, str], unread: list[bool]) -> set[str]:
+def say_unreadable(golds: dict[str, str], unread: list[bool | None]) -> set[str]:
     """golds: of `first_places`; unread: which of them no parser reads. -> those."""
     bad = [gold for gold, is_bad in zip(golds, unread) if is_bad]
     if bad:

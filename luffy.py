@@ -49,7 +49,7 @@ from machinery.model import load_tokenizer, recipe, token_logprobs as token_logp
 from machinery.optimizer import ShardedAdamW, data_parallel
 from machinery.prefixes import continue_prefixes, keep_uncertain
 from machinery.processes import all_reduce, gather, init_processes, launch, progress, rank, say
-from machinery.processes import my_share, seed_of, world_size
+from machinery.processes import my_share, say_and_go_on, seed_of, world_size
 from machinery.run_directory import Due, Run
 from machinery.samplers import NoSampler, Sample, Sampler, TorchSampler
 from machinery.scores import evaluate, report
@@ -631,7 +631,7 @@ def main(algo: str = "luffy", **replaced: Any) -> None:
         return plan.show(cfg, partial(check, cfg), flags.differences(cfg, Config()))
     init_processes(cfg.device)
     check(cfg, world_size())
-    say(flags.title(cfg, parse_args(["--model", cfg.model])))
+    (say if cfg.preflight else say_and_go_on)(flags.title(cfg, parse_args(["--model", cfg.model])))
     proof = partial(preflight.run, Grader, load, learner, rollout, update)
     (proof if cfg.preflight else train)(cfg, find(cfg.model, cfg.device))
 

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from machinery.arguments import Parser, ranged
-from machinery.files import print_what_can_be
 from machinery.notation import NAME, POWER, TRIG, form, normal_form, number, split, unlabelled
 from machinery.pool import Pool, serve
+from machinery.printing import print_what_can_be
 from machinery.reward import Reward, Rewards, version
 
 MAX_LENGTH, MAX_DEPTH = 1000, 8  # of an answer: characters, brackets in brackets
@@ -421,9 +421,9 @@ class Grader:
 
     workers: processes; timeout: seconds for one response, after which its worker is killed and its
     reward is 0; lenient: as above. `failures` counts the responses whose grading failed, by kind:
-    "timeout", "crash", an exception's name, or "skipped": after two timeouts or crashes, the next
-    jobs with this gold answer, up to one with another, are compared as text alone. Any thread may
-    use it. A context manager; or call `close()`.
+    "timeout", "crash" (twice, for it is tried again), an exception's name, or "skipped": after two
+    timeouts or crashes, the next jobs with this gold answer, up to one with another, are compared
+    as text alone. Any thread may use it. A context manager; or call `close()`.
 
     reward: FILE.py:function, from (response, answer) to a number, for `right_and_reward`; it has
     workers of its own under the same rules. Raises InputError if there is no such function.
@@ -441,7 +441,12 @@ class Grader:
 
     def __call__(self, jobs: list[tuple[str, str]], lenient: bool | None = None) -> list[float]:
         """[(response, answer), ...] -> [reward, ...] in the same order. lenient: or as created."""
-        return [float(verdict.right) for verdict in self.verdicts(jobs, lenient)]
+        return [right or 0.0 for right in self.judged(jobs, lenient)]
+
+    def judged(self, jobs: list[tuple[str, str]], lenient: bool | None = None) -> list[Any]:
+        """As a call, but None where the grading failed: that is no verdict."""
+        found = self.verdicts(jobs, lenient)
+        return [None if v.failure and not v.right else float(v.right) for v in found]
 
     def verdicts(self, jobs: list[tuple[str, str]], lenient: bool | None = None) -> list[Verdict]:
         lenient = self.lenient if lenient is None else lenient
@@ -459,23 +464,23 @@ class Grader:
         self.failures.update(verdict.failure for verdict in verdicts if verdict.failure)
         return verdicts
 
-    def right_and_reward(self, jobs: list[tuple[str, str]]) -> list[tuple[float, float]]:
+    def right_and_reward(self, jobs: list[tuple[str, str]], failed: Any = 0.0) -> list[tuple]:
         """-> [(1.0 if right else 0.0, reward), ...], which are equal but for a reward function.
 
-        Raises InputError if the function raises an exception or returns no finite number. Where it
-        takes too long or its worker dies, the reward is 0; `failures` has "reward_timeout", ...
+        Raises InputError if the function raises an exception or returns no finite number. `failed`
+        stands where grading failed, or the function takes too long or its worker dies; `failures`
+        then has "reward_timeout", ...
         """
-        right = self(jobs)
-        if not self.rewards:
-            return list(zip(right, right))
-        rewards, failures = self.rewards(jobs)
-        self.failures.update(failures)
-        return list(zip(right, rewards))
+        right = rewards = self.judged(jobs) if failed is None else self(jobs)
+        if self.rewards:
+            rewards, failures = self.rewards(jobs)
+            self.failures.update(failures)
+        return [tuple(failed if x is None else x for x in pair) for pair in zip(right, rewards)]
 
-    def unread(self, golds: list[str]) -> list[bool]:
+    def unread(self, golds: list[str]) -> list[bool | None]:
         """Which no parser reads? Beside their own text, only `compare`'s rules find one right.
 
-        One that took too long, or whose worker died, is not counted.
+        None for one that took too long, or whose worker died.
         """
         plain = [prepare("", gold)[2] if len(gold) <= MAX_LENGTH else None for gold in golds]
         hard = [t for t in plain if t and any(number(part) is None for part in form(t).parts)]
@@ -483,7 +488,8 @@ class Grader:
         hard = [text for text in hard if text not in bad]
         replies = self.pool.map([(text, text, False) for text in hard], key=itemgetter(0))
         bad |= {text for text, (reply, _) in zip(hard, replies) if reply and not reply[0]}
-        return [text is None or text in bad for text in plain]
+        failed = {text for text, (reply, _) in zip(hard, replies) if not reply}
+        return [None if text in failed else text is None or text in bad for text in plain]
 
     def close(self) -> None:
         self.pool.close()
@@ -518,8 +524,8 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--strict", action="store_true", help="only a box counts: the default")
     mode.add_argument("--lenient", action="store_true", help="as the reward of the official code")
-    args = parser.parse_args()
     print_what_can_be()
+    args = parser.parse_args()
     with Grader(1, args.timeout, args.lenient) as grader:
         grader.verdicts([(r"\boxed{x+1}", "1+x")])  # the worker's start is not what is timed
         start = time.perf_counter()

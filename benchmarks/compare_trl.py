@@ -23,6 +23,10 @@ import venv
 from pathlib import Path
 
 HERE = Path(os.path.abspath(__file__)).parent
+sys.path.insert(0, str(HERE.parent))
+
+from machinery.printing import print_what_can_be  # noqa: E402
+
 ENVIRONMENT = HERE / ".venv-trl"
 TRL = "trl==1.16.0"
 # per_device_train_batch_size: TRL's default, and the largest there is, its only one without
@@ -144,6 +148,7 @@ def measure(name: str, model: str, steps: int) -> None:
 
 # ------------------------------------------------------------------ all of them
 def main() -> None:
+    print_what_can_be()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="measured in a process")

@@ -30,7 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from machinery.files import print_what_can_be
+from machinery.printing import print_what_can_be
 from verify import Grader, Verdict
 
 TIMEOUT, PATIENCE = 2.0, 12.0  # seconds: of our workers; what counts as hung in math-verify
@@ -265,8 +265,8 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=3, help="of timed runs [3]")
     parser.add_argument("--list", action="store_true", help="the cases that one misjudges, too")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
     print_what_can_be()  # an answer may hold half a character
+    args = parser.parse_args()
     if args.alone:
         alone()
     elif args.cases:

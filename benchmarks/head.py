@@ -14,6 +14,7 @@ import time
 
 from tiny import PeakMemory, in_process, machine, torch
 from machinery.model import token_logprobs  # tiny knows where it is
+from machinery.printing import print_what_can_be
 
 VOCABULARY, WIDTH = 151_936, 896  # Qwen2.5's
 
@@ -59,6 +60,7 @@ def gradient_error() -> float:
 
 
 def main() -> None:
+    print_what_can_be()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)

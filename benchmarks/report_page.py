@@ -20,9 +20,13 @@ from shutil import which
 from selenium import webdriver
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from machinery.printing import print_what_can_be  # noqa: E402
 
 
 def main() -> None:
+    print_what_can_be()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--rounds", type=int, default=5)

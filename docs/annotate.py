@@ -14,11 +14,16 @@ it then fails: tests/test_annotated.py makes each change and runs its test.
 
 import ast
 import re
+import sys
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from machinery.printing import print_what_can_be  # noqa: E402
+
 PAGE = ROOT / "docs" / "annotated.md"
 CODE = re.compile(
     r"^<!-- code (\S+) ([\w.]+)(?:: `(.+)` to `(.+)`)? -->\n```python\n(?:.*\n)*?```$", re.M
@@ -130,6 +135,7 @@ def apply(diff: str, excerpts: list[Excerpt], title: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
+    print_what_can_be()
     before = PAGE.read_text("utf-8")
     after, number = fill(before), len(changes(before))
     PAGE.write_text(after, "utf-8")

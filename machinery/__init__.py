@@ -2,6 +2,7 @@
 
 processes       ranks of torchrun and their GPUs, numbers over all of them, how a program ends
 files           .jsonl logs, text that is written whole or not at all, a directory's one writer
+printing        terminals without UTF-8, pipes that close: a tool ends there, a run goes on
 arguments       what argparse lacks: ranges, no empty texts, no tracebacks
 flags           a dataclass as a command line; values that cannot be
 sources         rows of a file, the toy or a hub data set, and what their cells may be
@@ -16,6 +17,7 @@ metrics         what is measured of a step
 track           the same in wandb, trackio or tensorboard
 server          what samples instead of a local model: an OpenAI-compatible server
 distill         a teacher's traces, from the rows of an evaluation
+responses       an evaluation's directory: whose its responses are, and which count
 scores          avg@k and pass@k on held-out problems; what a run came to
 run_directory   log, when to save, resumption
 checkpoints     written, read back, checked, tried before the first step

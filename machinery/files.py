@@ -1,10 +1,8 @@
 """Files that a killed program leaves whole, on a disk that may be full: logs, text, one writer."""
 
-import io
 import json
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,9 +121,3 @@ def lock(directory: Path) -> None:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
     LOCKS[path] = file
-
-
-def print_what_can_be() -> None:
-    """An ASCII locale, or a pipe on Windows, has no π: then print a question mark."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")

@@ -145,7 +145,7 @@ def draw_lengths(name: str, lengths: Lengths, limits: dict[str, int], file: Path
         axis.set_xlabel("tokens")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(name, fontsize=11, parse_math=False)  # a name may have a $
+    figure.suptitle(name, fontsize=11)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=130)

@@ -40,6 +40,9 @@ class Means:
             for name, value in peaks.items():
                 every.peak(name, torch.tensor(value, dtype=torch.float64))
         means = {name: total / count for name, (total, count) in every.parts.items() if count}
+        for name, value in (every.peaks | means).items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value}: the step is not logged, nor saved")
         return every.peaks | means
 
 

@@ -19,8 +19,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 
+from machinery.files import InputError
+from machinery.printing import go_on, print_what_can_be
+
 STARTUP_SECONDS = 120  # for a worker to import what it needs, on a machine that starts many
+SILENT_SECONDS = 10  # of them
 START_ATTEMPTS = 3  # in a row
+ASKED = 2  # times, where a worker crashes: it may be the machine's fault
 MOST_FAILURES = 2  # of neighbours with the same key: a problem on which all responses hang
 # Own session or, on Windows, process group: Ctrl-C is the trainer's business.
 ALONE = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
@@ -43,8 +48,9 @@ class Pool:
         """-> for each job, in order: (its reply, None), or (None, "timeout", "crash" or "skipped").
 
         key: neighbours with the same key go to the same worker, which may remember things, one
-        after the other. After MOST_FAILURES of them the others are skipped. Raises RuntimeError if
-        workers do not start, or if the pool is closed.
+        after the other. After MOST_FAILURES of them the others are skipped. A job on which a
+        worker crashes is tried once more. Raises InputError if workers do not start, RuntimeError
+        if the pool is closed.
         """
         while jobs and len(self.workers) < self.size + 1:
             self.add_worker()
@@ -58,11 +64,16 @@ class Pool:
             for job in jobs:
                 if failures == MOST_FAILURES:
                     break
-                worker = worker or self.next_worker()
-                results.append(worker.ask(job, self.timeout))
-                if not worker.alive():
-                    self.replace(worker)
-                    worker, failures = None, failures + 1
+                for _ in range(ASKED):
+                    worker = worker or self.next_worker()
+                    reply, failure = worker.ask(job, self.timeout)
+                    if not worker.alive():
+                        self.replace(worker)
+                        worker = None
+                    if failure != "crash":
+                        break
+                results.append((reply, failure))
+                failures += failure is not None
         finally:
             if worker:
                 self.idle.append(worker)
@@ -75,7 +86,10 @@ class Pool:
             if worker.starts():
                 return worker
             self.replace(worker)
-        raise RuntimeError(f"workers do not start: {' '.join(self.command)}")
+        raise InputError(
+            f"workers do not start, or not in {STARTUP_SECONDS} s: {' '.join(self.command)}. What "
+            "it prints says why; fewer processes need less memory: --graders 1"
+        )
 
     def replace(self, worker: "Worker") -> None:
         worker.kill()
@@ -86,7 +100,13 @@ class Pool:
         with self.lock:
             if self.closed:
                 raise RuntimeError("the pool is closed")
-            worker = Worker(self.command)
+            try:
+                worker = Worker(self.command)
+            except OSError as error:
+                raise InputError(
+                    f"--graders {self.size}: the system starts no more than {len(self.workers)} "
+                    f"of these processes, and one is a spare ({error}). Name a smaller number"
+                ) from error
             self.workers.add(worker)
             self.idle.appendleft(worker)  # last in line: no job waits while it starts
 
@@ -122,9 +142,12 @@ class Worker:
 
     def starts(self) -> bool:
         """Is it there for a job? Waits, if it is new."""
-        if self.alive() and not self.ready and (line := self.line(STARTUP_SECONDS)):
-            self.ready = True
-            if note := line.decode().strip():
+        if self.alive() and not self.ready:
+            if (line := self.line(SILENT_SECONDS)) is None:
+                say_once(f"graders     are still starting: they have {STARTUP_SECONDS} s for that")
+                line = self.line(STARTUP_SECONDS - SILENT_SECONDS)
+            self.ready = bool(line)
+            if line and (note := line.decode().strip()):
                 say_once(note)
         return self.ready and self.alive()
 
@@ -167,10 +190,13 @@ def serve(load: Callable[[], Callable], timeout: float, memory_bytes: int) -> No
     load: imports what is needed, whose time does not count; -> what is called with a job's values.
     memory_bytes: on top of what it has then.
     """
-    jobs, out = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    jobs = os.fdopen(os.dup(0), encoding="utf-8")
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)  # nobody else reads a job,
     os.dup2(2, 1)  # and what a library prints is no reply
+    print_what_can_be()
+    go_on()  # nor is it a failure, where the trainer's terminal has gone
     function = load()
     note = limit_memory(memory_bytes)
     with suppress(OSError):  # there is no parent any more
@@ -180,7 +206,8 @@ def serve(load: Callable[[], Callable], timeout: float, memory_bytes: int) -> No
         faulthandler.dump_traceback_later(timeout + 2, file=nothing, exit=True)
         reply = function(*json.loads(line))
         faulthandler.cancel_dump_traceback_later()
-        print(json.dumps(reply), file=out, flush=True)
+        with suppress(OSError):
+            print(json.dumps(reply), file=out, flush=True)
 
 
 def limit_memory(more_bytes: int) -> str:

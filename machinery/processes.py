@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from machinery.files import InputError as InputError
 from machinery.files import OwnInputError as OwnInputError
-from machinery.files import print_what_can_be
+from machinery.printing import go_on, print_what_can_be
 
 ending = ExitStack()  # closed when a program's main ends, however it does
 DRIVER = Path("/proc/driver/nvidia/version")  # of the kernel's module, on Linux
@@ -275,10 +275,14 @@ def launch(main: Callable[[], None]) -> None:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
-    sys.stdout.flush()
+    with suppress(SystemExit):  # nobody reads on
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
@@ -292,6 +296,12 @@ def say(*words: Any) -> None:
     """print, by rank 0 alone."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+def say_and_go_on(*words: Any) -> None:
+    """say, by a run: from here on it does not end where nobody reads what it prints."""
+    go_on()
+    say(*words)
 
 
 def progress(name: str, total: int) -> tqdm:

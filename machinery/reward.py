@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from machinery.files import InputError, OwnInputError
 from machinery.pool import Pool
 
 LARGEST = 1e18  # rewards are float32 later, and their squares have to be
@@ -107,25 +108,21 @@ class Rewards:
         """program: what calls `serve` with a Reward, given --reward NAME TIMEOUT."""
         self.name = name
         self.pool = Pool([*program, "--reward", name, str(timeout)], workers, timeout)
-        from machinery.processes import InputError  # it loads torch, which no worker needs
-
         try:
             [(reply, failure)] = self.pool.map([()], key=len)
             broken = reply[1] if reply else failure
-        except RuntimeError as error:  # a file that ends its process, or takes minutes
+        except InputError as error:  # a file that ends its process, or takes minutes
             broken = str(error)
         if broken:
             self.pool.close()
             raise InputError(f"--reward {name}: {broken}")
 
-    def __call__(self, jobs: list[tuple[str, str]]) -> tuple[list[float], Counter[str]]:
-        """[(response, answer), ...] -> rewards, and failures by kind, whose reward is 0."""
-        from machinery.processes import OwnInputError
-
+    def __call__(self, jobs: list[tuple[str, str]]) -> tuple[list[float | None], Counter[str]]:
+        """[(response, answer), ...] -> rewards, and failures by kind, whose reward is None."""
         rewards, failures = [], Counter[str]()
         # Each job has a key of its own: a program that hangs says nothing about the next one.
         for job, (reply, failure) in zip(jobs, self.pool.map(jobs, key=id)):
-            reward, broken = reply or (0.0, None)
+            reward, broken = reply or (None, None)
             if broken:
                 raise OwnInputError(
                     f"--reward {self.name}: {broken}; of the response {job[0]!r:.80} and the "

@@ -13,6 +13,7 @@ checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's s
 curves.png             drawn at the end and on Ctrl-C
 report.html            made at the end and on Ctrl-C: a page to look into all of this
 tracked_as.txt         the run's name in another program: --track
+printed.txt            what was printed when stdout or stderr had gone, as with a terminal
 .lock                  held by the process that writes here
 """
 
@@ -25,7 +26,7 @@ import time
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -40,6 +41,7 @@ from machinery.batches import Trajectory
 from machinery.files import append, lock, read_json, read_jsonl, sync, to_jsonl, write, writing
 from machinery.flags import Config
 from machinery.metrics import evaluation_metrics, one_line
+from machinery.printing import Output, go_on
 from machinery.processes import InputError, all_reduce, barrier, by_rank_0, rank, say
 
 # A finished or interrupted run may go on with these changed: they do not change the objective,
@@ -81,6 +83,8 @@ class Run:
                 f"--out {self.out}: not all ranks see what rank 0 writes there; name a directory "
                 "on a file system that all nodes share"
             )
+        if Output.instead:
+            go_on(self.out / "printed.txt")
         self.checkpoint = checkpoints.to_resume(self.out)
         self.first_step = checkpoints.step_of(self.checkpoint) if self.checkpoint else 0
         if not self.checkpoint:
@@ -196,8 +200,10 @@ class Run:
 
     # -------------------------------------------------------------- the steps
     def steps(self) -> Iterator[int]:
-        """From the last checkpoint to --steps. Ctrl-C or SIGTERM ends it after the step."""
-        signals = (signal.SIGINT, signal.SIGTERM)
+        """From the last checkpoint to --steps. Ctrl-C, SIGTERM or SIGHUP ends it after the step."""
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)  # the terminal has gone; with nohup that is nothing
         handlers = [signal.signal(number, self.ask_to_stop) for number in signals]
         try:
             for step in range(self.first_step, self.cfg.steps):
@@ -212,11 +218,10 @@ class Run:
         """A second Ctrl-C stops at once, but torchrun's echo of the first one does not."""
         if number == signal.SIGINT and 0 < self.asked_to_stop < time.monotonic() - 2:
             raise KeyboardInterrupt
-        if not self.asked_to_stop and rank() == 0:  # os.write: print may be what was interrupted
-            os.write(
-                2,
-                b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)\n",
-            )
+        if not self.asked_to_stop and rank() == 0:
+            words = "stopping after this step, with a checkpoint (Ctrl-C again: at once, without)"
+            with suppress(OSError):  # SIGHUP: the terminal has gone
+                os.write(2, f"\n{words}\n".encode())  # print may be what was interrupted
         self.asked_to_stop = self.asked_to_stop or time.monotonic()
 
     def due(self, step: int) -> Due:

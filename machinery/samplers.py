@@ -10,7 +10,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from operator import attrgetter
@@ -56,7 +56,7 @@ class Sampler(Protocol):
     def generate(
         self, prompts: list, n: int, *, seeds: list[int], temperature: float, max_tokens: int
     ) -> list[list[Sample]]:
-        """n samples for each prompt (token ids).
+        """n samples for each prompt (token ids), of max_tokens or what the context leaves it.
 
         Of the batch they depend on their own prompt and seed alone, but for rounding. temperature
         0 is greedy. The log-probs are those of the distribution sampled from.
@@ -98,6 +98,7 @@ class TorchSampler:
         """ends: the tokens that end a response."""
         self.model = from_pretrained(path, config=config).eval()
         self.ends, self.max_rows = list(ends), max_rows
+        self.context = config.max_position_embeddings
         self.awake = True  # with the weights that it has loaded itself
         self.cached = True
         self.check(path)
@@ -172,6 +173,7 @@ class TorchSampler:
         logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         live = torch.arange(len(uniform), device=device())  # the rows that are not finished
         samples = [Sample([], [], truncated=True) for _ in uniform]
+        room = [min(max_tokens, self.context - len(p)) for p in prompts for _ in range(n)]
         for t in range(max_tokens):
             token, logp = draw(logits, uniform[live, t], temperature)  # (live,), (live,)
             here = [samples[row] for row in live.tolist()]
@@ -180,10 +182,11 @@ class TorchSampler:
                     sample.tokens.append(x)
                     sample.logps.append(lp)
                     sample.truncated = x not in self.ends
-            going = [k for k, sample in enumerate(here) if sample.truncated]
-            if not going or t + 1 == max_tokens:
+            full = [t + 1 == room[row] for row in live.tolist()]
+            going = [k for k, sample in enumerate(here) if sample.truncated and not full[k]]
+            if not going:
                 break
-            if t % DROP_EVERY == 0 and len(going) < len(live):
+            if any(full) or t % DROP_EVERY == 0 and len(going) < len(live):
                 bar.update(len(live) - len(going))
                 going = torch.tensor(going, device=device())
                 cache.batch_select_indices(going)
@@ -339,7 +342,8 @@ def vllm_options(config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
     vllm._custom_ops._supports_onednn = False  # it packs weights where a push does not reach them
     if rank() == 0:  # what an earlier run left, under the very names of this one
         for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
-            left.unlink()
+            if left.stat().st_uid == os.getuid() and not is_mapped(left):
+                left.unlink()
     barrier()
     return common | dict(
         dtype="float32",
@@ -347,6 +351,15 @@ def vllm_options(config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
         enable_chunked_prefill=False,  # prompts cut into chunks crash if their samples are seeded
         max_num_batched_tokens=max(4096, max_tokens),
     )
+
+
+def is_mapped(file: Path) -> bool:
+    """Has a living process this file of ours in its memory?"""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if str(file) in maps.read_text("utf-8", "replace"):
+                return True
+    return False
 
 
 def no_compiler() -> str:

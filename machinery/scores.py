@@ -33,17 +33,25 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def standard_error(means: list[float]) -> float:
-    """Of the mean of `means`, one for each problem: samples of a problem are not independent."""
-    return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+def standard_error(means: list[float]) -> float | None:
+    """Of the mean of `means`, one for each problem: samples of a problem are not independent.
+
+    One problem tells none.
+    """
+    return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
 
-def by_problem(rows: list[dict]) -> dict[int, list[float]]:
+def by_problem(rows: list[dict]) -> dict[Any, list[float]]:
     """The rewards of each problem's responses."""
     found = defaultdict(list)
     for row in rows:
-        found[row["problem"]].append(row["reward"])
+        found[row["problem"]].append(row["reward"] or 0.0)
     return found
+
+
+def has_verdict(row: dict) -> bool:
+    """Or did the grader fail? Then its reward counts as 0, and stays None."""
+    return None not in (row["reward"], row.get("lenient", 0.0))
 
 
 def summarize(rows: list[dict]) -> dict:
@@ -51,12 +59,16 @@ def summarize(rows: list[dict]) -> dict:
 
     avg: avg@k with its standard error avg_se; pass_at: unbiased pass@1 ... pass@k; lenient: avg@k
     by the official code's reward, where asked for; mean length in tokens; share of truncated
-    responses.
+    responses; no_verdict: how many the grader failed on, if any, which count as not
+    right.
     """
     rewards = list(by_problem(rows).values())
     k, means = len(rewards[0]), [mean(r) for r in rewards]
     right = [int(sum(r)) for r in rewards]
-    lenient = {"lenient": mean(row["lenient"] for row in rows)} if "lenient" in rows[0] else {}
+    lenient = (
+        {"lenient": mean(row["lenient"] or 0.0 for row in rows)} if "lenient" in rows[0] else {}
+    )
+    failed = sum(not has_verdict(row) for row in rows)
     return {
         "problems": len(rewards),
         "k": k,
@@ -66,6 +78,7 @@ def summarize(rows: list[dict]) -> dict:
         "pass_at": [mean(pass_at_k(k, c, i) for c in right) for i in range(1, k + 1)],
         "length": mean(row["tokens"] for row in rows),
         "truncated": mean(row["truncated"] for row in rows),
+        **({"no_verdict": failed} if failed else {}),
     }
 
 
@@ -79,18 +92,18 @@ def respond(
     samples: int,
     temperature: float,
     max_tokens: int,
-    seed: int,
+    seeds: Sequence[int],
     lenient: bool = False,
 ) -> list[dict]:
     """Graded responses to problems[i], i in numbers: a row for each, in order.
 
-    reward: by the grader's own setting (in training, --lenient); lenient: also by the official
-    code's reward.
+    seeds: one for each of the problems. reward: by the grader's own setting (in training,
+    --lenient); lenient: also by the official code's reward.
     """
     prompts = [problems[i].prompt_ids for i in numbers]
-    seeds = [seed_of("evaluation", seed, i) for i in numbers]
+    theirs = [seeds[i] for i in numbers]
     groups = sampler.generate(
-        prompts, samples, seeds=seeds, temperature=temperature, max_tokens=max_tokens
+        prompts, samples, seeds=theirs, temperature=temperature, max_tokens=max_tokens
     )
     rows: list[dict[str, Any]] = [
         {
@@ -109,12 +122,12 @@ def respond(
 
 
 def graded(rows: list[dict], problems: list[Problem], grader: Grader, lenient: bool) -> list[dict]:
-    """With the fields that `respond` says."""
+    """With the fields that `respond` says; None where the grader failed."""
     jobs = [(problems[row["problem"]].opened + row["response"], row["answer"]) for row in rows]
-    for row, reward in zip(rows, grader(jobs)):
+    for row, reward in zip(rows, grader.judged(jobs)):
         row["reward"] = reward
     if lenient:
-        for row, reward in zip(rows, grader(jobs, lenient=True)):
+        for row, reward in zip(rows, grader.judged(jobs, lenient=True)):
             row["lenient"] = reward
     return rows
 
@@ -126,7 +139,8 @@ def evaluate(
 
     The scores depend on the number of ranks by rounding only.
     """
-    how = dict(max_tokens=cfg.max_response_tokens, seed=cfg.seed, temperature=0.6)
+    seeds = [seed_of("evaluation", cfg.seed, i) for i in range(len(problems))]
+    how: Any = dict(max_tokens=cfg.max_response_tokens, seeds=seeds, temperature=0.6)
     rows: list[dict] = []
     for k, some in by_k(problems, range(len(problems)), cfg.eval_samples, 8).items():
         mine = some[rank() :: world_size()]  # perhaps none: the ranks of an engine ask together

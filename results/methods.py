@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from luffy import ALGORITHMS, LOG_PI_PHI, SHAPINGS, Config, at_step  # noqa: E402
 from luffy import mixed_policy_objective  # noqa: E402
 from machinery import rivals  # noqa: E402
+from machinery.printing import print_what_can_be  # noqa: E402
 
 # Shaping -> w(π) in words, and as a function of π and γ, with π_old = π (a step's first update)
 W: dict[str, tuple[str, Callable]] = {
@@ -199,6 +200,7 @@ def fill(readme: str) -> str:
 
 
 if __name__ == "__main__":
+    print_what_can_be()
     if missing := set(ALGORITHMS) - set(NAMES):
         print(f"rows without a name in NAMES are left out: {', '.join(sorted(missing))}")
     readme = ROOT / "README.md"

@@ -50,8 +50,10 @@ class Judge(Grader):
         super().__init__()
         self.judge = judge
 
-    def __call__(self, jobs, lenient=None):
+    def judged(self, jobs, lenient=None):
         return self.judge(jobs)
+
+    __call__ = judged
 
 
 def command(*args, ranks: int = 1) -> list[str]:

@@ -9,9 +9,15 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Judge
 
+from data import Problem
+from eval import collect
+from machinery import pool
+from machinery.files import InputError
 from machinery.pool import Pool, Worker
+from machinery.responses import Responses, load_rows
+from machinery.scores import graded, summarize
 from verify import Grader
 
 RIGHT, WRONG = (r"\boxed{x+1}", "1+x"), (r"\boxed{x+2}", "1+y")  # each needs a worker
@@ -73,6 +79,81 @@ def test_a_worker_that_dies_is_replaced(monkeypatch):
     assert not any(worker.alive() for worker in grader.pool.workers)
 
 
+def test_a_crash_is_tried_again_and_is_no_verdict(monkeypatch):
+    """It may be the machine's fault. What still fails is neither right nor wrong."""
+    ask, crashes = Worker.ask, []
+
+    def crash(worker, job, timeout):
+        if crashes:
+            worker.process.kill()
+            crashes.pop()
+        return ask(worker, job, timeout)
+
+    monkeypatch.setattr(Worker, "ask", crash)
+    with Grader(workers=1, timeout=50.0) as grader:
+        crashes += [1]
+        assert grader.judged([RIGHT, WRONG]) == [1.0, 0.0] and not grader.failures
+        crashes += [1, 1]
+        assert grader.judged([RIGHT, WRONG]) == [None, 0.0] and grader.failures == {"crash": 1}
+        crashes += [1, 1]
+        assert grader.right_and_reward([RIGHT]) == [(0.0, 0.0)]  # of a rollout
+        crashes += [1, 1]
+        assert grader.right_and_reward([RIGHT], failed=None) == [(None, None)]
+        crashes += [1, 1]
+        assert grader.unread(["x+1", "y+1"]) == [None, False]
+
+
+def test_an_evaluation_stores_no_verdict_as_none_and_grades_again(tmp_path):
+    problems = [Problem(str(i), "5") for i in range(3)]
+    how = dict(k=2, temperature=1.0, room=[9] * 3, seed=0, model=0, verifier=0)
+    failing, sampled, jobs_graded = {1}, [], []
+
+    def judge(jobs):
+        jobs_graded.append(len(jobs))
+        return [None if int(text[0]) in failing else 1.0 for text, _ in jobs]
+
+    def respond(problems, blocks, grader, samples, **_):
+        for block in blocks:
+            sampled.append(len(block))
+            rows = [
+                dict(problem=i, sample=j, response=f"{i}", source="", answer="5", tokens=1)
+                | dict(truncated=False)
+                for i in block
+                for j in range(samples)
+            ]
+            yield graded(rows, problems, grader, lenient=True)
+
+    def evaluated():
+        asked = Responses(tmp_path, "b", problems, range(3), [""] * 3, **how)
+        score = summarize(collect(asked, respond, Judge(judge), 4096, False))
+        (found,) = load_rows(tmp_path).values()
+        assert len(found) == 6 and summarize(found).get("no_verdict") == score.get("no_verdict")
+        return score["avg"], score["lenient"], score.get("no_verdict")
+
+    assert evaluated() == pytest.approx((2 / 3, 2 / 3, 2))
+    assert evaluated() == pytest.approx((2 / 3, 2 / 3, 2))
+    failing.clear()
+    assert evaluated() == evaluated() == (1.0, 1.0, None)
+    assert sampled == [3] and jobs_graded == [6, 6] + [2, 2] * 2
+
+
+def test_workers_that_are_slow_to_start_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(pool, "SILENT_SECONDS", 0.01)
+    pool.say_once.cache_clear()
+    with Grader(workers=1) as grader:
+        assert grader([RIGHT]) == [1.0]
+    assert capsys.readouterr().err.count("still starting") == 1
+
+
+def test_more_workers_than_the_system_starts(monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(pool.subprocess, "Popen", refuse)
+    with Grader(workers=200) as grader, pytest.raises(InputError, match="--graders 200: .*smaller"):
+        grader([RIGHT])
+
+
 def test_closing_ends_a_call():
     grader = Grader(workers=1, timeout=60.0)
     grader([RIGHT])
@@ -96,11 +177,11 @@ def test_closing_ends_a_call():
 
 
 def test_workers_that_do_not_start():
-    pool = Pool([sys.executable, "-c", "pass"], workers=1, timeout=1.0)
-    with pytest.raises(RuntimeError, match="do not start"):
+    dead = Pool([sys.executable, "-c", "pass"], workers=1, timeout=1.0)
+    with pytest.raises(InputError, match="do not start"):
         for _ in range(2):
-            pool.map([1], key=id)
-    pool.close()
+            dead.map([1], key=id)
+    dead.close()
 
 
 def test_exceptions_are_counted_by_kind():
