@@ -351,14 +351,18 @@ def main() -> None:
         if world_size() > 1:
             raise InputError("--url: one process asks, --concurrency N requests at a time")
         server = Server(args.url, args.model, args.concurrency)
-        model = {"url": server.url, "model": args.model, "root": server.root}
     else:
-        path = responses.snapshot(find(args.model, args.device))
+        path = find(args.model, args.device)
+        stamps = responses.stamps(path)
         tokenizer, config = load_tokenizer(path), load_config(path)
         context = config.max_position_embeddings
-        stamps, model = responses.stamps(path), responses.hashes(path)
     benchmarks, originals = ask(args, tokenizer, context)
-    args.template = "the server's" if args.url else args.template
+    if args.url:
+        args.template = "the server's"
+        model = {"url": server.url, "model": args.model, "root": server.root}
+    else:
+        path, read = responses.snapshot(path), path
+        model = responses.hashes(path)
     names = "model", "template", "seed", "max_response_tokens"
     responses.take(args.out, {name: getattr(args, name) for name in names} | {"of": model})
     lengths = [len(p.prompt_ids) for _, problems in benchmarks.values() for p in problems]
@@ -373,7 +377,7 @@ def main() -> None:
         ends = [str(tokenizer.decode([end])) for end in ids]
         kind, longest = sampler_kind(args.sampler), min(context, max(lengths) + max(limit.values()))
         sampler, rows_at_once = load_sampler(kind, path, config, ids, longest)
-        if responses.stamps(path) != stamps:
+        if responses.stamps(read) != stamps:
             raise InputError(f"--model {path}: its files changed while they were read; start again")
         respond = partial(one_by_one, sampler, tokenizer)
     distils = bool(args.traces) and rank() == 0

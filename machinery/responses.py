@@ -1,9 +1,9 @@
 """An evaluation's directory, which stays true when a model, a file or a flag changes.
 
-config.json                what was asked for, and the sha256 of each of the model's files
+config.json                    what was asked for, and the sha256 of each of the model's files
 BENCHMARK-tT-kK-asked.json     the problems that were asked last
 BENCHMARK-tT-kK-rankN.jsonl    a row for each response, in blocks
-scores.json                a row for each benchmark and temperature
+scores.json                    a row for each benchmark and temperature
 
 A row says by digests what it is of. `key`: the model, the prompt's tokens and how it was sampled;
 `graded`: the gold and the verifier. Where one of these is another one now, the row does not count:
@@ -57,8 +57,8 @@ def patterns(ends: tuple[str, ...]) -> dict[str, Any]:
 
 
 def files_of(directory: str | Path) -> list[Path]:
-    """All that from_pretrained may read; the largest first."""
-    found = [file for file in Path(directory).iterdir() if file.suffix in READ + PICKLES]
+    """All that from_pretrained may read; the largest first. None of a name on the hub."""
+    found = [file for file in Path(directory).glob("*") if file.suffix in READ + PICKLES]
     found = [file for file in found if file.is_file() and file.name != CHECKSUMS]
     return sorted(found, key=lambda file: (-file.stat().st_size, file.name))
 
