@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         for argument in sys.argv[1:] if argv is None else argv:
             if argument.startswith("--"):
                 flag, _, value = argument.partition("=")
-                if value == "-x-":  # argparse takes it for no value at all
+                if value == "--":  # argparse takes it for no value at all
                     self.error(f"argument {flag}: expected a value, found '--'")
             if re.search("[\ud800-\udfff]", argument):  # it could not be written to any file
                 self.error(f"argument {ascii(flag)[1:-1]}: {ascii(argument)} is not UTF-8 text")

@@ -1,11 +1,13 @@
 """A dataclass as a command line: each field is a flag, with its help and its range in one line."""
 
 import argparse
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import field, fields
 from math import inf
 from pathlib import Path
 from typing import Any, get_args
+
+import torch
 
 from machinery import track
 from machinery.arguments import LARGEST, Parser, filled, outside
@@ -27,7 +29,7 @@ def flag(
 ) -> Any:
     """A field of a config: low <= value <= high, above < value < below, or one of `choices`.
 
-    A text may be empty if it is so by default.
+    A text may be empty if it is so by default, where that means something.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
     return field(default=default, metadata={"help": help, "limits": limits, "choices": choices})
@@ -38,8 +40,9 @@ def parse(config: type, argv: list[str] | None, description: str) -> dict[str, A
     parser = Parser(description=description)
     alone: dict[str, Any] = {f.name: True for f in fields(config) if f.type is bool}
     alone["dry_run"] = "this"  # what a flag means without a value
+    never_empty = {f.name for f in fields(config) if f.default} | {"out", "dry_run"}
     for f in fields(config):
-        text = filled if f.default else str
+        text = filled if f.name in never_empty else str
         kind = {bool: truth, float | None: float_or_none, str: text}.get(f.type, f.type)
         parser.add_argument(
             f"--{f.name}",
@@ -175,10 +178,57 @@ def directory(model: str, algo: str, seed: int) -> str:
     return f"runs/{name}-{algo}-seed{seed}"
 
 
-def title(cfg: Config, plain: Config) -> str:
-    run = f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{differences(cfg, plain)}"
-    note = "a repeated question counts, for what it comes to is the answer: docs/rewards.md"
-    return f"{run}\nlenient     {note}" if cfg.lenient else run
+def title(cfg: Config, parse_args: Callable[[list[str]], Config], shaping: tuple) -> str:
+    """What runs, how it differs from plain LUFFY, and what is of no effect in it."""
+    plain = ["--model", cfg.model]
+    lines = [f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{differences(cfg, parse_args(plain))}"]
+    lines += unread(cfg, parse_args([*plain, "--algo", cfg.algo]), shaping)
+    if cfg.lenient:
+        note = "a repeated question counts, for what it comes to is the answer: docs/rewards.md"
+        lines.append(f"lenient     {note}")
+    return "\n".join(lines)
+
+
+def has_gamma(f: Callable) -> bool:
+    x = torch.tensor(-1.0)
+    return bool(f(x, 0.1, x.exp()) != f(x, 0.2, x.exp()))
+
+
+# Flags; what a run has to have, or it reads none of them; has it? s: its row of SHAPINGS
+READ_WITH: list[tuple[str, str, Callable[[Config, Any], bool]]] = [
+    ("shaping trace_advantage untraced", "traces", lambda cfg, s: with_traces(cfg)),
+    (
+        "gamma",
+        "a shaping with γ",
+        lambda cfg, s: cfg.shape_rollouts or with_traces(cfg) and has_gamma(s.f),
+    ),
+    (
+        "sft_coef",
+        "an SFT loss",
+        lambda cfg, s: with_traces(cfg) and (s.is_sft or cfg.objective != "mixed"),
+    ),
+    ("prefix_learns", "continuations", lambda cfg, s: cfg.continuations),
+    ("temperature clip clip_high tis_cap", "rollouts", lambda cfg, s: cfg.rollouts),
+    ("shape_rollouts normalize_std", "rollouts", lambda cfg, s: cfg.rollouts),
+    ("eval_every eval_samples", "eval_data", lambda cfg, s: cfg.eval_data not in ("", "none")),
+    ("sampler cache_gib tensor_parallel", "a sampler", lambda cfg, s: cfg.samples),
+]
+
+
+def with_traces(cfg: Config) -> bool:
+    return cfg.traces + cfg.continuations > 0
+
+
+def unread(cfg: Config, row: Config, shaping: Any) -> list[str]:
+    """A line for each flag that is not as in the algorithm's row, and that nothing reads."""
+    if type(cfg).__base__ is not object or cfg.schedule != "constant":
+        return []  # a fork's functions, or the fields of another step, may read more
+    return [
+        f"unused      --{name} {getattr(cfg, name)}: --algo {cfg.algo} runs without {what} here"
+        for names, what, has in READ_WITH
+        for name in names.split()
+        if getattr(cfg, name) != getattr(row, name) and not has(cfg, shaping)
+    ]
 
 
 def differences(cfg: Config, plain: Config) -> str:

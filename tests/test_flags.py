@@ -23,7 +23,7 @@ FORKS = "dapo", "exgrpo", "opd", "orz", "prime", "relift", "trapo"
 # 0 is refused unless it means something, and so is a negative number.
 ZERO = """seed rollouts traces max_trace_tokens trace_advantage sft_coef entropy_coef continuations
     prefix_learns beta1 beta2 weight_decay cache_gib eval_every eval_samples refill replay
-    replay_from reward_coef sft_problems sft_entropy""".split()
+    keep replay_from reward_coef sft_problems sft_entropy""".split()
 ZERO_OF_EVAL = "seed", "temperature"
 NEGATIVE = ["trace_advantage"]
 NEEDED = {"eval": ["--bench", "toy"], "look": ["toy"], "verify": ["1", "1"]}
