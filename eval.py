@@ -50,7 +50,7 @@ VLLM_ROWS = 4096  # responses asked for together, and lost together if the run i
 
 
 # ------------------------------------------------------------------ what to evaluate on
-def load_benchmark(name: str, data_dir: str = "") -> tuple[Benchmark, list[Problem]]:
+def load_benchmark(name: str, data_dir: str | Path = "") -> tuple[Benchmark, list[Problem]]:
     """A row of BENCHMARKS, or else a source of load_problems, and its problems.
 
     data_dir: a directory or a file to read instead of the hub. Raises InputError if there is
@@ -326,7 +326,7 @@ def parse_args() -> argparse.Namespace:
         "toy/SPLIT, files, hub names",
     )
     place = "a directory or a file, instead of the hub"
-    parser.add_argument("--data_dir", type=filled, help=place)
+    parser.add_argument("--data_dir", type=path, help=place)
     some = ranged(int, 1)
     k = "k, responses to each problem [the paper's]"
     parser.add_argument("--samples", type=ranged(int, 1, 1e4), help=k)

@@ -4,6 +4,7 @@ Without torch, which the verifier's program does not wait for.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -67,5 +68,8 @@ def filled(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """For add_argument: Path("") would be the directory that one is in."""
-    return Path(filled(text))
+    """For add_argument. Path("") would be the directory that one is in."""
+    found = Path(filled(text))
+    if any(len(os.fsencode(name)) > 255 for name in found.parts) or len(text) > 1000:
+        raise argparse.ArgumentTypeError(f"{text:.60}...: longer than a file's name can be")
+    return found

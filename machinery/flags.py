@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from machinery import track
-from machinery.arguments import LARGEST, Parser, filled, outside
+from machinery.arguments import LARGEST, Parser, filled, outside, path
 from machinery.processes import InputError
 from machinery.samplers import sampler_kind
 
@@ -40,13 +40,13 @@ def parse(config: type, argv: list[str] | None, description: str) -> dict[str, A
     parser = Parser(description=description)
     alone: dict[str, Any] = {f.name: True for f in fields(config) if f.type is bool}
     alone["dry_run"] = "this"  # what a flag means without a value
-    never_empty = {f.name for f in fields(config) if f.default} | {"out", "dry_run"}
+    never_empty = {f.name for f in fields(config) if f.default} | {"dry_run"}
     for f in fields(config):
         text = filled if f.name in never_empty else str
         kind = {bool: truth, float | None: float_or_none, str: text}.get(f.type, f.type)
         parser.add_argument(
             f"--{f.name}",
-            type=kind,
+            type=directory_name if f.name == "out" else kind,
             metavar=getattr(f.type, "__name__", str(f.type)),
             default=argparse.SUPPRESS,
             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"),
@@ -56,6 +56,10 @@ def parse(config: type, argv: list[str] | None, description: str) -> dict[str, A
     if given.get("clip", 0) is None:  # --clip none: on neither side, whatever the row has
         given.setdefault("clip_high", None)
     return given
+
+
+def directory_name(text: str) -> str:
+    return str(path(text))
 
 
 def truth(text: str) -> bool:
@@ -190,8 +194,8 @@ def title(cfg: Config, parse_args: Callable[[list[str]], Config], shaping: tuple
 
 
 def has_gamma(f: Callable) -> bool:
-    x = torch.tensor(-1.0)
-    return bool(f(x, 0.1, x.exp()) != f(x, 0.2, x.exp()))
+    log_x = torch.linspace(-5, 0, 9)
+    return not torch.equal(f(log_x, 0.1, log_x.exp()), f(log_x, 0.2, log_x.exp()))
 
 
 # Flags; what a run has to have, or it reads none of them; has it? s: its row of SHAPINGS

@@ -134,7 +134,7 @@ def reading(path: str | Path) -> Iterator[None]:
     except Exception as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())
         words = words if len(words) < 400 else words[:400] + "..."
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):
             raise InputError(
                 f"--model {path}: neither a directory with a model and its tokenizer nor a name on "
                 f"the hub that can be reached from here ({words})"

@@ -23,7 +23,8 @@ from machinery.processes import InputError, say
 OTHER_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|zst|xz|bz2)$", re.IGNORECASE)
 # What str() or a table's export makes of a list or an object; no gold, question or trace.
 DUMP = re.compile(r"""\s*[\[{]\s*\{?\s*['"]""")
-NO_FLOAT = re.compile(r"[1-9][0-9.]{18}|[0-9]e[+-]?[0-9]{3}", re.I)  # a float may not hold it
+# Numbers that a float may not hold: 18 digits; far from 1
+NO_FLOAT = re.compile(r"[1-9][0-9.]{18}|[.]0{300}|[0-9]e[+-]?[0-9]{3}", re.IGNORECASE)
 MOST_DIGITS = 4300  # as Python's limit for whole numbers
 HUB_NAME = re.compile(r"\w[\w.-]{0,95}", re.ASCII).fullmatch
 
