@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from math import inf
 from pathlib import Path
 from typing import Any, get_args
@@ -77,15 +77,26 @@ def make(
 ) -> Config:
     """The config of an algorithm's row, then a model's recipe, then flags.
 
-    Raises InputError on a recipe, which stands in a file, that names other fields.
+    Raises InputError on a recipe, which stands in a file, that has other fields, or of other kinds.
     """
-    unknown = recipe.keys() - {f.name for f in fields(config)}
-    if unknown:
+    by_name = {f.name: f for f in fields(config)}
+    wrong = [f"--{name}: no such flag" for name in sorted(recipe.keys() - by_name.keys())]
+    wrong += [
+        words for n, v in recipe.items() if n in by_name and (words := no_kind(by_name[n], v))
+    ]
+    if wrong:
         raise InputError(
-            f"--model {given.get('model')}: the luffy_recipe in its config.json has "
-            f"{', '.join(sorted(unknown))}, which are no flags; take them out"
+            f"--model {given.get('model')}: the luffy_recipe in its config.json has {wrong[0]}"
         )
     return config(**row | recipe | given)
+
+
+def no_kind(f: Field, value: Any) -> str:
+    """What is wrong with the type of a field's value; "" if it is one of its own."""
+    kinds = get_args(f.type) or (f.type,)
+    if type(value) in kinds or type(value) is int and float in kinds:
+        return ""
+    return f"--{f.name} {value!r:.60}: expected {' or '.join(kind.__name__ for kind in kinds)}"
 
 
 def check_values(cfg: Config, tables: Mapping[str, Iterable[str]]) -> None:
@@ -96,10 +107,8 @@ def check_values(cfg: Config, tables: Mapping[str, Iterable[str]]) -> None:
         if choices and value not in choices:
             known = ", ".join(filter(None, choices))
             raise InputError(f"--{f.name} {value}: expected one of {known}")
-        kinds = get_args(f.type) or (f.type,)
-        if type(value) not in kinds and not (type(value) is int and float in kinds):
-            named = " or ".join(kind.__name__ for kind in kinds)  # by a row, a recipe, a schedule
-            raise InputError(f"--{f.name} {value!r:.60}: expected {named}")
+        if words := no_kind(f, value):  # by a row or a schedule
+            raise InputError(words)
         if type(value) in (int, float) and (words := outside(value, **m["limits"])):
             raise InputError(f"--{f.name} {value!s:.60}: {words}")
 

@@ -121,9 +121,11 @@ def test_a_flag_without_a_value_is_no_traceback(monkeypatch, capsys):
             assert flag in refused(take, [f"{flag}={value}"], capsys), (name, value)
 
 
-def test_a_recipe_in_a_models_config_is_checked_as_flags_are():
+def test_a_recipe_in_a_models_config_is_checked_as_flags_are(tmp_path):
     for recipe, words in (
-        ({"stepz": 5}, "stepz"),
+        ({"stepz": 5}, "--stepz: no such flag"),
+        ({"steps": math.inf}, "--steps inf: expected int"),
+        ({"algo": ["sft"]}, "--algo ['sft']: expected str"),
         ({"steps": "5"}, "--steps '5': expected int"),
         ({"lr": None}, "--lr None: expected float"),
         ({"steps": True}, "--steps True: expected int"),
@@ -133,6 +135,10 @@ def test_a_recipe_in_a_models_config_is_checked_as_flags_are():
         with pytest.raises(InputError, match=re.escape(words)):
             check_values(make(luffy.Config, {}, recipe, {}), {})
     check_values(make(luffy.Config, {}, {"lr": 1, "clip": None}, {}), {})
+    for text, taken in (("[]", True), ("null", True), ("5", True), ('{"luffy_recipe": 5}', False)):
+        (tmp_path / "config.json").write_text(text)  # load_config refuses the first three
+        said = "" if taken else "config.json: its luffy_recipe is no object"
+        assert said in refused(luffy.parse_args, ["--model", str(tmp_path)], None)
 
 
 def said_of(*argv) -> list[str]:
