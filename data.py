@@ -29,8 +29,8 @@ from machinery.checkpoints import checkpoints
 from machinery.files import read_json, write
 from machinery.flags import Config
 from machinery.processes import InputError, launch, rank, say, share
-from machinery.sources import Row, final, is_logp, messages, read_rows, say_ignored, source_of
-from machinery.sources import strings
+from machinery.sources import DUMP, Row, final, is_logp, messages, read_rows, say_ignored
+from machinery.sources import source_of, strings
 from verify import Grader, extract_answer
 
 TEXTS = 64  # tokenized in one call of a rank: 40 MiB with traces of 4,000 tokens
@@ -97,16 +97,16 @@ def read_problems(
     columns: dict[str, None] = {}
     read: set[str] = set()
     for where, values in read_rows(name, split):
-        row = Row(values, where)
-        columns |= dict.fromkeys(values)
         try:
+            row = Row(values, where, read)
             problems.append(to_problem(row))
+            columns |= dict.fromkeys(row.columns)
         except InputError as error:
             if broken is None:
-                raise
+                hint = f"Mend or remove it; python data.py {name} lists all such rows"
+                raise InputError(f"{error}. {hint}") from None
             broken.append(str(error))
-        read |= row.read
-    if not columns:
+    if not problems and not broken:
         raise InputError(f"{name}: no rows; a data set needs at least one problem")
     return problems, [column for column in columns if column not in read]
 
@@ -146,6 +146,8 @@ def from_solution(row: Row) -> Problem:
 def from_gsm8k(row: Row) -> Problem:
     """GSM8K's own format: the human solution, calculator marks <<1+1=2>>, then `#### gold`."""
     solution, _, gold = row.text("answer").rpartition("####")
+    if "\n" in gold.strip():
+        raise row.wrong("answer", "one line after the last ####, the bare answer", gold)
     if re.fullmatch(r"\s*-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?\s*", gold):
         gold = gold.replace(",", "")
     problem = question(row, final(gold.strip(), "answer, after ####", row))
@@ -237,7 +239,11 @@ def question(row: Row, answer: str) -> Problem:
     if column == "messages" and row[column] is not None:
         asked = column
     prompt = row[asked]
-    if isinstance(prompt, str) and prompt.strip():
+    for column_of_choices in ("choices", "options"):
+        if row[column_of_choices]:
+            expected = f"none beside {asked}: another schema, or this question lacks its choices"
+            raise row.wrong(column_of_choices, expected, row[column_of_choices])
+    if isinstance(prompt, str) and prompt.strip() and not DUMP.match(prompt):
         prompt = [ASK_FOR_A_BOX, {"role": "user", "content": prompt}]
     prompt = messages(prompt, asked, row)
     if asked == "messages" and prompt[-1]["role"] == "assistant":
@@ -271,8 +277,9 @@ def with_trace(bare: Problem, trace: Any, logps: Any, column: str, row: Row) -> 
         if logps:
             raise row.wrong("trace_logps", "null, for there is no trace", logps)
         return bare
-    if not isinstance(trace, str):
-        raise row.wrong(column, "a string, a list of strings, or {role, content} messages", trace)
+    if not isinstance(trace, str) or DUMP.match(trace):
+        expected = "a string, a list of strings, or {role, content} messages, not written as text"
+        raise row.wrong(column, expected, trace)
     if logps is None:
         return replace(bare, trace=trace)
     if not (isinstance(logps, list) and logps and all(map(is_logp, logps))):

@@ -52,7 +52,7 @@ VLLM_ROWS = 4096  # responses asked for together, and lost together if the run i
 
 
 # ------------------------------------------------------------------ what to evaluate on
-def load_benchmark(name: str, data_dir: str = "") -> tuple[Benchmark, list[Problem]]:
+def load_benchmark(name: str, data_dir: str | Path = "") -> tuple[Benchmark, list[Problem]]:
     """A row of BENCHMARKS, or else a source of load_problems, and its problems.
 
     data_dir: a directory or a file to read instead of the hub. Raises InputError if there is
@@ -281,10 +281,13 @@ def temperatures(text: str) -> list[float]:
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="a directory or a hub name; with --url, as it is served")
-    parser.add_argument("--url", help="of an OpenAI-compatible server that samples, up to /v1")
+    model = "a directory or a hub name; with --url, as it is served"
+    parser.add_argument("--model", type=filled, help=model)
+    url = "of an OpenAI-compatible server that samples, up to /v1"
+    parser.add_argument("--url", type=filled, help=url)
     parser.add_argument("--paper", choices=SYSTEMS, help="a system of the paper: model and prompt")
-    parser.add_argument("--template", help=f"{', '.join(TEMPLATES)}, or a jinja file [own]")
+    template = f"{', '.join(TEMPLATES)}, or a jinja file [own]"
+    parser.add_argument("--template", type=filled, help=template)
     parser.add_argument(
         "--bench",
         type=filled,
@@ -292,7 +295,8 @@ def parse_args() -> argparse.Namespace:
         help=f"A,B of {', '.join(BENCHMARKS)}; {' or '.join(GROUPS)} of them; or "
         "toy/SPLIT, files, hub names",
     )
-    parser.add_argument("--data_dir", default="", help="a directory or a file, instead of the hub")
+    place = "a directory or a file, instead of the hub"
+    parser.add_argument("--data_dir", type=path, help=place)
     some = ranged(int, 1)
     k = "k, responses to each problem [the paper's]"
     parser.add_argument("--samples", type=ranged(int, 1, 1e4), help=k)

@@ -136,11 +136,11 @@ class Config:
     @property
     def samples(self) -> bool:
         """Does a run need a sampler? SFT without evaluation does not."""
-        return bool(self.rollouts or self.eval_data)
+        return self.rollouts > 0 or self.eval_data not in ("", "none")
 
 
-# The paper's arms, as changes of Config's defaults; other papers': rivals.ROWS. An ablation differs
-# in one field: mixed_shaped from luffy, mixed from it, on_policy_noclip, _shaped from on_policy.
+# The paper's arms, as changes of Config's defaults; other papers': rivals.ROWS. Each ablation differs
+# in one field: mixed_shaped from luffy (clip), mixed from that (shaping), on_policy_* from on_policy.
 # fmt: off
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "luffy": dict(rollouts=7, traces=1, shaping="luffy", clip=None),
@@ -631,7 +631,7 @@ def main(algo: str = "luffy", **replaced: Any) -> None:
         return plan.show(cfg, partial(check, cfg), flags.differences(cfg, Config()))
     init_processes(cfg.device)
     check(cfg, world_size())
-    (say if cfg.preflight else say_and_go_on)(flags.title(cfg, parse_args(["--model", cfg.model])))
+    say_and_go_on(flags.title(cfg, parse_args, SHAPINGS[cfg.shaping]))
     proof = partial(preflight.run, Grader, load, learner, rollout, update)
     (proof if cfg.preflight else train)(cfg, find(cfg.model, cfg.device))
 

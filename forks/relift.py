@@ -43,6 +43,8 @@ def check(cfg: Config, ranks: int) -> None:
         raise InputError(f"--sft_problems {cfg.sft_problems}: less than {ranks} ranks")
     if not cfg.rollouts:
         raise InputError("--rollouts 0: without them no problem is known to be unsolved")
+    if cfg.untraced != "drop":
+        raise InputError("--untraced rollout: not with relift, whose SFT steps need every trace")
     plain_check(cfg, ranks)
 
 

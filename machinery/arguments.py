@@ -4,6 +4,7 @@ Without torch, which the verifier's program does not wait for.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         for argument in sys.argv[1:] if argv is None else argv:
             if argument.startswith("--"):
                 flag, _, value = argument.partition("=")
-                if value == "-x-":  # argparse takes it for no value at all
+                if value == "--":  # argparse takes it for no value at all
                     self.error(f"argument {flag}: expected a value, found '--'")
             if re.search("[\ud800-\udfff]", argument):  # it could not be written to any file
                 self.error(f"argument {ascii(flag)[1:-1]}: {ascii(argument)} is not UTF-8 text")
@@ -67,5 +68,8 @@ def filled(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """For add_argument: Path("") would be the directory that one is in."""
-    return Path(filled(text))
+    """For add_argument. Path("") would be the directory that one is in."""
+    found = Path(filled(text))
+    if any(len(os.fsencode(name)) > 255 for name in found.parts) or len(text) > 1000:
+        raise argparse.ArgumentTypeError(f"{text:.60}...: longer than a file's name can be")
+    return found

@@ -1,14 +1,16 @@
 """A dataclass as a command line: each field is a flag, with its help and its range in one line."""
 
 import argparse
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import field, fields
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import Field, field, fields
 from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from machinery import track
-from machinery.arguments import LARGEST, Parser, filled, outside
+from machinery.arguments import LARGEST, Parser, filled, outside, path
 from machinery.processes import InputError
 from machinery.samplers import sampler_kind
 
@@ -27,7 +29,7 @@ def flag(
 ) -> Any:
     """A field of a config: low <= value <= high, above < value < below, or one of `choices`.
 
-    A text may be empty if it is so by default.
+    A text may be empty if it is so by default, where that means something.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
     return field(default=default, metadata={"help": help, "limits": limits, "choices": choices})
@@ -38,12 +40,13 @@ def parse(config: type, argv: list[str] | None, description: str) -> dict[str, A
     parser = Parser(description=description)
     alone: dict[str, Any] = {f.name: True for f in fields(config) if f.type is bool}
     alone["dry_run"] = "this"  # what a flag means without a value
+    never_empty = {f.name for f in fields(config) if f.default} | {"dry_run"}
     for f in fields(config):
-        text = filled if f.default else str
+        text = filled if f.name in never_empty else str
         kind = {bool: truth, float | None: float_or_none, str: text}.get(f.type, f.type)
         parser.add_argument(
             f"--{f.name}",
-            type=kind,
+            type=directory_name if f.name == "out" else kind,
             metavar=getattr(f.type, "__name__", str(f.type)),
             default=argparse.SUPPRESS,
             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"),
@@ -53,6 +56,10 @@ def parse(config: type, argv: list[str] | None, description: str) -> dict[str, A
     if given.get("clip", 0) is None:  # --clip none: on neither side, whatever the row has
         given.setdefault("clip_high", None)
     return given
+
+
+def directory_name(text: str) -> str:
+    return str(path(text))
 
 
 def truth(text: str) -> bool:
@@ -70,15 +77,26 @@ def make(
 ) -> Config:
     """The config of an algorithm's row, then a model's recipe, then flags.
 
-    Raises InputError on a recipe, which stands in a file, that names other fields.
+    Raises InputError on a recipe, which stands in a file, that has other fields, or of other kinds.
     """
-    unknown = recipe.keys() - {f.name for f in fields(config)}
-    if unknown:
+    by_name = {f.name: f for f in fields(config)}
+    wrong = [f"--{name}: no such flag" for name in sorted(recipe.keys() - by_name.keys())]
+    wrong += [
+        words for n, v in recipe.items() if n in by_name and (words := no_kind(by_name[n], v))
+    ]
+    if wrong:
         raise InputError(
-            f"--model {given.get('model')}: the luffy_recipe in its config.json has "
-            f"{', '.join(sorted(unknown))}, which are no flags; take them out"
+            f"--model {given.get('model')}: the luffy_recipe in its config.json has {wrong[0]}"
         )
     return config(**row | recipe | given)
+
+
+def no_kind(f: Field, value: Any) -> str:
+    """What is wrong with the type of a field's value; "" if it is one of its own."""
+    kinds = get_args(f.type) or (f.type,)
+    if type(value) in kinds or type(value) is int and float in kinds:
+        return ""
+    return f"--{f.name} {value!r:.60}: expected {' or '.join(kind.__name__ for kind in kinds)}"
 
 
 def check_values(cfg: Config, tables: Mapping[str, Iterable[str]]) -> None:
@@ -89,10 +107,8 @@ def check_values(cfg: Config, tables: Mapping[str, Iterable[str]]) -> None:
         if choices and value not in choices:
             known = ", ".join(filter(None, choices))
             raise InputError(f"--{f.name} {value}: expected one of {known}")
-        kinds = get_args(f.type) or (f.type,)
-        if type(value) not in kinds and not (type(value) is int and float in kinds):
-            named = " or ".join(kind.__name__ for kind in kinds)  # by a row, a recipe, a schedule
-            raise InputError(f"--{f.name} {value!r:.60}: expected {named}")
+        if words := no_kind(f, value):  # by a row or a schedule
+            raise InputError(words)
         if type(value) in (int, float) and (words := outside(value, **m["limits"])):
             raise InputError(f"--{f.name} {value!s:.60}: {words}")
 
@@ -175,10 +191,57 @@ def directory(model: str, algo: str, seed: int) -> str:
     return f"runs/{name}-{algo}-seed{seed}"
 
 
-def title(cfg: Config, plain: Config) -> str:
-    run = f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{differences(cfg, plain)}"
-    note = "a repeated question counts, for what it comes to is the answer: docs/rewards.md"
-    return f"{run}\nlenient     {note}" if cfg.lenient else run
+def title(cfg: Config, parse_args: Callable[[list[str]], Config], shaping: tuple) -> str:
+    """What runs, how it differs from plain LUFFY, and what is of no effect in it."""
+    plain = ["--model", cfg.model]
+    lines = [f"{cfg.algo} on {cfg.model} in {cfg.out}: luffy{differences(cfg, parse_args(plain))}"]
+    lines += unread(cfg, parse_args([*plain, "--algo", cfg.algo]), shaping)
+    if cfg.lenient:
+        note = "a repeated question counts, for what it comes to is the answer: docs/rewards.md"
+        lines.append(f"lenient     {note}")
+    return "\n".join(lines)
+
+
+def has_gamma(f: Callable) -> bool:
+    log_x = torch.linspace(-5, 0, 9)
+    return not torch.equal(f(log_x, 0.1, log_x.exp()), f(log_x, 0.2, log_x.exp()))
+
+
+# Flags; what a run has to have, or it reads none of them; has it? s: its row of SHAPINGS
+READ_WITH: list[tuple[str, str, Callable[[Config, Any], bool]]] = [
+    ("shaping trace_advantage untraced", "traces", lambda cfg, s: with_traces(cfg)),
+    (
+        "gamma",
+        "a shaping with γ",
+        lambda cfg, s: cfg.shape_rollouts or with_traces(cfg) and has_gamma(s.f),
+    ),
+    (
+        "sft_coef",
+        "an SFT loss",
+        lambda cfg, s: with_traces(cfg) and (s.is_sft or cfg.objective != "mixed"),
+    ),
+    ("prefix_learns", "continuations", lambda cfg, s: cfg.continuations),
+    ("temperature clip clip_high tis_cap", "rollouts", lambda cfg, s: cfg.rollouts),
+    ("shape_rollouts normalize_std", "rollouts", lambda cfg, s: cfg.rollouts),
+    ("eval_every eval_samples", "eval_data", lambda cfg, s: cfg.eval_data not in ("", "none")),
+    ("sampler cache_gib tensor_parallel", "a sampler", lambda cfg, s: cfg.samples),
+]
+
+
+def with_traces(cfg: Config) -> bool:
+    return cfg.traces + cfg.continuations > 0
+
+
+def unread(cfg: Config, row: Config, shaping: Any) -> list[str]:
+    """A line for each flag that is not as in the algorithm's row, and that nothing reads."""
+    if type(cfg).__base__ is not object or cfg.schedule != "constant":
+        return []  # a fork's functions, or the fields of another step, may read more
+    return [
+        f"unused      --{name} {getattr(cfg, name)}: --algo {cfg.algo} runs without {what} here"
+        for names, what, has in READ_WITH
+        for name in names.split()
+        if getattr(cfg, name) != getattr(row, name) and not has(cfg, shaping)
+    ]
 
 
 def differences(cfg: Config, plain: Config) -> str:

@@ -45,7 +45,7 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, int]]:
         "runs/data", re.sub(r"[^\w.-]+", "-", Path(args.data).name) + ".png"
     )
     given = {name: getattr(args, name) for name in LIMITS}
-    own = LIMITS | recipe(args.model)
+    own = LIMITS | {name: n for name, n in recipe(args.model).items() if type(n) is int}
     limits = {name: own[name] if n is None else n for name, n in given.items()}
     longest = limits["max_trace_tokens"] or limits["max_response_tokens"]
     return args, {"max_prompt_tokens": limits["max_prompt_tokens"], "max_trace_tokens": longest}

@@ -110,9 +110,11 @@ def recipe(name: str) -> dict[str, Any]:
         own = json.loads(config.read_text("utf-8")) if os.path.isfile(config) else {}
     except ValueError:  # load_config says it, with the file's name
         own = {}
-    if name == "toy" or "luffy_toy" in own:
-        return toy.RECIPE
-    return own.get("luffy_recipe", {})
+    own = own if isinstance(own, dict) else {}
+    found = toy.RECIPE if name == "toy" or "luffy_toy" in own else own.get("luffy_recipe", {})
+    if not isinstance(found, dict):
+        raise InputError(f"{config}: its luffy_recipe is no object with flags; take it out")
+    return found
 
 
 def shape_of(name: str) -> PretrainedConfig:
@@ -134,7 +136,7 @@ def reading(path: str | Path) -> Iterator[None]:
     except Exception as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())
         words = words if len(words) < 400 else words[:400] + "..."
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):
             raise InputError(
                 f"--model {path}: neither a directory with a model and its tokenizer nor a name on "
                 f"the hub that can be reached from here ({words})"

@@ -7,22 +7,30 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
 import pyarrow.parquet
+import pyarrow.types
 
 from machinery import toy
 from machinery.processes import InputError, say
 
 OTHER_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zip|zst|xz|bz2)$", re.IGNORECASE)
+# What str() or a table's export makes of a list or an object; no gold, question or trace.
+DUMP = re.compile(r"""\s*[\[{]\s*\{?\s*['"]""")
+# Numbers that a float may not hold: 18 digits; far from 1
+NO_FLOAT = re.compile(r"[1-9][0-9.]{18}|[.]0{300}|[0-9]e[+-]?[0-9]{3}", re.IGNORECASE)
+MOST_DIGITS = 4300  # as Python's limit for whole numbers
 HUB_NAME = re.compile(r"\w[\w.-]{0,95}", re.ASCII).fullmatch
 
 
-def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands, row) for each row of the toy, a file or a hub data set."""
+def read_rows(name: str, split: str) -> Iterator[tuple[str, dict | bytes]]:
+    """(where it stands, row) for each row of the toy, a file or a hub data set; JSON as it is."""
     path, suffix = Path(name), Path(name).suffix.lower()
     is_file = os.path.isfile(name)  # Path's method raises of names that are too long
     if not name.strip():
@@ -40,31 +48,36 @@ def read_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
             "it: pandas.read_json or read_csv(...).to_json('NAME.jsonl', orient='records', "
             "lines=True)"
         )
-    elif os.path.isdir(name):
-        raise InputError(f"{name}: a directory; name a .jsonl or .parquet file in it")
+    elif os.path.exists(name):
+        raise InputError(f"{name}: a directory, or a pipe; name a .jsonl or .parquet file")
     else:
         rows = read_hub(name, split)
     for number, row in enumerate(rows):
         yield f"{name}, row {number}", row
 
 
-def read_lines(path: Path, name: str) -> Iterator[tuple[str, dict]]:
+def read_lines(path: Path, name: str) -> Iterator[tuple[str, bytes]]:
     try:
         lines = path.read_bytes().split(b"\n")  # not splitlines: U+2028 is text
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error})") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield f"{name}, line {number}", parse_line(line, f"{name}, line {number}")
+            yield f"{name}, line {number}", line
 
 
 def parse_line(line: bytes, where: str) -> dict:
     try:
         text = line.decode("utf-8-sig")  # Windows' editors put a mark first
-        row = json.loads(text)
+        exact = exact_number if NO_FLOAT.search(text) else None
+        row = json.loads(text, parse_float=exact, object_pairs_hook=without_doubles)
         if r"\ud" in text.lower():  # half a surrogate pair is no text: it could not be written
             json.dumps(row, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # not JSON, or a number or nesting without end
+    except (
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:  # not JSON, or a number or nesting without end
         raise InputError(
             f"{where}: not JSON in UTF-8 ({error}); expected one object a line"
         ) from None
@@ -73,11 +86,32 @@ def parse_line(line: bytes, where: str) -> dict:
     return row
 
 
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict:
+    """json would take the last of two columns of a name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice!r:.60} stands twice in one object")
+    return found
+
+
+def exact_number(text: str) -> float | Decimal:
+    number = Decimal(text)
+    if abs(number.adjusted()) > MOST_DIGITS:
+        raise ValueError(f"the number {text:.60} has more than {MOST_DIGITS} digits")
+    return float(text) if Decimal(repr(float(text))) == number else number
+
+
 def read_parquet(path: Path, name: str) -> list[dict]:
     try:
         table = pyarrow.parquet.read_table(path)
+        for i, kind in enumerate(table.schema.types):
+            if pyarrow.types.is_float32(kind):  # by its decimals: 0.1, not 0.10000000149011612
+                column = table[i].cast("string").cast("double")
+                table = table.set_column(i, table.column_names[i], column)
     except Exception as error:  # pyarrow has a dozen kinds
-        raise InputError(f"{name}: not a parquet file that can be read ({error})") from error
+        words = " ".join(str(error).split())
+        raise InputError(f"{name}: not a parquet file that can be read ({words})") from error
     try:
         return table.to_pylist()
     except Exception as error:
@@ -116,11 +150,11 @@ def read_hub(name: str, split: str) -> Iterator[dict]:
 
 
 class Row:
-    """A row of a source: its columns, where it stands, and the columns that were looked at."""
+    """A row of a source: its columns, and where it stands. `read` gets those that are looked at."""
 
-    def __init__(self, columns: dict[str, Any], where: str):
-        self.columns, self.where = columns, where
-        self.read: set[str] = set()
+    def __init__(self, given: dict[str, Any] | bytes, where: str, read: set[str]):
+        self.columns = parse_line(given, where) if isinstance(given, bytes) else given
+        self.where, self.read = where, read
 
     def __contains__(self, column: str) -> bool:
         return column in self.columns
@@ -141,19 +175,25 @@ class Row:
 
 
 def is_logp(value: Any) -> bool:
-    return type(value) in (int, float) and -1e30 < value <= 1e-6  # may be rounded
+    return type(value) in (int, float, Decimal) and -1e30 < value <= 1e-6  # may be rounded
 
 
 def final(value: Any, column: str, row: Row) -> str:
-    """A final answer: text, a number, or a list of one of them."""
+    """A final answer: text, a number, or a list of one of them.
+
+    Raises InputError for anything else: what str() makes of it would be graded without a word.
+    """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if type(value) is float and math.isfinite(value):  # a column of 25 and null is one of floats
         value = int(value) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    if type(value) is Decimal and value.is_finite():
+        value = f"{value:f}"
     if type(value) is int:
         value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise row.wrong(column, "a final answer (a string or a number)", value)
+    if not isinstance(value, str) or not value.strip() or DUMP.match(value) or "####" in value:
+        expected = "a final answer (a number, or text without #### that is no list's or object's)"
+        raise row.wrong(column, expected, value)
     return value
 
 
@@ -176,7 +216,10 @@ def messages(value: Any, column: str, row: Row) -> list[dict[str, str]]:
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in value
     ):
-        raise row.wrong(column, "a string, or a list of {role, content} messages", value)
+        expected = "a string, or a list of {role, content} messages that is not written as text"
+        raise row.wrong(column, expected, value)
+    more = {key for m in value for key in m if m[key]} - {"role", "content"}
+    row.columns |= {f"{column}.{key}": None for key in sorted(map(str, more))}  # ignored, too
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 

@@ -10,13 +10,16 @@ import pytest
 from conftest import ROOT, SHARED, Judge
 
 import data
-from luffy import Config
+from luffy import Config, parse_args
 from machinery import toy
 from data import SCHEMAS, TRACES, Problem, batch_at, choose_template, encode, load_benchmarks
 from data import load_problems
 from data import load_training_set, read_problems, render, without_repeats
+from machinery.files import append
 from machinery.look import LIMITS
 from machinery.processes import InputError
+from machinery.run_directory import Run
+from test_run_directory import State
 from verify import Grader, grade
 
 OPENR1 = {
@@ -104,6 +107,63 @@ def test_answers_that_are_numbers(tmp_path):
             assert load(tmp_path, row)[0].answer == answer
 
 
+def test_numbers_are_as_exact_as_they_are_written(tmp_path):
+    """Those that no float holds, and those of a column of 32-bit floats."""
+    for text in ("3.14159265358979323846", "0." + "0" * 400 + "1", "12345678901234567.5", "25.50"):
+        (problem,) = load(tmp_path, f'{{"problem": "a", "answer": {text}}}')
+        assert problem.answer == text.removesuffix("0")
+    assert load(tmp_path, '{"problem": "a", "answer": 1e400}')[0].answer == "1" + "0" * 400
+    logps = '{"problem": "a", "answer": 1, "trace": "2", "trace_logps": [-0.1234567890123456789]}'
+    assert list(load(tmp_path, logps)[0].trace_logps) == pytest.approx([-0.1234567890123456789])
+    golds = pyarrow.array([0.1, 25, 1e10], pyarrow.float32())
+    pyarrow.parquet.write_table(
+        pyarrow.table({"problem": ["a"] * 3, "answer": golds}), tmp_path / "a"
+    )
+    (tmp_path / "a").rename(tmp_path / "a.parquet")
+    problems = load_problems(str(tmp_path / "a.parquet"))
+    assert [p.answer for p in problems] == ["0.1", "25", "10000000000"]
+
+
+def test_what_messages_have_beside_role_and_content_is_said(tmp_path):
+    """A thought in a key of its own would be lost."""
+    thought = {
+        "role": "assistant",
+        "content": "\\boxed{1}",
+        "reasoning_content": "d=3;",
+        "name": "",
+    }
+    row = {"messages": [{"role": "user", "content": "b2"}, thought], "answer": "1"}
+    _, ignored = read_problems(write(tmp_path / "a.jsonl", row))
+    assert ignored == ["messages.reasoning_content"]
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, tokenizer):
+    """Another file of the same content, too; no edited, shortened or reordered one."""
+    rows = [PLAIN | {"problem": f"b{n}", "trace": "\\boxed{535}"} for n in range(3)]
+    verdicts = tmp_path / "verdicts.json"
+
+    def begin(path: str) -> Run:
+        cfg = replace(parse_args([]), data=path, out=str(tmp_path / "run"))
+        problems = load_training_set(cfg, tokenizer, Judge(right), verdicts)
+        run = Run(cfg)
+        run.begin(toy.make_model(tokenizer, seed=0), tokenizer, problems, problems[:1], State())
+        return run
+
+    def right(jobs):
+        return [1.0 for _ in jobs]
+
+    run = begin(write(tmp_path / "a.jsonl", *rows))
+    append(run.out / "metrics.jsonl", {"step": 1})
+    run.save(1, toy.make_model(tokenizer, seed=0), tokenizer)
+    same = [json.dumps(row | {"note": 1}, indent=None)[:-1] + " }\r" for row in rows]
+    assert begin(write(tmp_path / "moved.jsonl", *same)).first_step == 1
+    edited = [rows[0] | {"problem": "b9"}, *rows[1:]]
+    for other in (edited, rows[:2], rows[::-1], [rows[0] | {"answer": "535.0"}, *rows[1:]]):
+        with pytest.raises(InputError, match=r"--data \S+a.jsonl: its problems.*not those"):
+            begin(write(tmp_path / "a.jsonl", *other))
+    assert begin(write(tmp_path / "a.jsonl", *rows)).first_step == 1
+
+
 def test_log_probs_belong_to_their_trace(tmp_path):
     both = PLAIN | {"traces": ["a", None, "b"], "trace_logps": [[-1, -2], None, [-0.5]]}
     one, several = load(tmp_path, PLAIN | TRACE, both)
@@ -119,6 +179,9 @@ def test_log_probs_belong_to_their_trace(tmp_path):
         ("[" * 100_000, ["JSON"]),
         ('{"problem": "a", "answer": ' + "1" * 5000 + "}", ["JSON"]),
         ('{"problem": "a\\ud800", "answer": "1"}', ["JSON", "surrogate"]),
+        ('{"problem": "a", "answer": "1", "answer": "2"}', ["'answer' stands twice"]),
+        ('{"prompt": "a", "reward_model": {"a": 1, "a": 2}}', ["'a' stands twice"]),
+        ('{"problem": "a", "answer": 1e99999999999999999999}', ["JSON"]),
         ({"text": "x"}, ["columns", "text"]),
         (OPENR1 | {"prompt": {"role": "user"}}, ["column prompt", "list"]),
         (OPENR1 | {"prompt": []}, ["column prompt"]),
@@ -131,6 +194,13 @@ def test_log_probs_belong_to_their_trace(tmp_path):
         (OPENR1 | {"prompt": [{"role": "system", "content": "a"}]}, ["column prompt", "user's"]),
         (GSM8K | {"answer": "2 + 2\nis 4"}, ["column answer", "####"]),
         (GSM8K | {"answer": "2 #### "}, ["column answer", "####"]),
+        (GSM8K | {"answer": "#### Step 1\nIt is 5."}, ["column answer", "one line"]),
+        (OPENR1 | {"reward_model": "so #### 5"}, ["column reward_model", "####"]),
+        *((PLAIN | {"answer": a}, ["column answer", "list"]) for a in ("['1', '2']", '{"a": 1}')),
+        (PLAIN | {"problem": "[{'role': 'user', 'content': 'a'}]"}, ["column problem", "as text"]),
+        (PLAIN | {"trace": "['a', 'b']"}, ["column trace", "as text"]),
+        (PLAIN | {"choices": ["a", "b"]}, ["column choices", "none beside problem"]),
+        (PLAIN | {"options": ["a", "b"]}, ["column options", "none beside problem"]),
         (PLAIN | {"problem": ""}, ["column problem"]),
         *((PLAIN | {"answer": a}, ["column answer"]) for a in (None, " ", True, [], ["1", "2"])),
         *((PLAIN | {"answer": a}, ["column answer"]) for a in ([["1"]], {"a": 1}, float("nan"))),
@@ -155,7 +225,7 @@ def test_a_broken_row_names_file_row_column_and_what_was_expected(tmp_path, row,
     path = write(tmp_path / "broken.jsonl", OPENR1, row)
     with pytest.raises(InputError) as error:
         load_problems(path)
-    for word in [f"{path}, line 2", *words]:
+    for word in [f"{path}, line 2", *words, f"Mend or remove it; python data.py {path} lists"]:
         assert word in str(error.value)
 
 
@@ -378,6 +448,7 @@ def test_look_says_what_a_run_would_drop_and_why(tmp_path, monkeypatch, capsys):
         PLAIN | {"answer": "1", "trace": None},
         PLAIN | {"problem": "b" * 33, "answer": "t(0,4]", "trace": "N\\boxed{1}"},
         PLAIN | {"answer": {}},
+        "{half a line",
     ]
     path = write(tmp_path / "a.jsonl", *rows)
     picture = tmp_path / "pictures" / "a.png"
@@ -387,7 +458,8 @@ def test_look_says_what_a_run_would_drop_and_why(tmp_path, monkeypatch, capsys):
     for words in (
         "ignores the column level (",
         "5 problems, 4 traces",
-        f"1 rows, and training does not start with such a row:\n            - {path}, line 6",
+        f"2 rows, and training does not start with such a row:\n            - {path}, line 6",
+        f"            - {path}, line 7: not JSON",
         "1 rows have the prompt of an earlier row",
         f"1 prompts have more than one gold answer:\n            - {path}, line 1: '535'",
         "dropped     2\n",

@@ -8,13 +8,14 @@ from dataclasses import fields
 
 import pytest
 import torch.distributed as dist
+from conftest import ALL_ROWS
 
 import eval
 import luffy
 import verify
 from machinery import look, page
 from machinery.arguments import Parser, filled, path
-from machinery.flags import check_values, make
+from machinery.flags import check_values, make, title, unread
 from machinery.processes import InputError, init_processes
 
 PLAIN = luffy.Config
@@ -23,7 +24,7 @@ FORKS = "dapo", "exgrpo", "opd", "orz", "prime", "relift", "trapo"
 # 0 is refused unless it means something, and so is a negative number.
 ZERO = """seed rollouts traces max_trace_tokens trace_advantage sft_coef entropy_coef continuations
     prefix_learns beta1 beta2 weight_decay cache_gib eval_every eval_samples refill replay
-    replay_from reward_coef sft_problems sft_entropy""".split()
+    keep replay_from reward_coef sft_problems sft_entropy""".split()
 ZERO_OF_EVAL = "seed", "temperature"
 NEGATIVE = ["trace_advantage"]
 NEEDED = {"eval": ["--bench", "toy"], "look": ["toy"], "verify": ["1", "1"]}
@@ -104,22 +105,27 @@ def test_each_number_of_a_program_has_a_range(program, monkeypatch, capsys):
 def test_a_flag_without_a_value_is_no_traceback(monkeypatch, capsys):
     """`--flag=--`, no UTF-8, and an empty text where only some text means something."""
     _, take = config_of("", monkeypatch)
-    flags = {f"--{f.name}": (take, f.type is str and f.default) for f in fields(luffy.Config)}
+    needed = {f.name for f in fields(luffy.Config) if f.type is str and f.default}
+    needed |= {"out", "dry_run"}
+    flags = {f"--{f.name}": (take, f.name in needed) for f in fields(luffy.Config)}
+    is_path = {"--out"}
     for program in PARSERS:
         parser = parser_of(program, monkeypatch)
         for action in parser._actions:
             for flag in action.option_strings:
-                needs_text = action.type in (filled, path)
-                flags[f"{program} {flag}"] = parser.parse_args, needs_text
+                flags[f"{program} {flag}"] = parser.parse_args, action.type in (filled, path)
+                is_path |= {f"{program} {flag}"} if action.type is path else set()
     for name, (take, needs_text) in flags.items():
-        flag = name.split()[-1]
-        for value in ("--", "\udcff", *[""] * bool(needs_text)):
+        flag, too_long = name.split()[-1], ["x" * 300] * (name in is_path)
+        for value in ("--", "\udcff", *[""] * needs_text, *too_long):
             assert flag in refused(take, [f"{flag}={value}"], capsys), (name, value)
 
 
-def test_a_recipe_in_a_models_config_is_checked_as_flags_are():
+def test_a_recipe_in_a_models_config_is_checked_as_flags_are(tmp_path):
     for recipe, words in (
-        ({"stepz": 5}, "stepz"),
+        ({"stepz": 5}, "--stepz: no such flag"),
+        ({"steps": math.inf}, "--steps inf: expected int"),
+        ({"algo": ["sft"]}, "--algo ['sft']: expected str"),
         ({"steps": "5"}, "--steps '5': expected int"),
         ({"lr": None}, "--lr None: expected float"),
         ({"steps": True}, "--steps True: expected int"),
@@ -129,6 +135,39 @@ def test_a_recipe_in_a_models_config_is_checked_as_flags_are():
         with pytest.raises(InputError, match=re.escape(words)):
             check_values(make(luffy.Config, {}, recipe, {}), {})
     check_values(make(luffy.Config, {}, {"lr": 1, "clip": None}, {}), {})
+    for text, taken in (("[]", True), ("null", True), ("5", True), ('{"luffy_recipe": 5}', False)):
+        (tmp_path / "config.json").write_text(text)  # load_config refuses the first three
+        said = "" if taken else "config.json: its luffy_recipe is no object"
+        assert said in refused(luffy.parse_args, ["--model", str(tmp_path)], None)
+
+
+def said_of(*argv) -> list[str]:
+    cfg = luffy.parse_args(list(argv))
+    lines = title(cfg, luffy.parse_args, luffy.SHAPINGS[cfg.shaping]).split("\n")[1:]
+    return [line.split()[1] for line in lines if line.startswith("unused")]
+
+
+def test_a_flag_that_nothing_reads_is_said():
+    assert said_of("--algo", "on_policy", "--gamma", "0.3", "--seed", "2") == ["--gamma"]
+    assert said_of("--algo", "mixed", "--gamma", "0.3", "--sft_coef", "2") == [
+        "--gamma",
+        "--sft_coef",
+    ]
+    assert said_of("--gamma", "0.3", "--eval_data", "none", "--eval_every", "5") == ["--eval_every"]
+    assert said_of("--algo", "on_policy_shaped", "--gamma", "0.3", "--clip", "0.1") == []
+    assert said_of("--algo", "trsft", "--gamma", "0.3") == []
+    assert said_of("--algo", "rl_sft", "--sft_coef", "0.3", "--temperature", "0.5") == []
+    sft = ["--temperature", "0.5", "--tis_cap", "2", "--clip_high", "1"]
+    assert said_of("--algo", "sft", *sft) == ["--temperature", "--clip_high", "--tis_cap"]
+    for name in ALL_ROWS:  # none has a field that it does not read
+        cfg = luffy.parse_args(["--algo", name])
+        assert not unread(cfg, luffy.Config(), luffy.SHAPINGS[cfg.shaping]), name
+
+
+def test_relift_takes_no_problem_without_a_trace(monkeypatch):
+    relift = importlib.import_module("forks.relift")
+    with pytest.raises(InputError, match="--untraced rollout: not with relift"):
+        relift.check(relift.Config(rollouts=8, traces=0, untraced="rollout"), 1)
 
 
 # What takes as long as it is large

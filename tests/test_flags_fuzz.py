@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import sys
 from dataclasses import fields
 
@@ -15,6 +16,7 @@ import luffy
 import verify
 from machinery import look, preflight, toy
 from machinery.processes import InputError
+from machinery.run_directory import Run
 from verify import Verdict
 
 VALUES = "-1 0 1 2 8 0.5 1e-300 1e300 nan inf -inf 1e9 none true False x toy toy/val luffy".split()
@@ -74,14 +76,14 @@ def doors(monkeypatch, tmp_path, tiny_model):
         raise Taken
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
     (tmp_path / "tiny").symlink_to(tiny_model)
     file = '{"problem": "b2,c5,-;e?", "answer": "535", "trace": "d=3;\\\\boxed{535}"}\n'
     (tmp_path / "mine.jsonl").write_text(file)
     for module in (data, verify):
         monkeypatch.setattr(module, "Grader", NoGrader)
     monkeypatch.setattr(toy, "base_model", lambda: tiny_model)
-    monkeypatch.setattr(luffy, "train", taken)
+    monkeypatch.setattr(luffy, "train", lambda cfg, *_: Run(cfg) and taken())
     monkeypatch.setattr(preflight, "run", taken)
     monkeypatch.setattr(eval, "prepare_directory", taken)
 
