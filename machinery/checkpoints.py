@@ -116,7 +116,7 @@ def save_state(file: Path, state: Any) -> None:
     """A rank's share of something; read back."""
     with writing(file, RuntimeError):
         torch.save(state, file)
-        torch.load(file, map_location="cpu", mmap=True)
+        torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
 
 def complete(half_written: Path, final: Path) -> None:

@@ -540,7 +540,7 @@ def shard(optimizer: Any, scratch: Path) -> None:
     fix = "Make room on the disk, or name another --out"
     with explained("optimizer shard", fix, OSError, RuntimeError):  # torch.save's own is the latter
         torch.save(some, file)
-        loaded = torch.load(file, map_location="cpu", mmap=True)
+        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     same = all(
         torch.equal(x.cpu(), loaded[i][name]) for i, xs in some.items() for name, x in xs.items()
     )

@@ -331,7 +331,7 @@ class Run:
         if self.checkpoint:
             state = {}
             for shard in self.checkpoint.glob(f"{name}-[0-9]*.pt"):
-                state |= torch.load(shard, map_location="cpu", mmap=True)
+                state |= torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
             try:
                 kept.load_state_dict(state)
             except KeyError as error:
