@@ -274,6 +274,13 @@ def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_t
     RoPE base, without training. Raises InputError for any other model that is too short.
     """
     needed, context = max_prompt_tokens + max_response_tokens, config.max_position_embeddings
+    if needed > (turned := turned_alike(config)):
+        raise InputError(
+            f"--max_prompt_tokens {max_prompt_tokens} + --max_response_tokens "
+            f"{max_response_tokens} (or --max_trace_tokens) is more than the {turned} tokens up to "
+            "which the model's RoPE is one: in a longer sequence all tokens have other positions, "
+            "and so have those that were sampled before. Lower one of the two"
+        )
     if needed <= context:
         return
     rope = getattr(config, "rope_parameters", None) or {}
@@ -288,6 +295,15 @@ def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_t
     config.max_position_embeddings = 16384
     config.rope_parameters = rope | {"rope_theta": 40000.0}
     say(f"context     {context} -> 16384 tokens, rope_theta 10000 -> 40000, as in the paper")
+
+
+def turned_alike(config: PretrainedConfig) -> int:
+    """Tokens of the longest sequence whose positions depend on none that come later."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one a layer type
+    changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    limits = (kind.get("original_max_position_embeddings", NO_LIMIT) for kind in changing)
+    return min(limits, default=NO_LIMIT)
 
 
 # ------------------------------------------------------------------ the policy
