@@ -9,6 +9,7 @@ from torch import Tensor
 from machinery.batches import MicroBatch, Trajectory
 from machinery.processes import gather
 
+FAR = 0.1  # nats a token: more than a sampler's rounding
 UNLIKELY = 0.1  # a trace token's π below it: what shaping is for
 
 
@@ -120,7 +121,7 @@ def smooth(values: list, window: int = 10) -> list[float]:
 
 
 def one_line(row: dict, seconds: dict) -> str:
-    """A step for a person: what the rows of metrics.jsonl hold, abbreviated."""
+    """A step for a person: what the rows of metrics.jsonl hold, abbreviated; and what is wrong."""
 
     def number(name: str, form: str = ".2f") -> str:
         text = format(row[name], form) if name in row else "-"
@@ -140,4 +141,10 @@ def one_line(row: dict, seconds: dict) -> str:
         f"gnorm {number('grad_norm', '.3f')}",
         " ".join(f"{phase} {spent:.1f}s" for phase, spent in seconds.items()),
     )
-    return " | ".join(parts)
+    line = " | ".join(parts)
+    if row.get("sampler_kl", 0) > FAR:
+        line += (
+            f"\nwarning     sampler_kl {row['sampler_kl']:.2g}: the rollouts are not of the policy "
+            "that learns from them. Does `--sampler torch` have it, too? See docs/real-runs.md"
+        )
+    return line

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,9 @@ from machinery.batches import MicroBatch
 from machinery.processes import InputError, barrier, device, gpu_problem, progress, rank, say
 
 transformers_logging.disable_progress_bar()  # ours say what takes long
-os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # a pickle of weights may hold code
+FEW = 10  # words, of a tokenizer that knows nothing but special tokens
+# Masks that early transformers kept beside the weights of GPT-2, GPT-J, GPT-Neo, GPT-NeoX, CodeGen.
+MASKS = ".attn.bias", ".attention.bias", ".masked_bias", ".causal_mask"
 NO_LIMIT = 2**20  # tokens, of a model without positions
 FITS_A_CPU = 1_000_000_000  # parameters: larger models run there only if --device cpu asks for it
 FITS_A_LAPTOP = 100_000_000  # the same where there is a GPU that torch cannot use
@@ -77,10 +80,7 @@ def find(name: str, device: str = "auto") -> str:
 
 
 def check_size_on_cpu(name: str) -> None:
-    try:
-        parameters = sum(parameter_sizes(shape_of(name)))
-    except (OSError, ValueError):  # not found, or nothing that generates: loading says so better
-        return
+    parameters = sum(parameter_sizes(shape_of(name)))
     problem = gpu_problem()
     if parameters > (FITS_A_LAPTOP if problem else FITS_A_CPU):
         raise InputError(
@@ -96,7 +96,7 @@ def on_paper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def parameter_sizes(config: PretrainedConfig) -> list[int]:
-    with torch.device("meta"):
+    with reading(config.name_or_path), torch.device("meta"):
         return [p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()]
 
 
@@ -108,9 +108,9 @@ def recipe(name: str) -> dict[str, Any]:
     config = Path(name, "config.json")
     try:  # os.path: Path's method raises of names that are too long
         own = json.loads(config.read_text("utf-8")) if os.path.isfile(config) else {}
-    except ValueError:  # load_config says it, with the file's name
+    except ValueError:
         own = {}
-    own = own if isinstance(own, dict) else {}
+    own = own if isinstance(own, dict) else {}  # else load_config says it, with the file's name
     found = toy.RECIPE if name == "toy" or "luffy_toy" in own else own.get("luffy_recipe", {})
     if not isinstance(found, dict):
         raise InputError(f"{config}: its luffy_recipe is no object with flags; take it out")
@@ -134,8 +134,9 @@ def reading(path: str | Path) -> Iterator[None]:
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        words = words if len(words) < 400 else words[:400] + "..."
+        words = f"{type(error).__name__}: {error}".split("\n")[0]
+        words = re.split(r"(?<=[^.])\. ", words)[0]  # more would be advice to run what is there
+        words = words[:300].rstrip(".")
         if not os.path.isdir(path):
             raise InputError(
                 f"--model {path}: neither a directory with a model and its tokenizer nor a name on "
@@ -160,15 +161,20 @@ def is_pointer(file: Path) -> bool:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Raises InputError if it has words that the model of that path has no embeddings of."""
+    """Raises InputError if it has no words, or some that the model has no embeddings of."""
     with reading(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    size = load_config(path).get_text_config().vocab_size
+        size = load_config(path).get_text_config().vocab_size
+        if isinstance(tokenizer.chat_template, dict):  # several, by their names
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.discard(tokenizer.eos_token_id)
-    words = tokenizer.get_vocab().items() if len(tokenizer) > size else ()
-    beyond = [word for word, i in words if i >= size and i not in special]  # as for images: unused
-    if beyond:
+    special.discard(tokenizer.eos_token_id)  # others may be unused, as Gemma's for images
+    words = {word: i for word, i in tokenizer.get_vocab().items() if i not in special}
+    if len(words) < FEW:  # transformers makes an empty one where there is no file
+        raise InputError(
+            f"--model {path}: its tokenizer has {len(words)} words. Is its tokenizer.json missing?"
+        )
+    if beyond := [word for word, i in words.items() if i >= size]:
         raise InputError(
             f"--model {path}: its tokenizer has {len(beyond)} tokens ({beyond[0]!r}, ...) beyond "
             f"the model's vocabulary of {size}: is it another model's?"
@@ -181,13 +187,17 @@ def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     A chat model ends a turn with one, a document with another.
     """
-    try:
-        more = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError as error:
-        if (file := Path(path, "generation_config.json")).exists():
-            raise InputError(f"--model {path}: {file.name} cannot be read ({error})") from error
-        more = load_config(path).eos_token_id
+    file = Path(path, "generation_config.json")
+    with reading(path):
+        try:
+            more = GenerationConfig.from_pretrained(path).eos_token_id
+        except OSError:
+            if file.exists():
+                raise
+            more = getattr(load_config(path).get_text_config(), "eos_token_id", None)
     more = [] if more is None else more if isinstance(more, list) else [more]
+    if wrong := [x for x in more if type(x) is not int]:
+        raise InputError(f"--model {path}: {file.name} or config.json has an eos_token_id {wrong}")
     return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
@@ -213,10 +223,11 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     how |= dict(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
     with reading(path):
         model, info = AutoModelForCausalLM.from_pretrained(path, **how)
+    model = model.to(device())
     of_another_shape = [f"{n} {tuple(a)}, not {tuple(b)}" for n, a, b in info["mismatched_keys"]]
     named = {
         "lack": sorted(info["missing_keys"]),
-        "have besides": sorted(info["unexpected_keys"]),
+        "have besides": sorted(k for k in info["unexpected_keys"] if not k.endswith(MASKS)),
         "have in another shape": sorted(of_another_shape),
         "have not as finite numbers": not_finite(model),
     }
@@ -230,13 +241,17 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"--model {path}: of the tensors of a {type(model).__name__} its files "
             f"{'; '.join(problems)}. Is the download complete, and config.json of these weights?"
         )
-    return model.to(device())
+    return model
 
 
 def not_finite(model: PreTrainedModel) -> list[str]:
-    parameters = dict(model.named_parameters())
+    found, parameters = [], dict(model.named_parameters())
     with progress("weights", len(parameters)) as bar:
-        return [name for name, p in parameters.items() if bar.update() or not p.isfinite().all()]
+        for name, p in parameters.items():
+            if not p.sum(dtype=torch.float32).isfinite():  # a mask would be as large as p
+                found.append(name)
+            bar.update()
+    return found
 
 
 def load_model(path: str | Path, config: PretrainedConfig, checkpointing: bool) -> PreTrainedModel:
@@ -258,6 +273,13 @@ def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_t
     RoPE base, without training. Raises InputError for any other model that is too short.
     """
     needed, context = max_prompt_tokens + max_response_tokens, config.max_position_embeddings
+    if needed > (turned := turned_alike(config)):
+        raise InputError(
+            f"--max_prompt_tokens {max_prompt_tokens} + --max_response_tokens "
+            f"{max_response_tokens} (or --max_trace_tokens) is more than the {turned} tokens up to "
+            "which the model's RoPE is one: in a longer sequence all tokens have other positions, "
+            "and so have those that were sampled before. Lower one of the two"
+        )
     if needed <= context:
         return
     rope = getattr(config, "rope_parameters", None) or {}
@@ -272,6 +294,15 @@ def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_t
     config.max_position_embeddings = 16384
     config.rope_parameters = rope | {"rope_theta": 40000.0}
     say(f"context     {context} -> 16384 tokens, rope_theta 10000 -> 40000, as in the paper")
+
+
+def turned_alike(config: PretrainedConfig) -> int:
+    """Tokens of the longest sequence whose positions depend on none that come later."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one a layer type
+    changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    limits = (kind.get("original_max_position_embeddings", NO_LIMIT) for kind in changing)
+    return min(limits, default=NO_LIMIT)
 
 
 # ------------------------------------------------------------------ the policy

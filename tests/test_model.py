@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import run
-from transformers import Qwen2Config
+from transformers import Phi3Config, Qwen2Config
 
 from data import Problem
 from luffy import Trajectory
@@ -49,6 +49,16 @@ def test_qwen_math_gets_the_papers_longer_context(capsys):
 def test_an_unknown_model_that_is_too_short_is_refused(config, response):
     with pytest.raises(InputError, match=f"--max_response_tokens {response}"):
         fit_context(config, 1024, response)
+
+
+def test_positions_that_depend_on_the_length_of_a_sequence():
+    """Phi-3's: packed with a longer trajectory, or sampled on, a short one would be another."""
+    factors = dict(short_factor=[1.0] * 48, long_factor=[2.0] * 48)
+    rope = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=4096)
+    config = Phi3Config(rope_parameters=rope | factors, max_position_embeddings=131072)
+    fit_context(config, 1024, 3072)
+    with pytest.raises(InputError, match="more than the 4096 tokens up to which"):
+        fit_context(config, 1024, 8192)
 
 
 @pytest.mark.slow

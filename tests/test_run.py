@@ -80,6 +80,8 @@ def test_one_line():
         assert part in line
     unnamed = {key: value for key, value in row.items() if not key.startswith("reward/")}
     assert "reward .25 (trace -)" in one_line(unnamed, {})
+    assert "warning" not in one_line(row | {"sampler_kl": 0.01}, {})
+    assert "\nwarning     sampler_kl 0.3:" in one_line(row | {"sampler_kl": 0.3}, {})
 
 
 def test_problems_without_a_source_have_no_reward_of_their_own():

@@ -360,6 +360,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert p.tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("algo", ["luffy", "on_policy", "sft"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_policy_that_is_not_finite_takes_no_step(policy, algo, updates):
+    """Without an advantage, too: there is no gradient then that would not be finite."""
+    cfg = config(algo, updates_per_step=updates)
+    trajectories = make_trajectories(cfg)
+    for t in trajectories:
+        t.advantage = 0.0
+    with torch.no_grad():
+        policy.module.model.model.norm.weight[0] = torch.nan
+    before = [p.clone() for p in policy.parameters()]
+    with pytest.raises(FloatingPointError, match="logp.* of a response is not finite"):
+        update(policy, ShardedAdamW(policy.parameters(), lr=1.0), trajectories, cfg)
+    for p, was in zip(policy.parameters(), before):
+        assert torch.equal(p.nan_to_num(), was.nan_to_num())
+
+
 def test_one_rank_is_plain_adamw_bit_for_bit():
     torch.manual_seed(0)
     mine, theirs = (torch.nn.Parameter(torch.arange(6.0)) for _ in range(2))

@@ -16,6 +16,7 @@ SIZES: dict[str, Any] = dict(  # by whatever names a config has
     num_attention_heads=4, n_head=4, n_heads=4, num_heads=4, num_key_value_heads=2, head_dim=16,
     max_position_embeddings=512, n_positions=512, max_seq_len=512,
     num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
+    sliding_window=24, attention_chunk_size=24,
 )  # fmt: skip
 MAMBA = dict(mamba_chunk_size=16, mamba_n_heads=4, mamba_d_state=16)
 OF_ITS_OWN: dict[str, dict[str, Any]] = {
@@ -35,10 +36,16 @@ OF_ITS_OWN: dict[str, dict[str, Any]] = {
     "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
 }
+OF_PARTS = "gemma3", "gemma4", "gemma4_unified", "llama4", "qwen3_5", "qwen3_5_moe"  # text, images
+SIZES_OF_PARTS = dict(
+    depth=2, out_hidden_size=64, intermediate_size_mlp=32, shared_expert_intermediate_size=32,
+    expert_intermediate_size=32, hidden_size_per_layer_input=16, vocab_size_per_layer_input=54,
+    linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16,
+    linear_value_head_dim=16,
+)  # fmt: skip
 
 LARGE = (  # whatever the sizes above are
-    "blenderbot blt emu3 gemma3 gemma4 gemma4_text gemma4_unified git got_ocr2 llama4 "
-    "longcat_flash mllama phi4_multimodal qwen3_5 qwen3_5_moe xlm"
+    "blenderbot blt emu3 gemma4_text git got_ocr2 longcat_flash mllama phi4_multimodal xlm"
 )
 NOT_MADE = (  # of two models, of another package, or with a config of many parts
     "cohere_compass_text dbrx dots1 gemma3n gemma3n_text gemma4_assistant gemma4_unified_assistant "
@@ -71,4 +78,18 @@ def tiny_config(name: str):
         sizes |= dict(q_lora_rank=32, num_key_value_heads=4)
         sizes.pop("head_dim", None)
     tokens = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    if name in OF_PARTS:
+        names = [k for k in ("text_config", "vision_config") if known.get(k)]
+        parts = {k: small_part(known[k]) for k in names}
+        parts["text_config"] |= tokens
+        return AutoConfig.for_model(name, **parts)
     return AutoConfig.for_model(name, **sizes | tokens | OF_ITS_OWN.get(name, {}))
+
+
+def small_part(known: dict[str, Any]) -> dict[str, Any]:
+    sizes = {k: v for k, v in (SIZES | SIZES_OF_PARTS).items() if k in known}
+    if not known.get("sliding_window"):
+        sizes.pop("sliding_window", None)
+    if known.get("layer_types"):
+        sizes["layer_types"] = known["layer_types"][2:6]  # of both kinds
+    return sizes | {"model_type": known["model_type"]}
