@@ -85,7 +85,7 @@ def doors(monkeypatch, tmp_path, tiny_model):
     monkeypatch.setattr(toy, "base_model", lambda: tiny_model)
     monkeypatch.setattr(luffy, "train", lambda cfg, *_: Run(cfg) and taken())
     monkeypatch.setattr(preflight, "run", taken)
-    monkeypatch.setattr(eval, "prepare_directory", taken)
+    monkeypatch.setattr(eval.responses, "take", taken)
 
 
 def command(rng: random.Random) -> list[str]:
