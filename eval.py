@@ -7,7 +7,8 @@
     python eval.py report RUN_DIR ...                                    # pages to look into runs
 
 An evaluation's directory (--out) holds its config.json, the graded responses as they come
-(BENCHMARK-tTEMPERATURE-kK-rankN.jsonl) and scores.json. Started again, it goes on where it stopped.
+(BENCHMARK-tTEMPERATURE-kK-rankN.jsonl) and scores.json. Started again, it goes on where it stopped,
+with what is of the same weights, prompts and golds (machinery.responses).
 """
 
 import argparse
@@ -16,10 +17,10 @@ import math
 import os
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
@@ -27,16 +28,18 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+import verify
 from data import Problem, choose_template, key_of, load_problems, to_evaluate, without_repeats
 from luffy import VLLMSampler
-from machinery import distill, plan
+from machinery import distill, notation, plan, responses
 from machinery.arguments import Parser, filled, path, ranged
-from machinery.files import append, lock, read_json, read_jsonl, to_jsonl, write, writing
+from machinery.files import write, writing
 from machinery.model import end_ids, find, from_pretrained, load_config, load_tokenizer
-from machinery.processes import InputError, barrier, by_rank_0, init_processes, launch, progress
-from machinery.processes import rank, say, world_size
+from machinery.processes import InputError, barrier, init_processes, launch, progress, rank, say
+from machinery.processes import world_size
 from machinery.published import BENCHMARKS, GROUPS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
 from machinery.published import Benchmark
+from machinery.responses import Responses, Rows, load_rows
 from machinery.samplers import TORCH_ROWS, Sampler, TorchSampler, sampler_kind
 from machinery.scores import by_k, by_problem, by_source, respond, standard_error, summarize
 from machinery.scores import pass_at_k as pass_at_k
@@ -44,7 +47,6 @@ from machinery.server import Server
 from verify import Grader
 
 Scores = dict[tuple[str, float], dict]  # (benchmark, temperature) -> of `summarize`
-Rows = dict[tuple[str, float, int], list[dict]]  # (benchmark, temperature, k) -> of `respond`
 Respond = Callable[..., Iterator[list[dict]]]  # of `one_by_one`, or of a Server
 VLLM_ROWS = 4096  # responses asked for together, and lost together if the run is killed
 
@@ -105,54 +107,44 @@ def to_prompt(problem: Problem, template: str) -> Problem:
 
 # ------------------------------------------------------------------ a run that can be killed
 def collect(
-    out: Path,
-    name: str,
-    problems: list[Problem],
-    numbers: Sequence[int],
-    k: int,
+    asked: Responses,
     respond: Respond,
     grader: Grader,
     rows_at_once: int,
     right_texts: bool,
     **options: Any,
 ) -> list[dict]:
-    """The rows of all responses to problems[i], i in numbers: those on disk, and the missing ones.
+    """The rows of all responses that are asked for: those on disk, and the missing ones.
 
     Texts stay on disk, but for those of right responses, if right_texts. Blocks of problems are
     dealt to the ranks, none larger than a rank's share. A block of which a killed run wrote only a
     part does not count, so that an evaluation that was interrupted ends as any other: on as many
     ranks, the same problems are sampled together.
     """
-
-    def on_disk() -> dict[int, list[dict]]:
-        done = defaultdict(list)
-        for file in out.glob(f"{name}-rank*.jsonl"):
-            for row in whole_blocks(file):
-                if not (right_texts and row["reward"]):
-                    row["response"] = ""  # all of a large teacher's would not fit into memory
-                done[row["problem"]].append(row)
-        return done
-
-    done = on_disk()
+    asked.begin()
+    done, numbers, k = asked.on_disk(), asked.numbers, asked.k
     barrier()  # all have read before any writes
-    mine = out / f"{name}-rank{rank()}.jsonl"
-    write(mine, to_jsonl(whole_blocks(mine)))
+    if asked.stale:
+        asked.grade_anew(done, grader, rows_at_once)
+        barrier()
+        done = asked.on_disk()
+        barrier()
     size, ranks = max(1, rows_at_once // k) * world_size(), range(world_size())
     rounds = [numbers[i : i + size] for i in range(0, len(numbers), size)]  # a block for each rank
     blocks = [some[r :: len(ranks)] for some in rounds for r in ranks]
     missing = list(filter(None, ([i for i in block if i not in done] for block in blocks)))
-    with progress(name, k * len(numbers)) as bar:
-        bar.update(k * sum(i in done for i in numbers))
+    with progress(asked.stem, k * len(numbers)) as bar:
+        bar.update(k * len(done))
         rewards = [row["reward"] for rows in done.values() for row in rows]
-        own = missing[rank() :: world_size()]
-        for rows in respond(problems, own, grader, samples=k, lenient=True, **options):
-            append(mine, *(row | {"block": rows[0]["problem"], "of": len(rows)} for row in rows))
+        own, options = missing[rank() :: world_size()], options | dict(seeds=asked.seeds)
+        for rows in respond(asked.problems, own, grader, samples=k, lenient=True, **options):
+            asked.add(rows)
             rewards += [row["reward"] for row in rows]
             bar.update(len(rows) * world_size())
             bar.set_postfix(right=f"{mean(rewards):.1%}")
     barrier()
-    found = on_disk()
-    return [row for i in numbers for row in sorted(found[i], key=lambda row: row["sample"])]
+    found = asked.on_disk(right_texts)
+    return [row for i in numbers for row in found[i]]
 
 
 def one_by_one(
@@ -166,14 +158,6 @@ def one_by_one(
     """The rows of `respond`, a block at a time."""
     for block in blocks:
         yield respond(sampler, problems, block, grader, tokenizer, **options)
-
-
-def whole_blocks(file: Path) -> list[dict]:
-    """The rows of a rank's file, without the part of a block that a killed run left at its end."""
-    blocks = defaultdict(list)
-    for row in read_jsonl(file):
-        blocks[row["block"]].append(row)
-    return [row for rows in blocks.values() if len(rows) == rows[0]["of"] for row in rows]
 
 
 # ------------------------------------------------------------------ tables
@@ -199,7 +183,7 @@ def score_table(scores: Scores) -> str:
         whole = [names for names in GROUPS.values() if here.keys() >= set(names)]
         groups = whole or [tuple(here)]
         for these in ([here[name] for name in names] for names in groups if len(names) > 1):
-            error = math.sqrt(sum(s["avg_se"] ** 2 for s in these)) / len(these)
+            error = mean_error([s["avg_se"] for s in these])
             lines.append(
                 f"| mean of {len(these)} | {t:g} | "
                 f"| {percent(mean(s['avg'] for s in these), error)} "
@@ -223,7 +207,7 @@ def published_table(scores: Scores, system: str) -> str:
     for t in dict.fromkeys(t for _, t in scores):
         if {(name, t) for name in SIX} <= scores.keys():
             six = [scores[name, t] for name in SIX]
-            here, error = mean(s["avg"] for s in six), math.hypot(*(s["avg_se"] for s in six)) / 6
+            here, error = mean(s["avg"] for s in six), mean_error([s["avg_se"] for s in six])
             lines.append(
                 f"| mean of 6 | {t:g} | {percent(here, error)} "
                 f"| {percent(mean(s['lenient'] for s in six))} "
@@ -233,53 +217,39 @@ def published_table(scores: Scores, system: str) -> str:
     return "\n".join(head + lines) if lines else ""
 
 
-def percent(value: float, error: float = math.nan) -> str:
-    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error == error else "")
+def percent(value: float, error: float | None = None) -> str:
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def mean_error(errors: Sequence[float | None]) -> float | None:
+    """Of the mean of independent values with these standard errors, if all are known."""
+    known = [e for e in errors if e is not None]
+    return math.hypot(*known) / len(known) if len(known) == len(errors) else None
 
 
 # ------------------------------------------------------------------ evaluations side by side
-def load_rows(out: Path) -> Rows:
-    """An evaluation's directory -> (benchmark, temperature, k) -> its rows."""
-    found: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
-    sources_of: dict[tuple, set[str]] = defaultdict(set)  # a file's may differ in k
-    for file in sorted(out.glob("*-rank*.jsonl")):
-        match = re.fullmatch(r"(.+)-t([0-9.]+)-k([0-9]+)-rank[0-9]+", file.stem)
-        if match is not None:
-            key = match[1], float(match[2]), int(match[3])
-            for row in whole_blocks(file):
-                found[key][row["source"]].append(row)
-                sources_of[key[:2]].add(row["source"])
-    if not found:
-        raise InputError(f"{out}: not the directory of an evaluation (no *-rank*.jsonl in it)")
-    return {
-        (f"{name}/{source}" if len(sources_of[name, t]) > 1 else name, t, k): rows
-        for (name, t, k), sources in sorted(found.items())
-        for source, rows in sorted(sources.items())
-    }
-
-
 def compare(arguments: list[str]) -> None:
     """`eval.py compare`: a table of paired differences, and the picture."""
     parser = Parser(prog="eval.py compare")
     parser.add_argument("dirs", nargs="+", type=path, help="of evaluations; the first is the base")
     parser.add_argument("--out", type=path, default=Path("comparison.png"), help="the picture")
     args = parser.parse_args(arguments)
+    if args.out.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--out {args.out}: expected a name that ends in .png, .pdf or .svg")
     from machinery.plots import draw_comparison
 
-    models = {out.name: load_rows(out) for out in args.dirs}
-    if len(models) < len(args.dirs):
-        raise InputError("compare: two directories have the same name; rename one")
+    dirs = list({out.resolve(): out for out in args.dirs}.values())
+    names = [out.resolve().name for out in dirs]
+    names = [str(out) if names.count(name) > 1 else name for out, name in zip(dirs, names)]
+    models = {name: load_rows(out) for out, name in zip(dirs, names)}
     print(difference_table(models))
-    draw_comparison(
-        {
-            name: {
-                key: (summarize(rows), [row["tokens"] for row in rows])
-                for key, rows in found.items()
-            }
-            for name, found in models.items()
-        },
-        args.out,
-    )
+    shown = {
+        name: {k: (summarize(rows), [row["tokens"] for row in rows]) for k, rows in found.items()}
+        for name, found in models.items()
+    }
+    with writing(args.out):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        draw_comparison(shown, args.out)
     print(f"\npicture     {args.out}")
 
 
@@ -359,31 +329,12 @@ def parse_args() -> argparse.Namespace:
         raise InputError(f"--template {args.template}: a server has its own; leave it out")
     if args.traces:
         distill.check_file(args.traces, args.bench.split(","))
-    here = Path(args.model)
+    if args.template not in TEMPLATES:
+        args.template = os.path.abspath(args.template)
+    here = Path(os.path.abspath(args.model) if os.path.isdir(args.model) else args.model)
     name = f"{here.parent.name}-{here.name}" if here.name.startswith("checkpoint-") else here.name
     args.out = args.out or Path("runs/eval", args.paper or name)
     return args
-
-
-def prepare_directory(args: argparse.Namespace) -> None:
-    """By all ranks. Refuses the directory of another evaluation."""
-    names = "model", "template", "seed", "max_response_tokens"
-    config = {name: getattr(args, name) for name in names}
-    file = args.out / "config.json"
-    if file.exists() and (old := read_json(file)) != config:
-        differ = [
-            f"{k} was {old.get(k)!r}, now {v!r}" for k, v in config.items() if v != old.get(k)
-        ]
-        raise InputError(f"--out {args.out} holds another evaluation: {'; '.join(differ)}")
-
-    def take() -> None:
-        with writing(args.out):
-            args.out.mkdir(parents=True, exist_ok=True)
-        lock(args.out)
-        write(file, json.dumps(config, indent=1))
-
-    barrier()  # all have read it
-    by_rank_0(take)
 
 
 def main() -> None:
@@ -400,19 +351,19 @@ def main() -> None:
         if world_size() > 1:
             raise InputError("--url: one process asks, --concurrency N requests at a time")
         server = Server(args.url, args.model, args.concurrency)
+        model = {"url": server.url, "model": args.model, "root": server.root}
     else:
-        path = find(args.model, args.device)
+        path = responses.snapshot(find(args.model, args.device))
         tokenizer, config = load_tokenizer(path), load_config(path)
         context = config.max_position_embeddings
+        model = responses.hashes(path)
     benchmarks, originals = ask(args, tokenizer, context)
     args.template = "the server's" if args.url else args.template
-    prepare_directory(args)
-    longest = max(len(p.prompt_ids) for _, problems in benchmarks.values() for p in problems)
-    room = {
-        name: min(args.max_response_tokens or b.max_tokens, context - longest)
-        for name, (b, _) in benchmarks.items()
-    }
-    most = max(room.values())
+    names = "model", "template", "seed", "max_response_tokens"
+    responses.take(args.out, {name: getattr(args, name) for name in names} | {"of": model})
+    lengths = [len(p.prompt_ids) for _, problems in benchmarks.values() for p in problems]
+    limit = {n: args.max_response_tokens or b.max_tokens for n, (b, _) in benchmarks.items()}
+    most = min(max(limit.values()), context - min(lengths))
     ends: list[str] = []  # a server's responses are without
     if tokenizer is None:
         respond: Respond = server.respond
@@ -420,36 +371,46 @@ def main() -> None:
     else:
         ids = end_ids(path, tokenizer)
         ends = [str(tokenizer.decode([end])) for end in ids]
-        kind = sampler_kind(args.sampler)
-        sampler, rows_at_once = load_sampler(kind, path, config, ids, longest + most)
+        kind, longest = sampler_kind(args.sampler), min(context, max(lengths) + max(limit.values()))
+        sampler, rows_at_once = load_sampler(kind, path, config, ids, longest)
         respond = partial(one_by_one, sampler, tokenizer)
     distils = bool(args.traces) and rank() == 0
     answered: list[tuple[Problem, Problem, dict]] = []
     scores: Scores = {}
+    how: dict[str, Any] = dict(seed=args.seed, model=model, verifier=verifier())
     with Grader() as grader:
         for name, (bench, problems) in benchmarks.items():
             n = min(args.limit or len(problems), len(problems))
             numbers = [i * len(problems) // n for i in range(n)]
+            questions = responses.numbered(key_of(originals[p.where]) for p in problems)
+            how["room"] = [min(limit[name], context - len(p.prompt_ids)) for p in problems]
             for t in args.temperature or [bench.temperature]:
                 rows: list[dict] = []
-                how = dict(temperature=t, max_tokens=room[name], seed=args.seed)
                 samples = 1 if t == 0 else args.samples
                 for k, some in by_k(problems, numbers, samples, bench.k).items():
-                    what = args.out, f"{name.replace('/', '.')}-t{t:g}-k{k}", problems, some, k
-                    rows += collect(*what, respond, grader, rows_at_once, distils, **how)
+                    what = args.out, name, problems, some, questions
+                    asked = Responses(*what, k=k, temperature=t, **how)
+                    more = dict(temperature=t, max_tokens=limit[name])
+                    rows += collect(asked, respond, grader, rows_at_once, distils, **more)
                 found = by_source(rows)
                 for source, score in found.items():
                     scores[f"{name}/{source}" if len(found) > 1 else name, t] = score
                 for row in rows if distils else ():
-                    asked = problems[row["problem"]]
-                    answered.append((originals[key_of(asked)], asked, row))
+                    problem = problems[row["problem"]]
+                    answered.append((originals[problem.where], problem, row))
     show(args, scores, most)
     if distils:
         distill.finish(args, answered, ends)
 
 
+def verifier() -> list[str]:
+    """What verdicts depend on but the response and the gold."""
+    files = [Path(str(module.__file__)) for module in (verify, notation)]
+    return [*map(responses.sha256, files), version("math-verify")]
+
+
 Benchmarks = dict[str, tuple[Benchmark, list[Problem]]]
-Originals = dict[tuple[str, str], Problem]  # data.key_of a problem as it is asked -> as in its file
+Originals = dict[str, Problem]  # where a problem stands -> as it stands there
 
 
 def ask(
@@ -465,7 +426,7 @@ def ask(
             asked = [to_prompt(p, args.template) for p in problems]
         elif tokenizer is not None:  # a server has its own
             choose_template(problems, tokenizer, args.template)
-        originals |= {key_of(p): problem for p, problem in zip(asked, problems)}
+        originals |= {p.where: p for p in problems}
         room = min(args.max_prompt_tokens, context - 1)
         if tokenizer is not None:
             asked = to_evaluate(asked, tokenizer, max_prompt_tokens=room)
@@ -493,7 +454,7 @@ def show(args: argparse.Namespace, scores: Scores, most: int) -> None:
     """Write and print the scores, of responses of at most so many tokens."""
     if rank() == 0:
         rows = [{"benchmark": name, "temperature": t} | s for (name, t), s in scores.items()]
-        write(args.out / "scores.json", json.dumps(rows))
+        write(args.out / "scores.json", json.dumps(rows, allow_nan=False))
     say(f"{args.model}, template {args.template}, at most {most} tokens\n\n{score_table(scores)}")
     system = args.paper or next((n for n, s in SYSTEMS.items() if s.model == args.model), None)
     if system and (published := published_table(scores, system)):

@@ -17,6 +17,7 @@ metrics         what is measured of a step
 track           the same in wandb, trackio or tensorboard
 server          what samples instead of a local model: an OpenAI-compatible server
 distill         a teacher's traces, from the rows of an evaluation
+responses       an evaluation's directory: whose its responses are, and which count
 scores          avg@k and pass@k on held-out problems; what a run came to
 run_directory   log, when to save, resumption
 checkpoints     written, read back, checked, tried before the first step

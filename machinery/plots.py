@@ -14,6 +14,8 @@ matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # a source, a model or a file may have a $ in it
 import matplotlib.pyplot as plt  # noqa: E402
 
+plt.rcParams["text.parse_math"] = False  # a $ in a label is a $
+
 
 def draw_curves(directory: Path) -> None:
     """curves.png of a run directory, from its metrics.jsonl. Nothing if there is no step yet."""
@@ -23,7 +25,7 @@ def draw_curves(directory: Path) -> None:
     steps = [row["step"] for row in rows]
     sources = sorted({k for row in rows for k in row if k.startswith("reward/")})
     panels = {
-        "reward of the rollouts": [(s, s.split("/")[1]) for s in sources],
+        "reward of the rollouts": [(s, s.removeprefix("reward/")) for s in sources],
         "groups (rollouts only)": [
             ("groups/none", "none right"),
             ("groups/mixed", "some right"),

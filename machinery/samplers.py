@@ -56,7 +56,7 @@ class Sampler(Protocol):
     def generate(
         self, prompts: list, n: int, *, seeds: list[int], temperature: float, max_tokens: int
     ) -> list[list[Sample]]:
-        """n samples for each prompt (token ids).
+        """n samples for each prompt (token ids), of max_tokens or what the context leaves it.
 
         Of the batch they depend on their own prompt and seed alone, but for rounding. temperature
         0 is greedy. The log-probs are those of the distribution sampled from.
@@ -98,6 +98,7 @@ class TorchSampler:
         """ends: the tokens that end a response."""
         self.model = from_pretrained(path, config=config).eval()
         self.ends, self.max_rows = list(ends), max_rows
+        self.context = config.max_position_embeddings
         self.awake = True  # with the weights that it has loaded itself
         self.cached = True
         self.check(path)
@@ -172,6 +173,7 @@ class TorchSampler:
         logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         live = torch.arange(len(uniform), device=device())  # the rows that are not finished
         samples = [Sample([], [], truncated=True) for _ in uniform]
+        room = [min(max_tokens, self.context - len(p)) for p in prompts for _ in range(n)]
         for t in range(max_tokens):
             token, logp = draw(logits, uniform[live, t], temperature)  # (live,), (live,)
             here = [samples[row] for row in live.tolist()]
@@ -180,10 +182,11 @@ class TorchSampler:
                     sample.tokens.append(x)
                     sample.logps.append(lp)
                     sample.truncated = x not in self.ends
-            going = [k for k, sample in enumerate(here) if sample.truncated]
-            if not going or t + 1 == max_tokens:
+            full = [t + 1 == room[row] for row in live.tolist()]
+            going = [k for k, sample in enumerate(here) if sample.truncated and not full[k]]
+            if not going:
                 break
-            if t % DROP_EVERY == 0 and len(going) < len(live):
+            if any(full) or t % DROP_EVERY == 0 and len(going) < len(live):
                 bar.update(len(live) - len(going))
                 going = torch.tensor(going, device=device())
                 cache.batch_select_indices(going)

@@ -33,12 +33,15 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def standard_error(means: list[float]) -> float:
-    """Of the mean of `means`, one for each problem: samples of a problem are not independent."""
-    return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+def standard_error(means: list[float]) -> float | None:
+    """Of the mean of `means`, one for each problem: samples of a problem are not independent.
+
+    One problem tells none.
+    """
+    return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
 
-def by_problem(rows: list[dict]) -> dict[int, list[float]]:
+def by_problem(rows: list[dict]) -> dict[Any, list[float]]:
     """The rewards of each problem's responses."""
     found = defaultdict(list)
     for row in rows:
@@ -79,18 +82,18 @@ def respond(
     samples: int,
     temperature: float,
     max_tokens: int,
-    seed: int,
+    seeds: Sequence[int],
     lenient: bool = False,
 ) -> list[dict]:
     """Graded responses to problems[i], i in numbers: a row for each, in order.
 
-    reward: by the grader's own setting (in training, --lenient); lenient: also by the official
-    code's reward.
+    seeds: one for each of the problems. reward: by the grader's own setting (in training,
+    --lenient); lenient: also by the official code's reward.
     """
     prompts = [problems[i].prompt_ids for i in numbers]
-    seeds = [seed_of("evaluation", seed, i) for i in numbers]
+    theirs = [seeds[i] for i in numbers]
     groups = sampler.generate(
-        prompts, samples, seeds=seeds, temperature=temperature, max_tokens=max_tokens
+        prompts, samples, seeds=theirs, temperature=temperature, max_tokens=max_tokens
     )
     rows: list[dict[str, Any]] = [
         {
@@ -126,7 +129,8 @@ def evaluate(
 
     The scores depend on the number of ranks by rounding only.
     """
-    how = dict(max_tokens=cfg.max_response_tokens, seed=cfg.seed, temperature=0.6)
+    seeds = [seed_of("evaluation", cfg.seed, i) for i in range(len(problems))]
+    how: Any = dict(max_tokens=cfg.max_response_tokens, seeds=seeds, temperature=0.6)
     rows: list[dict] = []
     for k, some in by_k(problems, range(len(problems)), cfg.eval_samples, 8).items():
         mine = some[rank() :: world_size()]  # perhaps none: the ranks of an engine ask together

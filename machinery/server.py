@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -31,8 +31,9 @@ class Server:
         self.first_wait, self.told = first_wait, set[str]()
         if not self.url.startswith(("http://", "https://")):
             raise InputError(f"--url {url}: expected http://HOST:PORT/v1")
+        self.root: Any = None  # of the model, where the server tells (vLLM's: its directory)
         try:
-            self.request("/models", None, timeout=60)
+            self.root = root_of(self.request("/models", None, timeout=60), model)
         except urllib.error.HTTPError as error:  # not all servers list what they have
             if error.code in (401, 403):
                 said = f"{describe(error)}; the key is read from OPENAI_API_KEY"
@@ -49,7 +50,7 @@ class Server:
         grader: Grader,
         *,
         samples: int,
-        seed: int,
+        seeds: Sequence[int],
         lenient: bool,
         **options: Any,
     ) -> Iterator[list[dict]]:
@@ -65,7 +66,7 @@ class Server:
             if failures:
                 return i, None
             try:  # some servers have seeds of 32 bits
-                seed_of_it = seed_of("evaluation", seed, i, j) % 2**31
+                seed_of_it = seed_of(seeds[i], j) % 2**31
                 found = self.ask(problems[i].prompt, seed=seed_of_it, **options)
             except Exception as error:
                 failures.append(error)  # at once, so that nothing more is asked
@@ -141,6 +142,12 @@ class Server:
 
     def complaint(self, words: str) -> InputError:
         return InputError(f"--url {self.url}: {words}")
+
+
+def root_of(listed: Any, model: str) -> Any:
+    models = listed.get("data") if isinstance(listed, dict) else None
+    models = [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+    return next((m.get("root") for m in models if m.get("id") == model), None)
 
 
 def describe(error: Exception) -> str:

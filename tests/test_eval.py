@@ -1,7 +1,6 @@
 """Scores: unbiased, with honest errors; benchmarks, prompts, and evaluations that can be killed."""
 
 import json
-import math
 import random
 import runpy
 import shutil
@@ -14,12 +13,12 @@ from conftest import SHARED, run
 
 from data import Problem, Row, render, to_problem
 from eval import by_source, difference_table, load_benchmark, load_rows, parse_args, pass_at_k
-from eval import published_table, score_table, standard_error, summarize, to_prompt, whole_blocks
+from eval import published_table, score_table, standard_error, summarize, to_prompt
 from luffy import Config
 from machinery import toy
-from machinery.files import to_jsonl
 from machinery.published import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
 from machinery.processes import InputError
+from machinery.responses import Responses, whole_blocks
 from machinery.samplers import Sample
 from machinery.scores import evaluate, table
 from verify import Grader
@@ -68,7 +67,7 @@ def test_summary_by_hand():
     }
     scores = by_source(rows_of([[1.0, 0.0], [0.0, 0.0]]))
     assert "| hard (2) | avg@2 | 0.250 |" in table({"model": scores})
-    assert math.isnan(summarize(rows_of([[1.0]]))["avg_se"])  # one problem tells no error
+    assert summarize(rows_of([[1.0]]))["avg_se"] is None  # one problem tells no error; NaN: no JSON
 
 
 def test_standard_errors_are_those_of_a_bootstrap_over_problems():
@@ -238,10 +237,18 @@ def test_a_problem_is_sampled_as_often_as_its_file_or_a_flag_says():
     assert asked(3) == {"a": 3, "b": 3, "c": 3}
 
 
+def kept(out, problems: list[Problem], k: int, name: str = "f") -> Responses:
+    numbers = [i for i, p in enumerate(problems) if p.k in (0, k)]
+    how = dict(seed=0, model="m", verifier="v", temperature=0.6, room=[8] * len(problems))
+    return Responses(out, name, problems, numbers, [p.answer for p in problems], k=k, **how)
+
+
 def test_a_file_of_several_k_is_compared_by_source(tmp_path):
+    problems = [Problem("a", "1", source="s1", k=1), Problem("b", "2", source="s2", k=2)]
     for k in (1, 2):
-        rows = rows_of([[1.0] * k], f"s{k}", block=0, of=k)
-        (tmp_path / f"f-t0.6-k{k}-rank0.jsonl").write_text(to_jsonl(rows))
+        asked = kept(tmp_path, problems, k)
+        asked.begin()
+        asked.add(rows_of([[1.0] * problems[i].k for i in (0, 1)])[k - 1 :][:k])
     assert list(load_rows(tmp_path)) == [("f/s1", 0.6, 1), ("f/s2", 0.6, 2)]
 
 
@@ -297,8 +304,13 @@ DEALT = textwrap.dedent("""
     import sys
     from pathlib import Path
     sys.path.insert(0, ".")
+    from data import Problem
     from eval import collect
     from machinery.processes import init_processes, launch, say
+    from machinery.responses import Responses
+
+    PROBLEMS = [Problem(str(i), "") for i in range(20)]
+    HOW = dict(k=2, temperature=1.0, room=range(20), seed=0, model=0, verifier=0)
 
     def respond(problems, blocks, grader, samples, **_):
         for block in blocks:
@@ -307,7 +319,8 @@ DEALT = textwrap.dedent("""
 
     def collected(out, rows_at_once):
         out.mkdir(exist_ok=True)
-        rows = collect(out, "b", [], range(0, 20, 2), 2, respond, None, rows_at_once, False)
+        asked = Responses(out, "b", PROBLEMS, range(0, 20, 2), [""] * 20, **HOW)
+        rows = collect(asked, respond, None, rows_at_once, False)
         return [(row["problem"], row["sample"], row["reward"]) for row in rows]
 
     def main():
@@ -331,7 +344,7 @@ def test_ranks_share_a_benchmark(tmp_path):
     assert run(script, tmp_path, ranks=2).stdout.splitlines() == [str(expected)] * 2
     for rows_at_once, left in ((4096, 0), (8, 8)):  # blocks of 5 problems; of 4 and of 1
         out = tmp_path / str(rows_at_once)
-        files = [out / f"b-rank{i}.jsonl" for i in range(2)]
+        files = [out / f"b-t1-k2-rank{i}.jsonl" for i in range(2)]
         assert [len(whole_blocks(file)) for file in files] == [10, 10]
         lines = files[1].read_text().splitlines(keepends=True)
         files[1].write_text("".join(lines[:9]))  # its last block is not whole
@@ -382,7 +395,7 @@ def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     )
     assert continued == complete
     out = run("eval.py", "compare", whole, killed, "--out", tmp_path / "c.png")
-    assert "| toy.dev/ood | 1 | 16 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in out.stdout
+    assert "| toy/dev/ood | 1 | 16 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in out.stdout
     assert (tmp_path / "c.png").stat().st_size > 10_000
     result = run(*arguments, "--out", killed, "--seed", 1, check=False)
     assert result.returncode != 0 and "seed was 0, now 1" in result.stderr

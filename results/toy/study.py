@@ -39,7 +39,7 @@ from machinery import toy  # noqa: E402
 from machinery.batches import collate  # noqa: E402
 from machinery.files import read_jsonl, write  # noqa: E402
 from machinery.model import Policy, from_pretrained, load_config, load_tokenizer  # noqa: E402
-from machinery.processes import init_processes  # noqa: E402
+from machinery.processes import init_processes, seed_of  # noqa: E402
 from machinery.samplers import TorchSampler  # noqa: E402
 from machinery.scores import by_problem, respond  # noqa: E402
 from verify import Grader  # noqa: E402
@@ -153,7 +153,7 @@ def evaluate(
                 samples=samples,
                 temperature=temperature,
                 max_tokens=96,
-                seed=0,
+                seeds=[seed_of("evaluation", 0, i) for i in range(len(asked))],
             )
         sources = defaultdict(list)
         for row in rows:
