@@ -553,9 +553,9 @@ def share_once(file: Path, key: str, name: str, judge: Callable[[list], list], i
     problems stay what they are.
     """
     known = read_json(file) if file.exists() else {}
-    if is_new := len(known.get(key, [])) != len(items):
-        known[key] = [None] * len(items)
-    found = known[key]
+    found = known.setdefault(key, [])
+    if is_new := len(found) != len(items):
+        found[:] = [None] * len(items)
     left = [i for i, value in enumerate(found) if value is None]
     if left and (is_new or not checkpoints(file.parent)):
         for i, value in zip(left, share(name, judge, [items[i] for i in left], JOBS)):

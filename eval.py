@@ -122,7 +122,7 @@ def collect(
     ranks, the same problems are sampled together.
     """
     asked.begin()
-    done, numbers, k = asked.on_disk(), asked.numbers, asked.k
+    done, numbers, k = asked.on_disk(failed=False), asked.numbers, asked.k
     barrier()  # all have read before any writes
     if asked.stale:
         asked.grade_anew(done, grader, rows_at_once)
@@ -135,11 +135,11 @@ def collect(
     missing = list(filter(None, ([i for i in block if i not in done] for block in blocks)))
     with progress(asked.stem, k * len(numbers)) as bar:
         bar.update(k * len(done))
-        rewards = [row["reward"] for rows in done.values() for row in rows]
+        rewards = [row["reward"] or 0.0 for rows in done.values() for row in rows]
         own, options = missing[rank() :: world_size()], options | dict(seeds=asked.seeds)
         for rows in respond(asked.problems, own, grader, samples=k, lenient=True, **options):
             asked.add(rows)
-            rewards += [row["reward"] for row in rows]
+            rewards += [row["reward"] or 0.0 for row in rows]
             bar.update(len(rows) * world_size())
             bar.set_postfix(right=f"{mean(rewards):.1%}")
     barrier()
@@ -456,6 +456,9 @@ def show(args: argparse.Namespace, scores: Scores, most: int) -> None:
         rows = [{"benchmark": name, "temperature": t} | s for (name, t), s in scores.items()]
         write(args.out / "scores.json", json.dumps(rows, allow_nan=False))
     say(f"{args.model}, template {args.template}, at most {most} tokens\n\n{score_table(scores)}")
+    if failed := sum(score.get("no_verdict", 0) for score in scores.values()):
+        say(f"\nno verdict  on {failed} responses: the grader failed. They count as not right, and")
+        say("            the same command grades them again")
     system = args.paper or next((n for n, s in SYSTEMS.items() if s.model == args.model), None)
     if system and (published := published_table(scores, system)):
         say(f"\n{published}")

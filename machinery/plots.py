@@ -11,7 +11,6 @@ from machinery.files import read_jsonl
 from machinery.metrics import smooth
 
 matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # a source, a model or a file may have a $ in it
 import matplotlib.pyplot as plt  # noqa: E402
 
 plt.rcParams["text.parse_math"] = False  # a $ in a label is a $

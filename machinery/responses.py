@@ -28,7 +28,7 @@ from machinery.files import append, lock, read_json, read_jsonl, to_jsonl, write
 from machinery.model import reading
 from machinery.processes import InputError, barrier, by_rank_0, gather, progress, rank
 from machinery.processes import seed_of, world_size
-from machinery.scores import Grader, Problem, graded
+from machinery.scores import Grader, Problem, graded, has_verdict
 
 READ = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what from_pretrained may read
 PICKLES = (".bin",)  # of older models
@@ -202,29 +202,35 @@ class Responses:
         write(self.mine, to_jsonl(whole_blocks(self.mine)))
         barrier()
 
-    def on_disk(self, right_texts: bool = False) -> dict[int, list[dict]]:
+    def on_disk(self, right_texts: bool = False, failed: bool = True) -> dict[int, list[dict]]:
         """Number of a problem -> its rows. With texts of right responses alone, or of none: all of
-        a large teacher's would not fit into memory."""
+        a large teacher's would not fit into memory. failed: count those without a verdict, too."""
         found: dict[int, dict[int, dict]] = defaultdict(dict)
         others: dict[Path, set[int]] = defaultdict(set)
         for file in self.files():
             for row in whole_blocks(file):
                 i = self.number.get(row.get("key"))
-                if i is not None and row["graded"] == self.graded[i]:
+                if (
+                    i is not None
+                    and row["graded"] == self.graded[i]
+                    and (has_verdict(row) or failed and row["sample"] not in found[i])
+                ):
                     if not (right_texts and row["reward"]):
                         row["response"] = ""
                     found[i][row["sample"]] = self.row_of(i, row)
                 elif i is not None:
                     others[file].add(i)
-        self.stale = [file for file, some in others.items() if some - found.keys()]
-        return {i: [rows[j] for j in sorted(rows)] for i, rows in found.items()}
+        whole = {i: [rows[j] for j in sorted(rows)] for i, rows in found.items()}
+        whole = {i: rows for i, rows in whole.items() if len(rows) == self.k}
+        self.stale = [file for file, some in others.items() if some - whole.keys()]
+        return whole
 
     def row_of(self, i: int, row: dict) -> dict:
         p = self.problems[i]
         return row | {"problem": i, "source": p.source, "answer": p.answer}
 
     def grade_anew(self, done: dict[int, list[dict]], grader: Grader, at_once: int) -> None:
-        """What has a verdict by another gold or verifier alone. The ranks share the files."""
+        """What has no verdict, or one by another gold or verifier. The ranks share the files."""
         for file in self.stale[rank() :: world_size()]:
             stale = {}
             for row in whole_blocks(file):
@@ -283,7 +289,11 @@ def load_rows(out: Path) -> Rows:
         for part in sorted(out.glob(f"{stem}-rank*.jsonl")):
             for row in whole_blocks(part):
                 p = problems.get(row.get("key"))
-                if p is not None and row["graded"] == p["graded"]:
+                if (
+                    p is not None
+                    and row["graded"] == p["graded"]
+                    and (has_verdict(row) or (row["key"], row["sample"]) not in rows)
+                ):
                     more = {"problem": p["question"], "source": p["source"]}
                     rows[row["key"], row["sample"]] = row | more
         for row in rows.values():

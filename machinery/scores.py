@@ -45,8 +45,13 @@ def by_problem(rows: list[dict]) -> dict[Any, list[float]]:
     """The rewards of each problem's responses."""
     found = defaultdict(list)
     for row in rows:
-        found[row["problem"]].append(row["reward"])
+        found[row["problem"]].append(row["reward"] or 0.0)
     return found
+
+
+def has_verdict(row: dict) -> bool:
+    """Or did the grader fail? Then its reward counts as 0, and stays None."""
+    return None not in (row["reward"], row.get("lenient", 0.0))
 
 
 def summarize(rows: list[dict]) -> dict:
@@ -54,12 +59,16 @@ def summarize(rows: list[dict]) -> dict:
 
     avg: avg@k with its standard error avg_se; pass_at: unbiased pass@1 ... pass@k; lenient: avg@k
     by the official code's reward, where asked for; mean length in tokens; share of truncated
-    responses.
+    responses; no_verdict: how many the grader failed on, if any, which count as not
+    right.
     """
     rewards = list(by_problem(rows).values())
     k, means = len(rewards[0]), [mean(r) for r in rewards]
     right = [int(sum(r)) for r in rewards]
-    lenient = {"lenient": mean(row["lenient"] for row in rows)} if "lenient" in rows[0] else {}
+    lenient = (
+        {"lenient": mean(row["lenient"] or 0.0 for row in rows)} if "lenient" in rows[0] else {}
+    )
+    failed = sum(not has_verdict(row) for row in rows)
     return {
         "problems": len(rewards),
         "k": k,
@@ -69,6 +78,7 @@ def summarize(rows: list[dict]) -> dict:
         "pass_at": [mean(pass_at_k(k, c, i) for c in right) for i in range(1, k + 1)],
         "length": mean(row["tokens"] for row in rows),
         "truncated": mean(row["truncated"] for row in rows),
+        **({"no_verdict": failed} if failed else {}),
     }
 
 
@@ -112,12 +122,12 @@ def respond(
 
 
 def graded(rows: list[dict], problems: list[Problem], grader: Grader, lenient: bool) -> list[dict]:
-    """With the fields that `respond` says."""
+    """With the fields that `respond` says; None where the grader failed."""
     jobs = [(problems[row["problem"]].opened + row["response"], row["answer"]) for row in rows]
-    for row, reward in zip(rows, grader(jobs)):
+    for row, reward in zip(rows, grader.judged(jobs)):
         row["reward"] = reward
     if lenient:
-        for row, reward in zip(rows, grader(jobs, lenient=True)):
+        for row, reward in zip(rows, grader.judged(jobs, lenient=True)):
             row["lenient"] = reward
     return rows
 

@@ -257,6 +257,33 @@ def test_traces_are_verified_once_as_rollouts_are(tokenizer, tmp_path):
     assert load() == ["c"] and judged[3][0] == "<think>\n</think>\\boxed{5}<eos>"
 
 
+def test_a_graders_failure_is_no_verdict_on_a_trace(tokenizer, tmp_path, capsys):
+    """It is tried again, until the run has a checkpoint: then its problems stay what they are."""
+    trace = {"role": "assistant", "content": "\\boxed{5}"}
+    rows = [{"problem": q, "answer": "5", "target": [trace]} for q in "abc"]
+    cfg, failing, asked = config(write(tmp_path / "a.jsonl", *rows)), {"a", "b", "c"}, []
+
+    class Failing(Judge):
+        def right_and_reward(self, jobs, failed=0.0):
+            asked.append(len(jobs))
+            here = sorted(failing)
+            return [(failed, 1.0) if i < len(here) else (1.0, 1.0) for i in range(len(jobs))]
+
+    def load():
+        judge, file = Failing(lambda jobs: []), tmp_path / "verdicts.json"
+        return len(load_training_set(cfg, tokenizer, judge, file))
+
+    with pytest.raises(InputError, match="dropped 3: trace on which the grader failed$"):
+        load()
+    failing -= {"b", "c"}
+    assert load() == 2 and "2 of 3 problems; dropped 1: trace on which" in capsys.readouterr().out
+    failing -= {"a"}
+    (tmp_path / "checkpoint-000002").mkdir()
+    assert load() == 2
+    (tmp_path / "checkpoint-000002").rmdir()
+    assert load() == 3 == load() and asked == [3, 3, 1]
+
+
 def test_unreadable_golds_are_said_and_dropped_if_asked(tokenizer, tmp_path, capsys):
     """The same problems when a run resumes, even if time limits would now decide otherwise."""
     golds = "5", "t(0,4]", "\\text{Friday}", "C", "52_8", "t(0,4]"

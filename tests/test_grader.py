@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from machinery import pool
 from machinery.files import InputError
 from machinery.pool import Pool, Worker
 from verify import Grader
@@ -74,6 +75,47 @@ def test_a_worker_that_dies_is_replaced(monkeypatch):
     assert not any(worker.alive() for worker in grader.pool.workers)
 
 
+def test_a_crash_is_tried_again_and_is_no_verdict(monkeypatch):
+    """It may be the machine's fault. What still fails is neither right nor wrong."""
+    ask, crashes = Worker.ask, []
+
+    def crash(worker, job, timeout):
+        if crashes:
+            worker.process.kill()
+            crashes.pop()
+        return ask(worker, job, timeout)
+
+    monkeypatch.setattr(Worker, "ask", crash)
+    with Grader(workers=1, timeout=50.0) as grader:
+        crashes += [1]
+        assert grader.judged([RIGHT, WRONG]) == [1.0, 0.0] and not grader.failures
+        crashes += [1, 1]
+        assert grader.judged([RIGHT, WRONG]) == [None, 0.0] and grader.failures == {"crash": 1}
+        crashes += [1, 1]
+        assert grader.right_and_reward([RIGHT]) == [(0.0, 0.0)]  # of a rollout
+        crashes += [1, 1]
+        assert grader.right_and_reward([RIGHT], failed=None) == [(None, None)]
+        crashes += [1, 1]
+        assert grader.unread(["x+1", "y+1"]) == [None, False]
+
+
+def test_workers_that_are_slow_to_start_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(pool, "SILENT_SECONDS", 0.01)
+    pool.say_once.cache_clear()
+    with Grader(workers=1) as grader:
+        assert grader([RIGHT]) == [1.0]
+    assert capsys.readouterr().err.count("still starting") == 1
+
+
+def test_more_workers_than_the_system_starts(monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(pool.subprocess, "Popen", refuse)
+    with Grader(workers=200) as grader, pytest.raises(InputError, match="--graders 200: .*smaller"):
+        grader([RIGHT])
+
+
 def test_closing_ends_a_call():
     grader = Grader(workers=1, timeout=60.0)
     grader([RIGHT])
@@ -97,11 +139,11 @@ def test_closing_ends_a_call():
 
 
 def test_workers_that_do_not_start():
-    pool = Pool([sys.executable, "-c", "pass"], workers=1, timeout=1.0)
+    dead = Pool([sys.executable, "-c", "pass"], workers=1, timeout=1.0)
     with pytest.raises(InputError, match="do not start"):
         for _ in range(2):
-            pool.map([1], key=id)
-    pool.close()
+            dead.map([1], key=id)
+    dead.close()
 
 
 def test_exceptions_are_counted_by_kind():
