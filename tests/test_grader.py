@@ -9,11 +9,15 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Judge
 
+from data import Problem
+from eval import collect
 from machinery import pool
 from machinery.files import InputError
 from machinery.pool import Pool, Worker
+from machinery.responses import Responses, load_rows
+from machinery.scores import graded, summarize
 from verify import Grader
 
 RIGHT, WRONG = (r"\boxed{x+1}", "1+x"), (r"\boxed{x+2}", "1+y")  # each needs a worker
@@ -97,6 +101,40 @@ def test_a_crash_is_tried_again_and_is_no_verdict(monkeypatch):
         assert grader.right_and_reward([RIGHT], failed=None) == [(None, None)]
         crashes += [1, 1]
         assert grader.unread(["x+1", "y+1"]) == [None, False]
+
+
+def test_an_evaluation_stores_no_verdict_as_none_and_grades_again(tmp_path):
+    problems = [Problem(str(i), "5") for i in range(3)]
+    how = dict(k=2, temperature=1.0, room=[9] * 3, seed=0, model=0, verifier=0)
+    failing, sampled, jobs_graded = {1}, [], []
+
+    def judge(jobs):
+        jobs_graded.append(len(jobs))
+        return [None if int(text[0]) in failing else 1.0 for text, _ in jobs]
+
+    def respond(problems, blocks, grader, samples, **_):
+        for block in blocks:
+            sampled.append(len(block))
+            rows = [
+                dict(problem=i, sample=j, response=f"{i}", source="", answer="5", tokens=1)
+                | dict(truncated=False)
+                for i in block
+                for j in range(samples)
+            ]
+            yield graded(rows, problems, grader, lenient=True)
+
+    def evaluated():
+        asked = Responses(tmp_path, "b", problems, range(3), [""] * 3, **how)
+        score = summarize(collect(asked, respond, Judge(judge), 4096, False))
+        (found,) = load_rows(tmp_path).values()
+        assert len(found) == 6 and summarize(found).get("no_verdict") == score.get("no_verdict")
+        return score["avg"], score["lenient"], score.get("no_verdict")
+
+    assert evaluated() == pytest.approx((2 / 3, 2 / 3, 2))
+    assert evaluated() == pytest.approx((2 / 3, 2 / 3, 2))
+    failing.clear()
+    assert evaluated() == evaluated() == (1.0, 1.0, None)
+    assert sampled == [3] and jobs_graded == [6, 6] + [2, 2] * 2
 
 
 def test_workers_that_are_slow_to_start_say_so(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """What a person reads of a step is what the metrics say."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,17 @@ def test_means_are_over_all_parts_alike():
     for values in ([1.0, 3.0], [], [2.0]):
         means.peak("z", torch.tensor(values))
     assert means.reduce() == {"x": 3.0, "z": 3.0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_no_metric(value):
+    for t in (Trajectory(0, Problem("", "a"), [7, 1], right=1.0, reward=value),):
+        with pytest.raises(FloatingPointError, match=f"^reward is {value}: "):
+            trajectory_metrics([t], rollouts=1)
+    means = Means()
+    means.peak("sampler_ratio_max", torch.tensor([1.0, math.inf]))
+    with pytest.raises(FloatingPointError, match="sampler_ratio_max is inf"):
+        means.reduce()
 
 
 def test_the_share_of_traces_is_a_ratio_of_sums_over_micro_batches_and_ranks(monkeypatch):

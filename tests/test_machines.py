@@ -1,16 +1,18 @@
-"""Where a program prints: a tool ends there as any other does, a run goes on and saves."""
+"""Terminals and machines: where nobody reads on a tool ends, and a run goes on and saves."""
 
 import json
 import os
 import signal
 import subprocess
 from dataclasses import replace
+from mmap import mmap
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, command
 
 import luffy
+from machinery import samplers
 from machinery.files import read_jsonl
 from machinery.run_directory import Run
 
@@ -79,7 +81,8 @@ ASCII = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODI
 
 def test_an_ascii_terminal_gets_question_marks(tmp_path):
     with (tmp_path / "said").open("w") as file:
-        status, said = end_of("verify.py", r"\boxed{\text{π}}", r"\pi", stdout=file, **ASCII)
+        args = "verify.py", r"\boxed{\text{π}}", r"\pi"
+        status, said = end_of(*args, stdout=file, PYTHONIOENCODING="ascii:strict")
     text = (tmp_path / "said").read_text("ascii")
     assert status == 0 and "?" in text and "verdict" in text, text + said
 
@@ -154,6 +157,19 @@ def test_a_reward_that_prints_is_none_of_the_terminals(tmp_path):
     with (tmp_path / "said").open("w") as file:
         status, _ = end_of("-c", grade, stdout=file, stderr=closed())
     assert status == 0 and (tmp_path / "said").read_text() == "[(0.0, 2.0)]\n"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm")
+def test_what_a_living_process_has_mapped_stays(tmp_path):
+    for directory in (Path("/dev/shm"), tmp_path):
+        file = directory / f"-tp:test-{os.getpid()}"
+        file.write_bytes(bytes(4096))
+        try:
+            assert not samplers.is_mapped(file)
+            with file.open("r+b") as opened, mmap(opened.fileno(), 0):
+                assert samplers.is_mapped(file)
+        finally:
+            file.unlink()
 
 
 def test_labels_may_have_dollars_and_names_brackets(tmp_path):
