@@ -356,7 +356,7 @@ def main() -> None:
         path = responses.snapshot(find(args.model, args.device))
         tokenizer, config = load_tokenizer(path), load_config(path)
         context = config.max_position_embeddings
-        model = responses.hashes(path)
+        stamps, model = responses.stamps(path), responses.hashes(path)
     benchmarks, originals = ask(args, tokenizer, context)
     args.template = "the server's" if args.url else args.template
     names = "model", "template", "seed", "max_response_tokens"
@@ -373,6 +373,8 @@ def main() -> None:
         ends = [str(tokenizer.decode([end])) for end in ids]
         kind, longest = sampler_kind(args.sampler), min(context, max(lengths) + max(limit.values()))
         sampler, rows_at_once = load_sampler(kind, path, config, ids, longest)
+        if responses.stamps(path) != stamps:
+            raise InputError(f"--model {path}: its files changed while they were read; start again")
         respond = partial(one_by_one, sampler, tokenizer)
     distils = bool(args.traces) and rank() == 0
     answered: list[tuple[Problem, Problem, dict]] = []

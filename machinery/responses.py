@@ -56,17 +56,26 @@ def patterns(ends: tuple[str, ...]) -> dict[str, Any]:
     return dict(allow_patterns=some, ignore_patterns=["*/*", "consolidated*"])
 
 
-def hashes(directory: str | Path) -> dict[str, str]:
-    """File -> sha256 of its bytes, of all that from_pretrained may read. By all ranks, which share
-    the reading."""
+def files_of(directory: str | Path) -> list[Path]:
+    """All that from_pretrained may read; the largest first."""
     found = [file for file in Path(directory).iterdir() if file.suffix in READ + PICKLES]
     found = [file for file in found if file.is_file() and file.name != CHECKSUMS]
-    by_size = sorted(found, key=lambda file: (-file.stat().st_size, file.name))
-    mine = by_size[rank() :: world_size()]
-    sums = {}
-    with progress("hash", len(by_size)) as bar, ThreadPoolExecutor(4) as threads:
-        for file, found_sum in zip(mine, threads.map(sha256, mine)):
-            sums[file.name] = found_sum
+    return sorted(found, key=lambda file: (-file.stat().st_size, file.name))
+
+
+def stamps(directory: str | Path) -> dict[str, tuple[int, int, int]]:
+    """What tells that a file was written again, while one looks."""
+    found = {file.name: file.stat() for file in files_of(directory)}
+    return {name: (s.st_size, s.st_mtime_ns, s.st_ino) for name, s in found.items()}
+
+
+def hashes(directory: str | Path) -> dict[str, str]:
+    """File -> sha256 of its bytes. By all ranks, which share the reading."""
+    files = files_of(directory)
+    mine, sums = files[rank() :: world_size()], {}
+    with progress("hash", len(files)) as bar, ThreadPoolExecutor(4) as threads:
+        for file, found in zip(mine, threads.map(sha256, mine)):
+            sums[file.name] = found
             bar.update(world_size())
     return dict(sorted(item for some in gather(sums) for item in some.items()))
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import runpy
 import shutil
 import textwrap
@@ -12,13 +13,21 @@ import pytest
 from conftest import SHARED, run
 
 from data import Problem, Row, render, to_problem
-from eval import by_source, difference_table, load_benchmark, load_rows, parse_args, pass_at_k
+from eval import (
+    by_source,
+    compare,
+    difference_table,
+    load_benchmark,
+    load_rows,
+    parse_args,
+    pass_at_k,
+)
 from eval import published_table, score_table, standard_error, summarize, to_prompt
 from luffy import Config
-from machinery import toy
+from machinery import responses, toy
 from machinery.published import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, TEMPLATES
 from machinery.processes import InputError
-from machinery.responses import Responses, whole_blocks
+from machinery.responses import Responses, file_name, whole_blocks
 from machinery.samplers import Sample
 from machinery.scores import evaluate, table
 from verify import Grader
@@ -252,6 +261,55 @@ def test_a_file_of_several_k_is_compared_by_source(tmp_path):
     assert list(load_rows(tmp_path)) == [("f/s1", 0.6, 1), ("f/s2", 0.6, 2)]
 
 
+def test_file_names_of_benchmarks(tmp_path, monkeypatch):
+    """A file has one however it is spelt; no two have the same; none is hidden or has a [."""
+    for part in "a", "b":
+        (tmp_path / part).mkdir()
+        for name in "p.jsonl", "p[1].jsonl":
+            (tmp_path / part / name).touch()
+    monkeypatch.chdir(tmp_path / "a")
+    spelt = "p.jsonl", "./p.jsonl", "../a/p.jsonl", str(tmp_path / "a" / "p.jsonl")
+    one, others = set(map(file_name, spelt)), {*map(file_name, ("../b/p.jsonl", "p[1].jsonl"))}
+    assert len(one) == 1 and len(one | others) == 3
+    hub = {file_name(name) for name in ("org/x", "org/x:test", "org/x/test", "toy/dev", "toy")}
+    assert len(hub) == 5 and "toy.dev" in hub
+    assert all(re.fullmatch(r"\w[\w.-]*", name) for name in one | others | hub)
+
+
+def test_directories_of_one_name_are_compared(tmp_path, monkeypatch, capsys):
+    """Named by their paths; labels may hold a $; the picture goes where it is said."""
+    for part, reward in ("$\\frac{1}$", 1.0), ("b", 0.0):
+        out = tmp_path / part / "model"
+        out.mkdir(parents=True)
+        asked = kept(out, [Problem("q", "1"), Problem("r", "2")], 1)
+        asked.begin()
+        asked.add(rows_of([[reward], [0.0]]))
+    dirs = sorted(tmp_path.glob("*/model"))
+    picture = tmp_path / "new" / "$x^$.png"
+    compare([*map(str, dirs), str(dirs[0]) + "/", "--out", str(picture)])
+    out = capsys.readouterr().out
+    assert "| f | 0.6 | 1 | 50.0 ± 50.0 | -50.0 ± 50.0 |" in out and str(picture) in out
+    assert picture.stat().st_size > 10_000
+    with pytest.raises(InputError, match="--out c.xyz"):
+        compare([str(dirs[0]), "--out", "c.xyz"])
+
+
+def test_an_evaluation_of_the_hub_reads_its_snapshot(tiny_model, tmp_path, monkeypatch):
+    """Other files of the repository are no part of it."""
+    commit = tmp_path / "models--org--m" / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_model, commit)
+    (commit.parent.parent / "refs").mkdir()
+    (commit.parent.parent / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert responses.snapshot("org/m") == str(commit)
+    with pytest.raises(InputError, match="org/none"):
+        responses.snapshot("org/none")
+    before = responses.hashes(commit)
+    for name in ("README.md", "checksums.json", "optimizer-0.pt"):
+        (commit / name).write_text("x")
+    assert responses.hashes(commit) == before == responses.hashes(tiny_model)
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
 def test_the_papers_files():
     """Counts, repeats as k, and every gold answer in a box is right."""
@@ -402,11 +460,24 @@ def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_a_models_path_names_its_directory(tmp_path, monkeypatch):
+    """However it is spelt."""
+    model = tmp_path / "run" / "checkpoint-000007"
+    model.mkdir(parents=True)
+    for here, spelt in (model, "."), (model.parent, "checkpoint-000007/"), (tmp_path, str(model)):
+        monkeypatch.chdir(here)
+        monkeypatch.setattr("sys.argv", ["eval.py", "--bench", "toy", "--model", spelt])
+        assert str(parse_args().out) == "runs/eval/run-checkpoint-000007"
+
+
 def test_what_cannot_be_evaluated(monkeypatch, capsys):
     for arguments, words in (
         (["--paper", "on-policy", "--bench", "six"], "no checkpoint"),
         (["--bench", "six"], "--model or --paper"),
         (["--bench", "six", "--limit", "0"], "--limit: 0"),
+        (["--bench", "six", "--max_response_tokens", "0"], "--max_response_tokens: 0"),
+        (["--bench", "six", "--max_response_tokens", "-5"], "--max_response_tokens: -5"),
+        (["--bench", "six", "--temperature", "1e-05"], "--temperature: 1e-05"),
         (["--bench", "six", "--temperature", "0,b"], "--temperature: 'b'"),
     ):
         monkeypatch.setattr("sys.argv", ["eval.py", *arguments])

@@ -167,6 +167,23 @@ def half_a_row(w: World) -> int:
     return 6  # all were in one block
 
 
+def a_broken_row(w: World) -> str:
+    [file] = (w.root / "out").glob("*-rank0.jsonl")
+    file.write_bytes(file.read_bytes().replace(b"{", b"", 1))
+    return "rank0.jsonl, line 1: not a row"
+
+
+def while_it_loads(w: World) -> str:
+    w.loading = lambda: retrained(w)
+    shutil.rmtree(w.root / "out")
+    return "changed while they were read"
+
+
+def a_run(w: World) -> str:
+    (w.root / "out" / "config.json").write_text('{"algo": "luffy", "template": "own", "seed": 0}')
+    return "not an evaluation's directory"
+
+
 def another_verifier(w: World) -> int:
     w.verdict = lambda response, answer: 1 - grade(response, answer)
     return 0
@@ -202,13 +219,16 @@ EDITS = {
     "--temperature": flags(6, temperature=0.6000001),  # the same in six digits
     "--samples": flags(6, samples=3),
     "--max_response_tokens": flags("max_response_tokens was", max_response_tokens=20),
-    "--max_prompt_tokens": flags(0, max_prompt_tokens=80),
+    "--max_prompt_tokens": flags(0, max_prompt_tokens=40),
     "--limit": flags(0, limit=2),
     "paths spelt otherwise": spelt_otherwise,
     "the same model elsewhere": copied,
     "the verifier": another_verifier,
     "half a row at the end": half_a_row,
+    "a broken row": a_broken_row,
+    "the weights, while they are loaded": while_it_loads,
     "made by an earlier version": earlier_version,
+    "a run of training": a_run,
 }
 
 
@@ -226,7 +246,8 @@ def test_no_score_is_stale(name, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "Grader", lambda: judge)
     monkeypatch.setattr(evaluation, "verifier", lambda: [world.verdict is grade])
     monkeypatch.setattr(evaluation, "init_processes", lambda *_: None)
-    monkeypatch.setattr(evaluation, "TorchSampler", Oracle)
+    world.loading = lambda: None
+    monkeypatch.setattr(evaluation, "TorchSampler", lambda *a: (world.loading(), Oracle(*a))[1])
     sampled, _, scores = world.evaluate("out", monkeypatch)
     assert sampled == 6 and 0 < scores[0]["avg"] < 1
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import make_tiny
 
 from data import Problem
 from luffy import Trajectory
@@ -184,3 +185,19 @@ def test_a_log_prob_for_each_token_that_vllm_sampled():
     for others in ([7, 1, 1], [7], [1, 7]):
         with pytest.raises(RuntimeError, match="sampled 2"):
             to_samples(output([7, 1], others), ends=[1])
+
+
+def test_room_for_a_response_is_its_own_prompts(tmp_path):
+    """A long prompt shortens no other's; learnt positions have no place beyond the context."""
+    path = make_tiny("gpt2", tmp_path / "gpt2")
+    config = load_config(path)
+    lengths = 3, 20, config.max_position_embeddings - 8
+    prompts = [[2, *(5 + i % 40 for i in range(n))] for n in lengths]
+    how = dict(n=16, temperature=1.0, max_tokens=30)
+    sampler = TorchSampler(path, config, ends=[1])
+    groups = sampler.generate(prompts, seeds=[1, 2, 3], **how)
+    assert [max(len(s.tokens) for s in group) for group in groups] == [30, 30, 7]
+    assert all(s.truncated == (s.tokens[-1] != 1) for group in groups for s in group)
+    for prompt, seed, group in zip(prompts, (1, 2, 3), groups):
+        [alone] = sampler.generate([prompt], seeds=[seed], **how)
+        assert [s.tokens for s in alone] == [s.tokens for s in group]
