@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from machinery.files import to_jsonl, write
+from machinery.files import to_jsonl, write, writing
 from machinery.processes import InputError, say
 from machinery.scores import Problem
 
@@ -76,5 +76,6 @@ def save(file: Path, rows: list[dict]) -> None:
     if file.suffix == ".jsonl":
         return write(file, to_jsonl(rows))
     half_written = file.with_name(f".{file.name}.tmp")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), half_written)
-    half_written.replace(file)  # rename refuses a file that exists, on Windows
+    with writing(file):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), half_written)
+        half_written.replace(file)  # rename refuses a file that exists, on Windows

@@ -33,7 +33,6 @@ from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2Config, Qwen2
 from transformers import Qwen2Tokenizer
 
 from machinery.arguments import Parser, path, ranged
-from machinery.printing import print_what_can_be
 from machinery.processes import InputError
 
 # What the laptop's runs differ in from the defaults, for every algorithm alike: sizes, and what
@@ -296,7 +295,6 @@ def base_model() -> Path:
 
 
 if __name__ == "__main__":
-    print_what_can_be()
     parser = Parser(description="Train a base model.")
     parser.add_argument("--out", type=path, required=True, help="a directory that does not exist")
     parser.add_argument(
