@@ -127,6 +127,7 @@ def test_an_evaluation_stores_no_verdict_as_none_and_grades_again(tmp_path):
         asked = Responses(tmp_path, "b", problems, range(3), [""] * 3, **how)
         score = summarize(collect(asked, respond, Judge(judge), 4096, False))
         (found,) = load_rows(tmp_path).values()
+        assert {row["reward"] for row in found} == ({1.0, None} if failing else {1.0})
         assert len(found) == 6 and summarize(found).get("no_verdict") == score.get("no_verdict")
         return score["avg"], score["lenient"], score.get("no_verdict")
 
