@@ -73,11 +73,8 @@ def parse_line(line: bytes, where: str) -> dict:
         row = json.loads(text, parse_float=exact, object_pairs_hook=without_doubles)
         if r"\ud" in text.lower():  # half a surrogate pair is no text: it could not be written
             json.dumps(row, ensure_ascii=False).encode()
-    except (
-        ValueError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:  # not JSON, or a number or nesting without end
+    # not JSON, or a number or nesting without end
+    except (ValueError, ArithmeticError, RecursionError) as error:
         raise InputError(
             f"{where}: not JSON in UTF-8 ({error}); expected one object a line"
         ) from None
