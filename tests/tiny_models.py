@@ -19,7 +19,10 @@ SIZES: dict[str, Any] = dict(  # by whatever names a config has
     sliding_window=24, attention_chunk_size=24,
 )  # fmt: skip
 MAMBA = dict(mamba_chunk_size=16, mamba_n_heads=4, mamba_d_state=16)
+SCALES = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5)
 OF_ITS_OWN: dict[str, dict[str, Any]] = {
+    "granite": SCALES | dict(logits_scaling=4.0),
+    "granitemoe": SCALES | dict(logits_scaling=4.0),
     "gptj": dict(rotary_dim=8),
     "codegen": dict(rotary_dim=8),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]], window_size=16),
