@@ -267,7 +267,9 @@ def test_a_checkpoint_runs_no_code_and_is_on_the_disk(trained, model, monkeypatc
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(Path, "rename", renamed)
-    begin(trained, model).save(8, model, toy.make_tokenizer())
+    run = begin(trained, model)
+    synced.clear()
+    run.save(8, model, toy.make_tokenizer())
     assert len(name_of) > 8 and trained.stat().st_ino in synced
 
 
