@@ -59,8 +59,8 @@ def check(cfg: Config, ranks: int) -> None:
 
 def load_teacher(cfg: Config, base: str) -> Policy:
     """Frozen, in this machine's precision. InputError unless base has the same vocabulary."""
-    path = find(cfg.teacher, cfg.device)
     try:
+        path = find(cfg.teacher, cfg.device)
         vocabulary, config = load_tokenizer(path).get_vocab(), load_config(path)
         if vocabulary != load_tokenizer(base).get_vocab():
             raise InputError(f"--model {cfg.teacher}: its vocabulary is not that of the policy")

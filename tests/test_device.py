@@ -101,7 +101,8 @@ def test_a_large_model_without_a_gpu(no_gpu, monkeypatch):
     for words in ("--device auto", "Qwen/Qwen2.5-Math-7B", "7,615,616,512", "--device cpu"):
         assert words in str(error.value)
     assert find("Qwen2.5-Math-7B", "cpu") == "Qwen/Qwen2.5-Math-7B"
-    assert find("nobody/has-this") == "nobody/has-this"  # loading it says so
+    with pytest.raises(InputError, match="--model nobody/has-this: neither"):
+        find("nobody/has-this")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert find("Qwen2.5-Math-7B") == "Qwen/Qwen2.5-Math-7B"
 

@@ -10,7 +10,7 @@ from itertools import combinations
 from statistics import fmean, stdev
 
 import pytest
-from conftest import SHARED, run
+from conftest import SHARED, Judge, run
 
 from data import Problem, Row, render, to_problem
 from eval import (
@@ -204,7 +204,7 @@ def test_hub_formats_become_problems(tmp_path):
     with pytest.raises(
         InputError, match="row 7, column answerKey: expected the label of a choice: A, B, found 'E'"
     ):
-        to_problem(Row(bad, "row 7"))
+        to_problem(Row(bad, "row 7", set()))
     (tmp_path / "arc_c.jsonl").write_text(json.dumps(rows["math500"]) + "\n")
     for name, message in (("arc_c", "not the letter"), ("minerva", "minerva.jsonl or")):
         with pytest.raises(InputError, match=message):
@@ -218,12 +218,12 @@ def test_choices_are_shuffled_and_the_gold_follows():
         for n in range(40):
             choices = {"label": list(labels), "text": ["no", "nor", "yes", "not", "none"]}
             row = {"question": f"Why {n}?", "choices": choices, "answerKey": labels[2]}
-            problem = to_problem(Row(row, ""))
+            problem = to_problem(Row(row, "", set()))
             head, *options = problem.prompt[1]["content"].strip().split("\n")
             assert head == f"Why {n}?" and f"{problem.answer}) yes" in options
             assert sorted(option[0] for option in options if option) == list("ABCDE")
             golds.add(problem.answer)
-            assert to_problem(Row(row, "")) == problem
+            assert to_problem(Row(row, "", set())) == problem
     assert golds == set("ABCDE")
 
 
@@ -238,7 +238,8 @@ def test_a_problem_is_sampled_as_often_as_its_file_or_a_flag_says():
 
     def asked(samples: int) -> dict[str, int]:
         cfg = Config(eval_samples=samples)
-        scores = evaluate(Yes(), problems, lambda jobs: [1.0] * len(jobs), tokenizer, cfg)
+        judge = Judge(lambda jobs: [1.0] * len(jobs))
+        scores = evaluate(Yes(), problems, judge, tokenizer, cfg)
         assert all(s["avg"] == 1 and len(s["pass_at"]) == s["k"] for s in scores.values())
         return {source: s["k"] for source, s in scores.items()}
 

@@ -129,7 +129,11 @@ def test_files_that_are_no_model_are_an_error_in_one_line(llama, tmp_path, monke
         (weights, b"", "its files cannot be read"),
         (config, b"{", "its files cannot be read"),
         (config, b"[1]", "its files cannot be read"),
-        (config, json.dumps(odd | {"luffy_recipe": ["lr"]}).encode(), "luffy_recipe is .'lr'."),
+        (
+            config,
+            json.dumps(odd | {"luffy_recipe": ["lr"]}).encode(),
+            "its luffy_recipe is no object",
+        ),
         (config, json.dumps(foreign).encode(), "its files cannot be read"),
         (
             config,

@@ -87,7 +87,7 @@ def test_one_line():
 def test_problems_without_a_source_have_no_reward_of_their_own():
     def row(source):
         problem = Problem([], "1", source=source)
-        return trajectory_metrics([Trajectory(0, problem, [2], right=1.0)], 1)
+        return trajectory_metrics([Trajectory(0, problem, [2], right=1.0, reward=1.0)], 1)
 
     assert {key for key in row("easy") if key.startswith("reward/")} == {"reward/easy"}
     assert not {key for key in row("") if key.startswith("reward/")}
