@@ -138,6 +138,7 @@ class Run:
             self.check()
             self.out.mkdir(parents=True, exist_ok=True)
         lock(self.out)
+        self.check()  # another run may just have ended there
         checkpoints.remove_half_written(self.out)
         config = self.out / "config.json"
         old = read_json(config) if config.exists() else {}
