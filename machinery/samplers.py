@@ -112,7 +112,9 @@ class TorchSampler:
 
         def pairs(attention: str) -> Iterator[tuple[Tensor, Tensor]]:
             model.set_attn_implementation(attention)
-            groups = self.generate(prompts, 4, seeds=[0, 1], temperature=1.0, max_tokens=4)
+            groups = TorchSampler.generate(  # not a subclass's
+                self, prompts, 4, seeds=[0, 1], temperature=1.0, max_tokens=4
+            )
             model.set_attn_implementation(own)
             for ids, sample in ((ids, s) for ids, group in zip(prompts, groups) for s in group):
                 logps = torch.tensor(sample.logps, device=device())
