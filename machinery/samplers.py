@@ -273,11 +273,15 @@ def sampler_kind(kind: str, samples: bool = True) -> str:
     return kind
 
 
+ENGINES: list[Any] = []
+
+
 @contextmanager
 def vllm_environment() -> Iterator[Any]:
     """Set the environment that vLLM starts in; undo its change of torch.set_num_threads.
 
-    Gives vllm.LLM, which is slow to import. Without expandable segments: torch refuses them in a
+    Gives vllm.LLM, which is slow to import; the engine lives as long as the process, for one that is
+    collected ends torch's process groups under the other ranks. Without expandable segments: torch refuses them in a
     pool such as vLLM's, which turns them off around weights and cache, not where it records graphs.
     """
     for name, value in {
@@ -295,7 +299,11 @@ def vllm_environment() -> Iterator[Any]:
     try:
         from vllm import LLM
 
-        yield LLM
+        def engine(*args: Any, **options: Any) -> Any:
+            ENGINES.append(LLM(*args, **options))
+            return ENGINES[-1]
+
+        yield engine
     finally:
         use_expandable_segments(True)
         torch.set_num_threads = set_num_threads  # the CPU build takes it away
