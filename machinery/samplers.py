@@ -280,9 +280,10 @@ ENGINES: list[Any] = []
 def vllm_environment() -> Iterator[Any]:
     """Set the environment that vLLM starts in; undo its change of torch.set_num_threads.
 
-    Gives vllm.LLM, which is slow to import; the engine lives as long as the process, for one that is
-    collected ends torch's process groups under the other ranks. Without expandable segments: torch refuses them in a
-    pool such as vLLM's, which turns them off around weights and cache, not where it records graphs.
+    Gives vllm.LLM, which is slow to import. An engine lives as long as the process: one that is
+    collected ends torch's process groups, which other ranks may still need. Without expandable
+    segments: torch refuses them in a pool such as vLLM's, which turns them off around weights and
+    cache, not where it records graphs.
     """
     for name, value in {
         "VLLM_LOGGING_LEVEL": "ERROR",
