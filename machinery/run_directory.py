@@ -136,7 +136,6 @@ class Run:
         """Make the directory this run's, by rank 0, before anything else is written there."""
         with writing(self.out):
             self.check()
-            self.out.mkdir(parents=True, exist_ok=True)
         lock(self.out)
         checkpoints.remove_half_written(self.out)
         config = self.out / "config.json"
