@@ -139,8 +139,8 @@ class Config:
         return self.rollouts > 0 or self.eval_data not in ("", "none")
 
 
-# The paper's arms, as changes of Config's defaults; other papers': rivals.ROWS. Ablations differ in
-# one field: mixed_shaped from luffy (clip), mixed from that (shaping), on_policy_* from on_policy.
+# The paper's arms, as changes of Config's defaults; rivals.ROWS has other papers'. Ablations differ
+# in one field: mixed_shaped from luffy, mixed from mixed_shaped, on_policy_* from on_policy.
 # fmt: off
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "luffy": dict(rollouts=7, traces=1, shaping="luffy", clip=None),

@@ -105,7 +105,7 @@ class MicroBatch:
         for name, value in values.items():
             if not value.isfinite().all():
                 raise FloatingPointError(
-                    f"{name} of a response is not finite, and the step is not taken. "
+                    f"{name} of a response is not finite: this update was not made. "
                     "See the end of metrics.jsonl; try a smaller --lr"
                 )
             parts = value.detach().split([len(t.response) for t in self.trajectories])

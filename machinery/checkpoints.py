@@ -188,7 +188,7 @@ def try_model(scratch: Path, model: PreTrainedModel, tokenizer: Tokenizer, text:
 
     Raises InputError if it cannot be saved, or is not read as it was. text: for the tokenizer.
     """
-    makes_sense(model.generation_config)
+    make_savable(model.generation_config)
     state, some, size = model.state_dict(), {}, 0
     for name, tensor in state.items():
         some[name], size = tensor, size + tensor.nbytes
@@ -211,7 +211,7 @@ def try_model(scratch: Path, model: PreTrainedModel, tokenizer: Tokenizer, text:
     shutil.rmtree(scratch)
 
 
-def makes_sense(generation: GenerationConfig | None) -> None:
+def make_savable(generation: GenerationConfig | None) -> None:
     """transformers loads a temperature without do_sample, but it does not save it."""
     if generation is not None:
         try:

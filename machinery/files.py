@@ -97,10 +97,12 @@ def sync(path: Path) -> None:
 
 
 def lock(directory: Path) -> None:
-    """Make this process the only one that writes there, until it ends, however it does.
+    """Make the directory, and this process the only one that writes there, until it ends.
 
     Raises InputError that names the other one. Windows, and file systems without locks, have none.
     """
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     path = (directory / ".lock").resolve()
     if fcntl is None or path in LOCKS:
         return

@@ -337,16 +337,13 @@ class Policy(nn.Module):
 
     def one_by_one(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         found = []
-        sequences = batch.input_ids[0].split(batch.lengths)
-        for ids, t in zip(sequences, batch.trajectories):
+        for ids, t in zip(batch.input_ids[0].split(batch.lengths), batch.trajectories):
             n = len(t.response)
             logits = self.model(input_ids=ids[None], use_cache=False).logits[0, -n - 1 : -1]
-            found.append(checkpoint(logits_logprobs, logits, ids[-n:], self.temperature, **LIGHT))
+            job = logits_logprobs, logits, ids[-n:], self.temperature
+            found.append(checkpoint(*job, use_reentrant=False, preserve_rng_state=False))
         logps, entropies = zip(*found)
         return torch.cat(logps), torch.cat(entropies)
-
-
-LIGHT: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)
 
 
 def logits_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from machinery import checkpoints, plan, processes, samplers
 from machinery.batches import Trajectory, length, pack
-from machinery.files import lock, writing
+from machinery.files import lock
 from machinery.flags import Config
 from machinery.model import load_config, packed_attention, token_logprobs
 from machinery.plan import GIB
@@ -149,8 +149,6 @@ def run(
 
 def take(scratch: Path) -> None:
     """Alone, and without what a preflight that was killed has left. It is removed at the end."""
-    with writing(scratch):
-        scratch.mkdir(exist_ok=True)
     lock(scratch)
     processes.ending.callback(shutil.rmtree, scratch, ignore_errors=True)
     for path in scratch.iterdir():

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from uuid import uuid4
 from huggingface_hub import snapshot_download
 
 from machinery.checkpoints import CHECKSUMS
-from machinery.files import append, lock, read_json, read_jsonl, to_jsonl, write, writing
+from machinery.files import append, lock, read_json, read_jsonl, to_jsonl, write
 from machinery.model import reading
 from machinery.processes import InputError, barrier, by_rank_0, gather, progress, rank
 from machinery.processes import seed_of, world_size
@@ -94,8 +94,6 @@ def take(out: Path, config: dict[str, Any]) -> None:
 
     def by_one() -> None:
         check(out, config)
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
         lock(out)
         check(out, config)  # another one may just have ended
         write(out / "config.json", json.dumps(config, indent=1))
@@ -218,17 +216,14 @@ class Responses:
         others: dict[Path, set[int]] = defaultdict(set)
         for file in self.files():
             for row in whole_blocks(file):
-                i = self.number.get(row.get("key"))
-                if (
-                    i is not None
-                    and row["graded"] == self.graded[i]
-                    and (has_verdict(row) or failed and row["sample"] not in found[i])
-                ):
-                    if not (right_texts and row["reward"]):
-                        row["response"] = ""
-                    found[i][row["sample"]] = self.row_of(i, row)
-                elif i is not None:
+                if (i := self.number.get(row.get("key"))) is None:
+                    continue
+                if not counts(row, self.graded[i], found[i]) or not (failed or has_verdict(row)):
                     others[file].add(i)
+                    continue
+                if not (right_texts and row["reward"]):
+                    row["response"] = ""
+                found[i][row["sample"]] = self.row_of(i, row)
         whole = {i: [rows[j] for j in sorted(rows)] for i, rows in found.items()}
         whole = {i: rows for i, rows in whole.items() if len(rows) == self.k}
         self.stale = [file for file, some in others.items() if some - whole.keys()]
@@ -260,6 +255,11 @@ class Responses:
             i = row["problem"]
             row |= dict(key=self.keys[i], graded=self.graded[i], block=block, of=len(rows))
         append(self.mine, *({k: v for k, v in row.items() if k != "problem"} for row in rows))
+
+
+def counts(row: dict, graded: str, known: Container[int]) -> bool:
+    """Is it by this gold and verifier; and if it has no verdict, is its sample not yet known?"""
+    return row["graded"] == graded and (has_verdict(row) or row["sample"] not in known)
 
 
 def whole_blocks(file: Path) -> list[dict]:
@@ -294,20 +294,17 @@ def load_rows(out: Path) -> Rows:
         same = len(stems[what["benchmark"], what["temperature"], what["k"]]) > 1
         name = stem.rpartition("-t")[0] if same else what["benchmark"]
         problems = {p["key"]: p for p in what["problems"]}
-        rows: dict[tuple, dict] = {}
+        rows: dict[str, dict[int, dict]] = defaultdict(dict)
         for part in sorted(out.glob(f"{stem}-rank*.jsonl")):
             for row in whole_blocks(part):
                 p = problems.get(row.get("key"))
-                if (
-                    p is not None
-                    and row["graded"] == p["graded"]
-                    and (has_verdict(row) or (row["key"], row["sample"]) not in rows)
-                ):
+                if p is not None and counts(row, p["graded"], rows[p["key"]]):
                     more = {"problem": p["question"], "source": p["source"]}
-                    rows[row["key"], row["sample"]] = row | more
-        for row in rows.values():
-            found[name, what["temperature"], what["k"]][row["source"]].append(row)
-            sources_of[name, what["temperature"]].add(row["source"])
+                    rows[p["key"]][row["sample"]] = row | more
+        for samples in rows.values():
+            for row in samples.values():
+                found[name, what["temperature"], what["k"]][row["source"]].append(row)
+                sources_of[name, what["temperature"]].add(row["source"])
     if not found:
         raise InputError(f"{out}: has no responses yet")
     return {

@@ -112,7 +112,8 @@ class Run:
         old = {f.name: f.default for f in fields(self.cfg)} | {"scale": 1.0} | old
         uses_steps = new["schedule"] != "constant" or new["prefix"] != "none"
         may_change = MAY_CHANGE - ({"steps"} if uses_steps else set())
-        may_change |= {name.removesuffix("_sha256") for name in HASHES if name in old}
+        if checkpoints.checkpoints(self.out):  # then `begin` compares the hashes
+            may_change |= {name.removesuffix("_sha256") for name in HASHES if name in old}
         differ = [
             f"{name} was {old[name]!r}, now {new[name]!r}"
             for name in new
@@ -136,7 +137,6 @@ class Run:
         """Make the directory this run's, by rank 0, before anything else is written there."""
         with writing(self.out):
             self.check()
-            self.out.mkdir(parents=True, exist_ok=True)
         lock(self.out)
         self.check()  # another run may just have ended there
         checkpoints.remove_half_written(self.out)

@@ -169,7 +169,7 @@ class TorchSampler:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniform = torch.cat([torch.rand(n, max_tokens, generator=g) for g in generators])
         uniform = uniform.to(device())  # (B, max_tokens), B = n x prompts
-        cache = DynamicCache(config=self.model.config) if self.cached else Tokens(ids[:, :0])
+        cache = DynamicCache(config=self.model.config) if self.cached else NoCache(ids[:, :0])
         logits = self.logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         cache.batch_repeat_interleave(n)
         logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -198,14 +198,14 @@ class TorchSampler:
         return samples
 
     def logits(self, ids, mask, positions, cache) -> Tensor:
-        if isinstance(cache, Tokens):
+        if isinstance(cache, NoCache):
             cache.ids = torch.cat([cache.ids, ids], dim=1)
             return self.model(input_ids=cache.ids, use_cache=False).logits[:, -1]
         where = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
         return self.model(input_ids=ids, logits_to_keep=1, **where).logits[:, -1]
 
 
-class Tokens:
+class NoCache:
     """In place of a cache: the rows' tokens, which the model then reads again for each new one."""
 
     def __init__(self, ids: Tensor):

@@ -50,7 +50,7 @@ def by_problem(rows: list[dict]) -> dict[Any, list[float]]:
 
 
 def has_verdict(row: dict) -> bool:
-    """Or did the grader fail? Then its reward counts as 0, and stays None."""
+    """False where the grader failed: its reward is None then, and counts as 0."""
     return None not in (row["reward"], row.get("lenient", 0.0))
 
 
@@ -59,8 +59,7 @@ def summarize(rows: list[dict]) -> dict:
 
     avg: avg@k with its standard error avg_se; pass_at: unbiased pass@1 ... pass@k; lenient: avg@k
     by the official code's reward, where asked for; mean length in tokens; share of truncated
-    responses; no_verdict: how many the grader failed on, if any, which count as not
-    right.
+    responses; no_verdict: how many the grader failed on, if any, which count as not right.
     """
     rewards = list(by_problem(rows).values())
     k, means = len(rewards[0]), [mean(r) for r in rewards]

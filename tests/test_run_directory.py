@@ -344,6 +344,14 @@ def test_other_problems_under_a_resumed_run_are_refused(trained, model):
             begin(trained, model, [replace(PROBLEMS[0], **change)])
     assert [row["step"] for row in read_jsonl(trained / "evals.jsonl")][-1] == 7  # not cut
     begin(trained, model)
+    begin(trained, model, data="elsewhere.jsonl")  # the same ones
+
+
+def test_other_data_do_not_take_the_place_of_a_run_without_a_checkpoint(tmp_path, model):
+    log(begin(tmp_path, model).out, 1)
+    with pytest.raises(InputError, match="data was .*, now 'other.jsonl'"):
+        begin(tmp_path, model, data="other.jsonl")
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_verdicts_of_fewer_traces_are_not_taken(tmp_path):
