@@ -41,7 +41,7 @@ def read_jsonl(path: Path) -> list[dict]:
             if any(lines[number:]):
                 raise InputError(
                     f"{path}, line {number}: not a row of JSON ({error}), and there are rows after "
-                    "it. Mend or remove that line"
+                    "it. Mend it: a run needs all rows. An evaluation samples anew what is removed"
                 ) from None
             break
     return rows

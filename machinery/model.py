@@ -147,6 +147,10 @@ def reading(path: str | Path) -> Iterator[None]:
                 f"--model {path}: {', '.join(pointers[:3])} is what Git LFS puts in a file's "
                 "place: `git lfs pull` there gets the file"
             ) from error
+        if of_a_run := sorted(Path(path).glob("checkpoint-[0-9]*")):
+            raise InputError(
+                f"--model {path}: a run's directory; name a checkpoint of it, as {of_a_run[-1]}"
+            ) from error
         raise InputError(
             f"--model {path}: its files cannot be read ({words}). Are they complete, and of an "
             "architecture that transformers knows without code from the hub?"

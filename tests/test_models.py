@@ -114,6 +114,13 @@ def test_tensors_that_are_not_the_models_are_named(llama, tmp_path, change, word
         load_model(path, load_config(path), checkpointing=False)
 
 
+def test_a_runs_directory_is_no_model_but_has_some(tmp_path):
+    (tmp_path / "checkpoint-000002").mkdir()
+    (tmp_path / "config.json").write_text('{"algo": "luffy"}')  # of the run
+    with pytest.raises(InputError, match="it, as .*checkpoint-000002$"):
+        find(str(tmp_path))
+
+
 def test_files_that_are_no_model_are_an_error_in_one_line(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *question: "y")  # run the model's own code?
     path = shutil.copytree(llama, tmp_path / "broken")
