@@ -537,13 +537,17 @@ def load_training_set(
     for (i, p), verdict in zip(traced.items(), found):
         right, reward = verdict or (0.0, 0.0)
         kept[i] = replace(p, trace_right=right, trace_reward=reward)
-    dropped["trace on which the grader failed"] = failed = found.count(None)
+    judged_by = f"--reward {cfg.reward}" if cfg.reward else "the grader"
+    dropped[f"trace on which {judged_by} failed"] = failed = found.count(None)
     wrong = sum(p.trace is not None and p.trace_reward <= 0 for p in kept)
     dropped["wrong trace"] = wrong - failed
     kept = [p for p in kept if p.trace is None or p.trace_reward > 0]
     reasons = "".join(f"; dropped {n}: {reason}" for reason, n in sorted(dropped.items()) if n)
     if not kept:
-        raise InputError(f"--data {cfg.data}: no problem is left to train on{reasons}")
+        raise InputError(
+            f"--data {cfg.data}: no problem is left to train on{reasons}. "
+            f"`python data.py {cfg.data} --model {cfg.model}` shows rows and lengths"
+        )
     merged = one_a_problem(kept)
     traces = f", {len(kept)} traces" if len(kept) > len(merged) else ""
     untraced = sum(p.trace is None for p in merged) if cfg.traces else 0

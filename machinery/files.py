@@ -1,5 +1,6 @@
 """Files that a killed program leaves whole, on a disk that may be full: logs, text, one writer."""
 
+import errno
 import json
 import os
 import socket
@@ -79,10 +80,10 @@ def writing(path: Path, *more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (OSError, *more) as error:
-        raise OwnInputError(
-            f"{path} cannot be written: {error}. Is the disk full, or a quota? When there is room, "
-            "the same command goes on"
-        ) from error
+        fix = "Is the disk full, or a quota? When there is room, the same command goes on"
+        if getattr(error, "errno", None) not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fix = "Name another place, or make it one that can be written to"
+        raise OwnInputError(f"{path} cannot be written: {error}. {fix}") from error
 
 
 def sync(path: Path) -> None:

@@ -343,7 +343,9 @@ def test_a_graders_failure_is_no_verdict_on_a_trace(tokenizer, tmp_path, capsys)
         judge, file = Failing(lambda jobs: []), tmp_path / "verdicts.json"
         return len(load_training_set(cfg, tokenizer, judge, file))
 
-    with pytest.raises(InputError, match="dropped 3: trace on which the grader failed$"):
+    with pytest.raises(
+        InputError, match="dropped 3: trace on which the grader failed\\. `python data.py"
+    ):
         load()
     failing -= {"b", "c"}
     assert load() == 2 and "2 of 3 problems; dropped 1: trace on which" in capsys.readouterr().out
