@@ -435,7 +435,8 @@ def ask(
     """--bench -> name -> the benchmark, and its problems as the model is to see them."""
     benchmarks: Benchmarks = {}
     originals: Originals = {}
-    for name in sum((list(GROUPS.get(n, [n])) for n in args.bench.split(",")), []):
+    names = sum((list(GROUPS.get(n, [n])) for n in args.bench.split(",")), [])
+    for name in {responses.file_name(n): n for n in names}.values():  # once, however it is spelt
         bench, problems = load_benchmark(name, args.data_dir)
         asked = problems
         if args.template in TEMPLATES:

@@ -6,15 +6,17 @@ import re
 import runpy
 import shutil
 import textwrap
+from argparse import Namespace
 from itertools import combinations
 from statistics import fmean, stdev
 
 import pytest
-from safetensors.torch import load_file, save_file
 from conftest import SHARED, Judge, run
+from safetensors.torch import load_file, save_file
 
 from data import Problem, Row, render, to_problem
 from eval import (
+    ask,
     by_source,
     compare,
     difference_table,
@@ -302,6 +304,16 @@ def test_weights_below_a_models_directory_are_of_it(tiny_model, tmp_path):
         found.append((responses.hashes(tmp_path), responses.stamps(tmp_path)))
     assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
     assert found[0][0].keys() == {"model.safetensors.index.json", "parts/a.safetensors"}
+
+
+def test_a_file_that_is_spelt_twice_counts_once(tmp_path):
+    """The mean of two of the same would have an error that is too small."""
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"problem": "1+1=?", "answer": "2"}\n')
+    args = Namespace(bench=f"{file},{tmp_path}/./p.jsonl,toy", data_dir=None, template="own")
+    args.max_prompt_tokens = 9
+    benchmarks, _ = ask(args, None, 99)
+    assert len(benchmarks) == 2
 
 
 def test_scores_of_something_else_are_not_overwritten(tmp_path):
