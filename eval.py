@@ -361,6 +361,8 @@ def main() -> None:
         tokenizer, config = load_tokenizer(path), load_config(path)
         context = config.max_position_embeddings
     benchmarks, originals = ask(args, tokenizer, context)
+    if args.traces:  # --data_dir may have named other files than --bench
+        distill.check_file(args.traces, {where.rpartition(", ")[0] for where in originals})
     if args.url:
         args.template = "the server's"
         model = {"url": server.url, "model": args.model, "root": server.root}
@@ -408,9 +410,13 @@ def main() -> None:
                 for row in rows if distils else ():
                     problem = problems[row["problem"]]
                     answered.append((originals[problem.where], problem, row))
-    show(args, scores, most)
+    if rank() == 0:
+        rows = [{"benchmark": name, "temperature": t} | s for (name, t), s in scores.items()]
+        write(args.out / "scores.json", json.dumps(rows, allow_nan=False))
     if distils:
-        distill.finish(args, answered, ends)
+        distill.finish(args, answered, ends, partial(show, args, scores, most))
+    else:
+        show(args, scores, most)
 
 
 def verifier() -> list[str]:
@@ -429,7 +435,8 @@ def ask(
     """--bench -> name -> the benchmark, and its problems as the model is to see them."""
     benchmarks: Benchmarks = {}
     originals: Originals = {}
-    for name in sum((list(GROUPS.get(n, [n])) for n in args.bench.split(",")), []):
+    names = sum((list(GROUPS.get(n, [n])) for n in args.bench.split(",")), [])
+    for name in {responses.file_name(n): n for n in names}.values():  # once, however it is spelt
         bench, problems = load_benchmark(name, args.data_dir)
         asked = problems
         if args.template in TEMPLATES:
@@ -461,10 +468,7 @@ def load_sampler(
 
 
 def show(args: argparse.Namespace, scores: Scores, most: int) -> None:
-    """Write and print the scores, of responses of at most so many tokens."""
-    if rank() == 0:
-        rows = [{"benchmark": name, "temperature": t} | s for (name, t), s in scores.items()]
-        write(args.out / "scores.json", json.dumps(rows, allow_nan=False))
+    """Print the scores, of responses of at most so many tokens."""
     say(f"{args.model}, template {args.template}, at most {most} tokens\n\n{score_table(scores)}")
     if failed := sum(score.get("no_verdict", 0) for score in scores.values()):
         say(f"\nno verdict  on {failed} responses: the grader failed. They count as not right, and")

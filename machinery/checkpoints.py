@@ -59,7 +59,10 @@ def damage(checkpoint: Path) -> str:
     """What is wrong with its files, or "". By all ranks, which share the reading."""
     try:
         sums = read_json(checkpoint / CHECKSUMS)
-    except (OSError, InputError) as error:
+        unknown = {p.name for p in checkpoint.glob("*.safetensors")} - sums.keys() or not sums
+        if unknown or not all(isinstance(x, list) and len(x) == 2 for x in sums.values()):
+            raise InputError("not the bytes and checksum of each file")
+    except InputError as error:
         return f"it has no {CHECKSUMS} that can be read ({error})"
     found = ""
     with progress("check", len(sums)) as bar:

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow
@@ -18,25 +18,32 @@ Answered = list[tuple[Problem, Problem, dict]]
 
 
 def check_file(file: Path, sources: Iterable[str]) -> None:
-    """Can traces be written there? Before anything is sampled."""
+    """Can traces be written there? Before anything is sampled. sources: files that are read."""
     if file.suffix not in (".parquet", ".jsonl"):
         raise InputError(f"--traces {file}: expected a name that ends in .parquet or .jsonl")
     if file.is_dir() or any(Path(source).resolve() == file.resolve() for source in sources):
-        raise InputError(f"--traces {file}: is a directory or --bench itself; name another file")
+        raise InputError(f"--traces {file}: a directory, or read for --bench; name another file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--traces {file}: its directory cannot be made ({error})") from None
 
 
-def finish(args: argparse.Namespace, answered: Answered, ends: list[str]) -> None:
-    """Write --traces, and say what came of it. By rank 0."""
+def finish(
+    args: argparse.Namespace, answered: Answered, ends: list[str], show: Callable[[], None]
+) -> None:
+    """Write --traces, show the scores, and say what came of it. By rank 0.
+
+    In this order: where nobody reads what is printed, the program ends there.
+    """
     found = choose(answered, ends, args.traces_per_problem, args.max_trace_tokens)
     rows = [row for traces in found.values() for row in traces.values()]
     limit = f", of at most {args.max_trace_tokens} tokens" if args.max_trace_tokens else ""
+    if rows:
+        save(args.traces, rows)
+    show()
     if not rows:
         raise InputError(f"--traces {args.traces}: no response is right and complete{limit}")
-    save(args.traces, rows)
     have = sum(map(bool, found.values()))
     say(
         f"\ntraces      {len(rows)}, of {have} of {len(found)} problems ({have / len(found):.1%}), "

@@ -25,19 +25,19 @@ class OwnInputError(InputError):
     """One that the other ranks may not meet: whoever does prints it."""
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: Path, **fields: Any) -> list[dict]:
     """The rows of a file; a killed run may have left half a row at its end.
 
-    Raises InputError for a line before the end that is none: something else has written there.
+    fields: what each row has, and of which type. Raises InputError for a row without, and for a
+    line before the end that is none: something else has written there.
     """
     rows: list[dict] = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []  # U+2028 is text
+    lines = read(path).split(b"\n") if path.exists() else []  # U+2028 is text
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line.decode("utf-8"))
             if not isinstance(row, dict):
                 raise ValueError("no object")
-            rows.append(row)
         except ValueError as error:
             if any(lines[number:]):
                 raise InputError(
@@ -45,14 +45,32 @@ def read_jsonl(path: Path) -> list[dict]:
                     "it. Mend it: a run needs all rows. An evaluation samples anew what is removed"
                 ) from None
             break
+        for name, kind in fields.items():
+            if not isinstance(row.get(name), kind):
+                raise InputError(
+                    f"{path}, line {number}: {name} is {row.get(name)!r:.60}, which no program of "
+                    "this project writes. Mend or remove that line"
+                )
+        rows.append(row)
     return rows
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict:
+    data = read(path)
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
+        found = json.loads(data.decode("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}). Mend or remove it") from None
+    return found
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def to_jsonl(rows: list[dict]) -> str:

@@ -17,7 +17,7 @@ from statistics import fmean as mean
 from typing import Any
 
 from machinery.arguments import Parser, path
-from machinery.files import read_jsonl, write
+from machinery.files import read_json, read_jsonl, write
 from machinery.metrics import evaluation_metrics, smooth
 from machinery.processes import InputError
 
@@ -44,20 +44,20 @@ def write_page(directories: list[Path], out: Path) -> None:
 
 def describe(directory: Path, budget: int) -> dict:
     """What the page shows of a run directory. Raises InputError if it is none."""
-    config, metrics = directory / "config.json", read_jsonl(directory / "metrics.jsonl")
+    config, metrics = directory / "config.json", read_jsonl(directory / "metrics.jsonl", step=int)
     if not config.is_file() or not metrics:
         raise InputError(f"{directory}: not the directory of a run with at least one step")
     rows: dict[int, dict] = defaultdict(dict)
-    for row in metrics + read_jsonl(directory / "timing.jsonl"):
+    for row in metrics + read_jsonl(directory / "timing.jsonl", step=int):
         rows[row.pop("step")] |= row
-    for row in read_jsonl(directory / "evals.jsonl"):
+    for row in read_jsonl(directory / "evals.jsonl", step=int, scores=dict):
         scores = evaluation_metrics(row["scores"])
         rows[row["step"]] |= scores | {"eval": mean(scores.values())}
     names, steps = sorted({name for row in rows.values() for name in row}), sorted(rows)
     curves = {name: [rows[step].get(name) for step in steps] for name in names}
     return {
         "name": directory.resolve().name,
-        "config": json.loads(config.read_text("utf-8")),
+        "config": read_json(config),
         "steps": steps,
         "curves": {name: list(map(short, values)) for name, values in curves.items()},
         "smoothed": {
@@ -142,7 +142,7 @@ def of_tokens(row: dict) -> dict[str, list]:
 
 def watched(directory: Path, budget: int) -> list[dict]:
     """The traces that were looked at again and again: what was recorded of their tokens."""
-    rows = read_jsonl(directory / "watched.jsonl")
+    rows = read_jsonl(directory / "watched.jsonl", traces=list)
     texts = rows[0]["traces"] if rows else []
     rows = [row for row in rows if "slope" in row["traces"][0]]  # earlier versions had none
     if not rows:

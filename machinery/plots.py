@@ -1,13 +1,12 @@
 """Pictures: the curves of a training run, and evaluations of several models side by side."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean as mean
 
 import matplotlib
 
-from machinery.files import read_jsonl
+from machinery.files import read_json, read_jsonl
 from machinery.metrics import smooth
 
 matplotlib.use("Agg")
@@ -56,7 +55,7 @@ def draw_curves(directory: Path) -> None:
     low, high = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(min(low, -0.03), max(high, 1.03))  # --reward may give more than 1
     axes[0, 1].set_ylim(-0.03, 1.03)
-    config = json.loads((directory / "config.json").read_text("utf-8"))
+    config = read_json(directory / "config.json")
     figure.suptitle(
         f"{config['algo']} on {Path(config['model']).name}, seed {config['seed']} "
         "(thick: mean of 10 steps)",

@@ -26,12 +26,15 @@ from huggingface_hub import snapshot_download
 from machinery.checkpoints import CHECKSUMS
 from machinery.files import append, lock, read_json, read_jsonl, to_jsonl, write
 from machinery.model import reading
-from machinery.processes import InputError, barrier, by_rank_0, gather, progress, rank
+from machinery.processes import InputError, barrier, by_rank_0, gather, progress, rank, say
 from machinery.processes import seed_of, world_size
 from machinery.scores import Grader, Problem, graded, has_verdict
 
 READ = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what from_pretrained may read
 PICKLES = (".bin",)  # of older models
+FIELDS: dict[str, Any] = dict(key=str, graded=str, block=str, of=int, sample=int, tokens=int)
+FIELDS |= dict(truncated=bool, response=str)  # of a row
+FIELDS |= dict.fromkeys(("reward", "lenient"), int | float | None)
 Rows = dict[tuple[str, float, int], list[dict]]  # (benchmark, temperature, k) -> its responses
 
 
@@ -58,14 +61,18 @@ def patterns(ends: tuple[str, ...]) -> dict[str, Any]:
 
 def files_of(directory: str | Path) -> list[Path]:
     """All that from_pretrained may read; the largest first. None of a name on the hub."""
-    found = [file for file in Path(directory).glob("*") if file.suffix in READ + PICKLES]
-    found = [file for file in found if file.is_file() and file.name != CHECKSUMS]
-    return sorted(found, key=lambda file: (-file.stat().st_size, file.name))
+    found = {file for file in Path(directory).glob("*") if file.suffix in READ + PICKLES}
+    for index in Path(directory).glob("*.index.json"):  # may name files in directories below
+        parts = read_json(index).get("weight_map")
+        parts = parts.values() if isinstance(parts, dict) else []
+        found |= {Path(directory, str(part)) for part in parts}
+    found = {file for file in found if file.is_file() and file.name != CHECKSUMS}
+    return sorted(found, key=lambda file: (-file.stat().st_size, str(file)))
 
 
 def stamps(directory: str | Path) -> dict[str, tuple[int, int, int]]:
     """What tells that a file was written again, while one looks."""
-    found = {file.name: file.stat() for file in files_of(directory)}
+    found = {os.path.relpath(file, directory): file.stat() for file in files_of(directory)}
     return {name: (s.st_size, s.st_mtime_ns, s.st_ino) for name, s in found.items()}
 
 
@@ -75,7 +82,7 @@ def hashes(directory: str | Path) -> dict[str, str]:
     mine, sums = files[rank() :: world_size()], {}
     with progress("hash", len(files)) as bar, ThreadPoolExecutor(4) as threads:
         for file, found in zip(mine, threads.map(sha256, mine)):
-            sums[file.name] = found
+            sums[os.path.relpath(file, directory)] = found
             bar.update(world_size())
     return dict(sorted(item for some in gather(sums) for item in some.items()))
 
@@ -104,11 +111,13 @@ def take(out: Path, config: dict[str, Any]) -> None:
 def check(out: Path, config: dict[str, Any]) -> None:
     file = out / "config.json"
     if not file.is_file():
+        if (out / "scores.json").exists():  # it would be overwritten
+            raise InputError(f"--out {out} has a scores.json of something else; name another one")
         return
     old = read_json(file)
-    if not isinstance(old, dict) or "seed" not in old or "algo" in old:  # of a model, of a run
+    if "seed" not in old or "algo" in old:  # of a model, of a run
         raise InputError(f"--out {out} is not an evaluation's directory; name another one")
-    if "of" not in old:
+    if not isinstance(old.get("of"), dict):
         raise InputError(
             f"--out {out} holds an evaluation by an earlier version of this program, which did not "
             "note whose weights it sampled from. Name another --out, or remove it"
@@ -216,7 +225,7 @@ class Responses:
         others: dict[Path, set[int]] = defaultdict(set)
         for file in self.files():
             for row in whole_blocks(file):
-                if (i := self.number.get(row.get("key"))) is None:
+                if (i := self.number.get(row["key"])) is None:
                     continue
                 if not counts(row, self.graded[i], found[i]) or not (failed or has_verdict(row)):
                     others[file].add(i)
@@ -238,7 +247,7 @@ class Responses:
         for file in self.stale[rank() :: world_size()]:
             stale = {}
             for row in whole_blocks(file):
-                i = self.number.get(row.get("key"))
+                i = self.number.get(row["key"])
                 if i is not None and i not in done:
                     stale[i, row["sample"]] = self.row_of(i, row)
             rows = [stale[key] for key in sorted(stale)]
@@ -265,20 +274,35 @@ def counts(row: dict, graded: str, known: Container[int]) -> bool:
 def whole_blocks(file: Path) -> list[dict]:
     """The rows of a rank's file, without the part of a block that a killed run left at its end."""
     blocks = defaultdict(list)
-    for row in read_jsonl(file):
-        if not isinstance(row, dict) or not {"block", "of"} <= row.keys():
-            raise InputError(f"{file}: has a row that is no response of an evaluation; remove it")
-        blocks[row["block"]].append(row)
+    for row in read_jsonl(file, **FIELDS):
+        blocks[row["block"]].append({"reward": None, "lenient": None} | row)
     return [row for rows in blocks.values() if len(rows) == rows[0]["of"] for row in rows]
 
 
 # ------------------------------------------------------------------ those of an evaluation
+def read_asked(file: Path) -> dict[str, Any]:
+    """What `begin` wrote. Raises InputError if it is something else."""
+    found = read_json(file)
+    try:
+        temperature, k = float(found["temperature"]), int(found["k"])
+        names = "question", "key", "graded", "source"
+        problems = [{name: str(p[name]) for name in names} for p in found["problems"]]
+        benchmark = str(found["benchmark"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{file}: not what an evaluation writes ({error!r}). Remove it, and start that "
+            "evaluation again"
+        ) from None
+    return dict(benchmark=benchmark, temperature=temperature, k=k, problems=problems)
+
+
 def load_rows(out: Path) -> Rows:
     """An evaluation's directory -> (benchmark, temperature, k) -> rows of what was asked last.
 
-    A row's `problem` is the question itself, the same in other evaluations.
+    A row's `problem` is the question itself, the same in other evaluations. Without problems that
+    lack a response, of an evaluation that was interrupted or goes on; it says how many.
     """
-    asked = [(file, read_json(file)) for file in sorted(out.glob("*-asked.json"))]
+    asked = [(file, read_asked(file)) for file in sorted(out.glob("*-asked.json"))]
     if not asked:
         raise InputError(
             f"{out}: not the directory of an evaluation, or of one by an earlier version (no "
@@ -297,14 +321,20 @@ def load_rows(out: Path) -> Rows:
         rows: dict[str, dict[int, dict]] = defaultdict(dict)
         for part in sorted(out.glob(f"{stem}-rank*.jsonl")):
             for row in whole_blocks(part):
-                p = problems.get(row.get("key"))
+                p = problems.get(row["key"])
                 if p is not None and counts(row, p["graded"], rows[p["key"]]):
                     more = {"problem": p["question"], "source": p["source"]}
                     rows[p["key"]][row["sample"]] = row | more
+        sources_of[name, what["temperature"]] |= {p["source"] for p in problems.values()}
         for samples in rows.values():
-            for row in samples.values():
+            for row in samples.values() if len(samples) == what["k"] else ():
                 found[name, what["temperature"], what["k"]][row["source"]].append(row)
-                sources_of[name, what["temperature"]].add(row["source"])
+        if left := sum(len(rows[key]) != what["k"] for key in problems):
+            say(f"{out}: {left} of {len(problems)} problems of {stem} have not all responses yet,")
+            say("and are left out. The command that made it goes on")
+        judged = [has_verdict(row) for samples in rows.values() for row in samples.values()]
+        if failed := judged.count(False):
+            say(f"{out}: no verdict  on {failed} responses of {stem}: they count as not right")
     if not found:
         raise InputError(f"{out}: has no responses yet")
     return {

@@ -121,7 +121,7 @@ class Run:
         ]
         gone = old.keys() - new.keys() - set(HASHES)
         differ += [f"{n} was {old[n]!r}, now there is no such flag" for n in sorted(gone)]
-        rows = read_jsonl(self.out / "metrics.jsonl")  # without any there is nothing to lose
+        rows = read_jsonl(self.out / "metrics.jsonl", step=int)  # none: there is nothing to lose
         if rows and rows[-1]["step"] > old["save_every"] and not checkpoints.checkpoints(self.out):
             raise InputError(
                 f"--out {self.out}: its metrics.jsonl goes to step {rows[-1]['step']}, and there "
@@ -185,7 +185,9 @@ class Run:
 
     def cut_logs(self) -> None:
         """To what was logged up to the checkpoint. All are read before one is written."""
-        rows = {name: read_jsonl(self.out / name) if self.checkpoint else [] for name in LOGS}
+        rows: dict[str, list[dict]] = {name: [] for name in LOGS}
+        if self.checkpoint:
+            rows = {name: read_jsonl(self.out / name, step=int) for name in LOGS}
         steps = [row["step"] for row in rows["metrics.jsonl"] if row["step"] <= self.first_step]
         if steps != [*range(1, self.first_step + 1)]:
             raise InputError(

@@ -40,7 +40,7 @@ class Server:
                 raise self.complaint(said) from None
         except (OSError, http.client.HTTPException) as error:
             raise self.complaint(f"nothing answers ({describe(error)})") from error
-        except ValueError:  # no JSON, or no text at all
+        except (ValueError, RecursionError):  # no JSON, or no text at all
             raise self.complaint("not an OpenAI-compatible server; is /v1 missing?") from None
 
     def respond(
@@ -97,7 +97,7 @@ class Server:
             choice = found["choices"][0]
             text, tokens = text_of(choice["message"]), int(found["usage"]["completion_tokens"])
             text = text.encode(errors="replace").decode()  # half a surrogate pair: no file takes it
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
             raise self.complaint(
                 "expected an answer with a choice, its message and usage.completion_tokens, "
                 f"found {json.dumps(found):.300}"
@@ -118,7 +118,7 @@ class Server:
                     raise self.complaint(said + "; is /v1 missing?" * no_v1) from None
             except (OSError, http.client.HTTPException) as error:
                 said, asked = describe(error), ""
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise self.complaint(f"its answer is not JSON ({error})") from None
             if said not in self.told:
                 self.told.add(said)
@@ -153,7 +153,10 @@ def root_of(listed: Any, model: str) -> Any:
 def describe(error: Exception) -> str:
     """With what the server says of it."""
     if isinstance(error, urllib.error.HTTPError):
-        body = " ".join(error.read().decode(errors="replace").split())
+        try:
+            body = " ".join(error.read().decode(errors="replace").split())
+        except (OSError, http.client.HTTPException) as broken:  # the connection, amid its words
+            body = describe(broken)
         return f"HTTP {error.code} {error.reason} {body:.500}".rstrip()
     return str(error) or type(error).__name__
 

@@ -5,6 +5,9 @@ import json
 import subprocess
 import threading
 import time
+import urllib.error
+from argparse import Namespace
+from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -15,7 +18,7 @@ from data import SYSTEM, Problem, load_problems, load_training_set, render
 from eval import collect
 from luffy import Config
 from machinery import toy
-from machinery.distill import choose
+from machinery.distill import check_file, choose, finish
 from machinery.files import read_jsonl
 from machinery.processes import InputError
 from machinery.responses import Responses
@@ -69,6 +72,23 @@ def test_which_responses_become_traces():
     assert row["prompt"] == system and row["data_source"] == "mine"
 
 
+def test_traces_are_written_before_anything_is_printed(tmp_path):
+    """Where nobody reads (| head), the program ends at its first word."""
+
+    def show():
+        raise SystemExit(141)
+
+    file = tmp_path / "t.jsonl"
+    args = Namespace(traces=file, traces_per_problem=1, max_trace_tokens=None)
+    problem = Problem(messages("q"), "5")
+    with pytest.raises(SystemExit):
+        finish(args, [(problem, problem, ROW)], [], show)
+    assert len(read_jsonl(file)) == 1
+    for source in (file, tmp_path / "x" / ".." / "t.jsonl"):
+        with pytest.raises(InputError, match="read for --bench"):
+            check_file(file, {str(source)})
+
+
 ROW = dict(response="\\boxed{5}", reward=1.0, truncated=False, tokens=5)
 
 
@@ -81,7 +101,7 @@ def test_a_run_that_fails_half_way_goes_on(tmp_path):
             if n == 2 and fails.pop():
                 raise InputError("gone")
             asked.append(block)
-            plain = dict(truncated=False, response="r", source="")
+            plain = dict(truncated=False, response="r", source="", tokens=1, lenient=1.0)
             yield [
                 plain | dict(problem=i, sample=j, reward=float(i % 2))
                 for i in block
@@ -145,7 +165,7 @@ def test_the_file_of_a_local_teacher_goes_into_training(teacher, tmp_path):
     "flags, words",
     [
         (["--traces", "t.csv"], ".parquet or .jsonl"),
-        (["--traces", "p.jsonl"], "--bench itself"),
+        (["--traces", "p.jsonl"], "or read for --bench"),
         (["--traces", "t.jsonl", "--traces_per_problem", "0"], "--traces_per_problem: 0"),
         (["--url", "http://x/v1", "--template", "qwen"], "--template qwen"),
     ],
@@ -333,12 +353,31 @@ def test_a_server_is_distilled_and_a_killed_run_ends_as_any_other(server, tmp_pa
             b'{"choices": [{"message": {"content": ["2"]}}], "usage": {"completion_tokens": 1}}',
             "expe",
         ),
+        (
+            b'{"choices": [{"message": {"content": "2"}}], "usage": {"completion_tokens": 1e999}}',
+            "expected an answer",
+        ),
+        (b"[" * 100_000, "not JSON"),
     ],
 )
 def test_an_answer_of_another_form_is_said(body, words, server, monkeypatch):
     client = Server(server.url, "m", 1)
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(body))
     with pytest.raises(InputError, match=words):
+        client.ask([], temperature=1.0, max_tokens=1, seed=0)
+
+
+def test_a_connection_that_breaks_amid_an_error_is_one_more_error(server, monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise IncompleteRead(b"x", 9)
+
+    def ask(*_, **__):
+        raise urllib.error.HTTPError("u", 500, "gone", {}, Broken())
+
+    client = Server(server.url, "m", 1, first_wait=0)
+    monkeypatch.setattr("urllib.request.urlopen", ask)
+    with pytest.raises(InputError, match="HTTP 500 gone IncompleteRead.* times in a row"):
         client.ask([], temperature=1.0, max_tokens=1, seed=0)
 
 

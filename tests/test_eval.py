@@ -6,14 +6,17 @@ import re
 import runpy
 import shutil
 import textwrap
+from argparse import Namespace
 from itertools import combinations
 from statistics import fmean, stdev
 
 import pytest
 from conftest import SHARED, Judge, run
+from safetensors.torch import load_file, save_file
 
 from data import Problem, Row, render, to_problem
 from eval import (
+    ask,
     by_source,
     compare,
     difference_table,
@@ -53,6 +56,7 @@ def rows_of(rewards: list[list[float]], source: str = "hard", **more) -> list[di
             "source": source,
             "reward": reward,
             "lenient": 1.0,
+            "response": "",
             "tokens": 10 * (j + 1),
             "truncated": j > 0,
         }
@@ -260,6 +264,65 @@ def test_a_file_of_several_k_is_compared_by_source(tmp_path):
         asked.begin()
         asked.add(rows_of([[1.0] * problems[i].k for i in (0, 1)])[k - 1 :][:k])
     assert list(load_rows(tmp_path)) == [("f/s1", 0.6, 1), ("f/s2", 0.6, 2)]
+
+
+def test_what_is_not_complete_is_not_compared_and_a_broken_row_is_named(tmp_path, capsys):
+    """Graded anew, and interrupted there, a problem may have some of its verdicts."""
+    problems = [Problem(q, "1", source=s) for q, s in (("a", "s1"), ("b", "s1"), ("c", "s2"))]
+    asked = kept(tmp_path, problems, 2)
+    asked.begin()
+    half, *whole = rows_of([[1.0], [1.0, 0.0]])
+    asked.add([half])
+    asked.add([row | {"reward": None} for row in whole])
+    [(key, rows)] = load_rows(tmp_path).items()  # and s2 has none yet
+    assert key == ("f/s1", 0.6, 2) and len(rows) == 2
+    said = capsys.readouterr().out
+    assert "2 of 3 problems" in said and "no verdict  on 2 responses" in said
+    [file] = tmp_path.glob("*-rank0.jsonl")
+    row = json.loads(file.read_text().splitlines()[0])
+    for broken in ({"sample": "0"}, {"key": [1]}, {"of": None}, {"reward": "1"}):
+        file.write_text(json.dumps(row | broken) + "\n")
+        with pytest.raises(InputError, match=f"rank0.jsonl, line 1: {[*broken][0]} is"):
+            load_rows(tmp_path)
+    [file] = tmp_path.glob("*-asked.json")
+    for broken in ("[]", "{}", '{"benchmark": "f", "temperature": 1, "k": 1, "problems": [{}]}'):
+        file.write_text(broken)
+        with pytest.raises(InputError, match="asked.json: not"):
+            load_rows(tmp_path)
+
+
+def test_weights_below_a_models_directory_are_of_it(tiny_model, tmp_path):
+    """transformers reads shards wherever the index says that they are."""
+    weights = load_file(tiny_model / "model.safetensors")
+    (tmp_path / "parts").mkdir()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "parts/a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = []
+    for factor in (1, 2):
+        changed = {name: factor * w for name, w in weights.items()}
+        save_file(changed, tmp_path / "parts" / "a.safetensors", {"format": "pt"})
+        found.append((responses.hashes(tmp_path), responses.stamps(tmp_path)))
+    assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
+    assert found[0][0].keys() == {"model.safetensors.index.json", "parts/a.safetensors"}
+
+
+def test_a_file_that_is_spelt_twice_counts_once(tmp_path):
+    """The mean of two of the same would have an error that is too small."""
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"problem": "1+1=?", "answer": "2"}\n')
+    args = Namespace(bench=f"{file},{tmp_path}/./p.jsonl,toy", data_dir=None, template="own")
+    args.max_prompt_tokens = 9
+    benchmarks, _ = ask(args, None, 99)
+    assert len(benchmarks) == 2
+
+
+def test_scores_of_something_else_are_not_overwritten(tmp_path):
+    (tmp_path / "scores.json").write_text("mine")
+    with pytest.raises(InputError, match="--out .* has a scores.json of something else"):
+        responses.take(tmp_path, {"seed": 0, "of": {}})
+    (tmp_path / "config.json").write_text('{"seed": 0, "of": null}')
+    with pytest.raises(InputError, match="earlier version"):
+        responses.take(tmp_path, {"seed": 0, "of": {}})
 
 
 def test_file_names_of_benchmarks(tmp_path, monkeypatch):

@@ -164,6 +164,11 @@ def test_only_the_end_of_a_log_may_be_broken(tmp_path):
     file.write_bytes(b'{"step": 1}\n2\n{"step": 3}\n')
     with pytest.raises(InputError, match=r"metrics.jsonl, line 2: not a row"):
         read_jsonl(file)
+    file.write_bytes(b'{"step": 1}\n{"step": "2"}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 2: step is '2'"):
+        read_jsonl(file, step=int)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_jsonl(tmp_path)
 
 
 def test_a_log_without_its_checkpoint_is_not_cut(trained, model):
@@ -242,6 +247,9 @@ def test_truncated_missing_and_empty_are_damage_and_a_copy_is_no_checkpoint(trai
     assert re.search(words, checkpoints.damage(older))
     with pytest.raises(InputError, match="No other one resumes"):  # that of step 2 has no optimizer
         checkpoints.to_resume(trained)
+    for sums in ("", "{}", "[]", '{"model.safetensors": 5}', '{"config.json": [1, 1]}'):
+        (newest / "checksums.json").write_text(sums)
+        assert "no checksums.json that can be read" in checkpoints.damage(newest), sums
     (trained / "checkpoint-000010").mkdir()
     with pytest.raises(InputError, match="000010 is damaged: it has no checksums.json"):
         checkpoints.to_resume(trained)
