@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, make_tiny
+from tiny_models import ARCHITECTURES, make_tiny, tiny_config
 from transformers import AutoModelForCausalLM
 
 from machinery import probe, toy
@@ -65,6 +65,23 @@ def test_log_probs_are_the_models_own(name, tmp_path):
     for row, sample in ((r, s) for r, group in zip(rows[1:], groups) for s in group):
         (logps,) = probe.of_policy(Policy(model, 1.0), [row + sample.tokens])
         assert torch.allclose(logps[len(row) - 1 :], torch.tensor(sample.logps), atol=1e-3), name
+
+
+@pytest.mark.parametrize("name", ["phi", "nanochat", "lfm2"])
+def test_what_only_a_trained_model_shows(name, tmp_path):
+    """A bias that is still 0, a cap above all logits, a leak as small as the weights."""
+    AutoModelForCausalLM.from_config(tiny_config(name)).save_pretrained(tmp_path)
+    config = load_config(tmp_path)
+    model = load_model(tmp_path, config, checkpointing=False)
+    assert model.config._attn_implementation != "packed"
+    loaded = from_pretrained(tmp_path, config=config).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_a_cache_is_not_used_where_it_would_choose_other_keys(tmp_path):
+    """Of so many tokens before that attention chooses among them."""
+    path = make_tiny("deepseek_v32", tmp_path / "model", index_topk=64)
+    assert not TorchSampler(path, load_config(path), [1]).cached
 
 
 def test_a_model_that_sees_the_future_is_refused(tmp_path):
