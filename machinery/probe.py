@@ -55,7 +55,7 @@ def short_windows(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def other_weights(model: PreTrainedModel) -> Iterator[None]:
-    """Random ones. In those of an untrained model biases are 0, and a leak or a cap does not show."""
+    """Random ones. In an untrained model biases are 0, and a leak or a cap does not show."""
     generator = torch.Generator(device()).manual_seed(0)
     kept = [(p, p.data) for p in model.parameters() if p.is_floating_point()]
     for p, data in kept:
