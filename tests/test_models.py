@@ -131,6 +131,38 @@ def test_tensors_that_are_not_the_models_are_named(llama, tmp_path, change, word
         load_model(path, load_config(path), checkpointing=False)
 
 
+def test_a_directory_with_two_models_is_refused(llama, tmp_path):
+    """Of which one would be taken in silence."""
+    path = shutil.copytree(llama, tmp_path / "two")
+    (path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="its adapter_config.json is of an adapter"):
+        from_pretrained(path)
+    (path / "adapter_config.json").unlink()
+    weights, half = load_file(path / "model.safetensors"), {}
+    shards = {k: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, k in enumerate(weights)}
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    for name in set(shards.values()):
+        half = {k: w for k, w in weights.items() if shards[k] == name}
+        save_file(half, path / name, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="model.safetensors has .* not there by model.safetensors"):
+        from_pretrained(path)
+    (path / "model.safetensors").unlink()
+    from_pretrained(path)
+    other = next(k for k, file in shards.items() if file != name)  # in both shards
+    save_file(half | {other: weights[other] + 1}, path / name, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"{name} has {other}, which is not there by"):
+        from_pretrained(path)
+
+
+def test_a_head_of_its_own_where_the_config_ties_it(llama, tmp_path):
+    path = shutil.copytree(llama, tmp_path / "tied")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(InputError, match="a head of its own, .* tie_word_embeddings"):
+        from_pretrained(path)
+
+
 def test_files_that_are_no_model_are_an_error_in_one_line(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *question: "y")  # run the model's own code?
     path = shutil.copytree(llama, tmp_path / "broken")
