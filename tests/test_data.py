@@ -403,6 +403,22 @@ def test_a_row_that_its_template_cannot_render_is_named(tmp_path, tokenizer):
         encode(load(tmp_path, PLAIN | TRACE), tokenizer, **limits())
 
 
+def test_a_prompt_that_ends_in_an_answer_is_refused(tmp_path):
+    chat = [{"role": "user", "content": "b2"}, {"role": "assistant", "content": "5"}]
+    with pytest.raises(InputError, match="line 1, column prompt: expected a user's message at the"):
+        load(tmp_path, {"prompt": chat, "answer": "5"})
+
+
+def test_a_models_own_template_shows_the_problem_and_always_the_same_day(tmp_path):
+    tokenizer, problems = toy.make_tokenizer(), load(tmp_path, PLAIN)
+    tokenizer.chat_template = "{{ messages[-1]['content'][:3] }}"
+    with pytest.raises(InputError, match="--template own: its prompts do not have the problem's"):
+        choose_template(problems, tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}, {{ messages[-1]['content'] }}"
+    choose_template(problems, tokenizer)  # a run that goes on tomorrow has the same prompts
+    assert render(problems[0].prompt, tokenizer).startswith("26 Jul 2024, ")
+
+
 def test_a_cell_that_python_cannot_have_is_named(tmp_path):
     cells = pyarrow.array([b"1", b"\xff"], pyarrow.binary()).view("string")
     table = pyarrow.table({"problem": ["a", "b"], "answer": cells})
