@@ -115,13 +115,14 @@ def test_numbers_are_as_exact_as_they_are_written(tmp_path):
     assert load(tmp_path, '{"problem": "a", "answer": 1e400}')[0].answer == "1" + "0" * 400
     logps = '{"problem": "a", "answer": 1, "trace": "2", "trace_logps": [-0.1234567890123456789]}'
     assert list(load(tmp_path, logps)[0].trace_logps) == pytest.approx([-0.1234567890123456789])
-    golds = pyarrow.array([0.1, 25, 1e10], pyarrow.float32())
-    pyarrow.parquet.write_table(
-        pyarrow.table({"problem": ["a"] * 3, "answer": golds}), tmp_path / "a"
-    )
-    (tmp_path / "a").rename(tmp_path / "a.parquet")
-    problems = load_problems(str(tmp_path / "a.parquet"))
-    assert [p.answer for p in problems] == ["0.1", "25", "10000000000"]
+    for kind in (pyarrow.float16(), pyarrow.float32()):
+        golds = pyarrow.array([0.1, 25], kind)
+        nested = pyarrow.StructArray.from_arrays([golds], ["ground_truth"])
+        for columns in ({"answer": golds}, {"reward_model": nested}):
+            table = pyarrow.table({"prompt": ["a"] * 2} | columns)
+            pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+            problems = load_problems(str(tmp_path / "a.parquet"))
+            assert [p.answer for p in problems] == ["0.1", "25"]
 
 
 def test_what_messages_have_beside_role_and_content_is_said(tmp_path):
