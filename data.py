@@ -15,6 +15,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from reprlib import repr as brief
@@ -36,6 +37,7 @@ from verify import Grader, extract_answer
 TEXTS = 64  # tokenized in one call of a rank: 40 MiB with traces of 4,000 tokens
 JOBS = 512  # verified by a rank at a time: a slow one holds up only the end of them
 THINK = "<think>\n"
+A_DAY = date(2024, 7, 26).strftime  # Llama-3.1's, where a template asks for today: for all of a run
 SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."  # for data without one
 ASK_FOR_A_BOX = {"role": "system", "content": SYSTEM}  # left out where the template asks for it
 
@@ -248,6 +250,8 @@ def question(row: Row, answer: str) -> Problem:
     prompt = messages(prompt, asked, row)
     if asked == "messages" and prompt[-1]["role"] == "assistant":
         prompt.pop()
+    if prompt[-1:] and prompt[-1]["role"] == "assistant":
+        raise row.wrong(asked, "a user's message at the end, for the policy to answer", row[asked])
     if all(m["role"] == "system" for m in prompt):
         raise row.wrong(asked, "a user's message, before the assistant's", row[asked])
     bare = Problem(prompt, answer, source=source_of(row), where=row.where)
@@ -401,7 +405,8 @@ def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
             "Put a chat_template into its tokenizer_config.json, or name a file: --template FILE"
         )
     given = [m for m in prompt if m != ASK_FOR_A_BOX]
-    template = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
+    template: Any = partial(tokenizer.apply_chat_template, strftime_now=A_DAY)
+    template = partial(template, add_generation_prompt=True, tokenize=False)
     try:
         text = str(template(given))
         asked = "boxed" in text + str(tokenizer.chat_template)  # by the template, or in the problem
@@ -447,6 +452,8 @@ def choose_template(problems: list[Problem], tokenizer: Tokenizer, template: str
         return use_template(tokenizer, template_file(template), first, template)
     suits = own and (not thoughts or first and prompt_of(first[0], tokenizer).endswith(THINK))
     if not first or template == "own" or suits:
+        if first and own:
+            check_template(tokenizer, first[0], "own")
         return
     system, opening = (THINK_SYSTEM, f" {THINK}") if thoughts else (SYSTEM, "\n")
     if messages[0]["role"] == "system":  # then so for problems without one, in evaluation
@@ -461,16 +468,21 @@ def use_template(tokenizer: Tokenizer, text: str, first: list[Problem], name: st
     if not first:
         raise InputError(f"--template {name}: the prompts are plain text, not chat messages")
     tokenizer.chat_template = text
-    shown: Any = first[0].prompt
-    asked = [*shown[:-1], shown[-1] | {"content": "PROBLEM"}]
     try:
         if not prompt_of(first[0], tokenizer).startswith(bos_of(tokenizer)):
             tokenizer.chat_template = "{{ bos_token }}" + text
-        if "PROBLEM" not in render(asked, tokenizer):
-            raise InputError("its prompts do not have the problem's text in them")
     except InputError as error:
         raise InputError(f"--template {name}: {error}") from error
+    check_template(tokenizer, first[0], name)
     say(f"template    {name}: ...{render(first[0].prompt, tokenizer)[-40:]!r}")
+
+
+def check_template(tokenizer: Tokenizer, first: Problem, name: str) -> None:
+    shown: Any = first.prompt
+    asked = replace(first, prompt=[*shown[:-1], shown[-1] | {"content": "PROBLEM"}])
+    if "PROBLEM" not in prompt_of(asked, tokenizer):
+        words = "its prompts do not have the problem's text in them"
+        raise InputError(f"--template {name}: {words}; name a file with another one")
 
 
 def template_file(name: str) -> str:

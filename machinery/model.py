@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
@@ -223,6 +224,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises InputError unless each of its tensors is in the files, finite and of its shape, and no
     other is. transformers would draw missing ones at random.
     """
+    check_files(path)
     how = kwargs | dict(dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     how |= dict(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
     with reading(path):
@@ -245,7 +247,38 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"--model {path}: of the tensors of a {type(model).__name__} its files "
             f"{'; '.join(problems)}. Is the download complete, and config.json of these weights?"
         )
+    head = model.get_output_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise InputError(
+            f"--model {path}: its files have a head of its own, and its config.json says "
+            "tie_word_embeddings, by which other programs leave that head out. Set it to false"
+        )
     return model
+
+
+def check_files(path: str | Path) -> None:
+    """InputError where a directory holds two sets of weights, and one would be taken in silence."""
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        raise InputError(
+            f"--model {path}: its adapter_config.json is of an adapter, which is not applied here. "
+            "Merge it into the weights (peft's merge_and_unload), or take its files away"
+        )
+    index = Path(path, "model.safetensors.index.json")
+    if not index.is_file():
+        return
+    with reading(path):
+        shard_of = json.loads(index.read_text("utf-8"))["weight_map"]
+        whole = index.with_name("model.safetensors")
+        for file in {index.with_name(name) for name in shard_of.values()} | {whole}:
+            if file == whole and not file.exists():
+                continue
+            with safe_open(file, "pt") as shard:
+                if other := [k for k in shard.keys() if shard_of.get(k) != file.name]:
+                    raise InputError(
+                        f"--model {path}: {file.name} has {other[0]}, which is not there by "
+                        f"{index.name}. Are these the files of two models? Take one away"
+                    )
 
 
 def not_finite(model: PreTrainedModel) -> list[str]:

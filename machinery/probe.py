@@ -18,7 +18,7 @@ from machinery.processes import InputError, device, say
 
 LENGTHS = 40, 24  # tokens of the sequences
 WINDOW = 16  # of sliding attention meanwhile: longer ones would not show in such sequences
-WINDOWS = "sliding_window", "attention_chunk_size"
+WINDOWS = "sliding_window", "attention_chunk_size", "index_topk", "keep_window_size"
 NEAR = 8  # a leak between sequences is in their first tokens: of so many the mean is taken
 ROUNDING = {torch.float32: 2e-4, torch.bfloat16: 0.25}  # nats, of such a mean
 
@@ -53,6 +53,21 @@ def short_windows(model: PreTrainedModel) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+@contextmanager
+def other_weights(model: PreTrainedModel) -> Iterator[None]:
+    """Random ones. In an untrained model biases are 0, and a leak or a cap does not show."""
+    generator = torch.Generator(device()).manual_seed(0)
+    kept = [(p, p.data) for p in model.parameters() if p.is_floating_point()]
+    for p, data in kept:
+        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+        p.data = noise * p.shape[-1] ** -0.5 if p.dim() > 1 else data + 0.1 * noise
+    try:
+        yield
+    finally:
+        for p, data in kept:
+            p.data = data
+
+
 def random_sequences(model: PreTrainedModel) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     size = model.get_input_embeddings().weight.shape[0]
@@ -69,7 +84,7 @@ def own_logps(model: PreTrainedModel, ids: list[int]) -> Tensor:
 def gap(found: Tensor, own: Tensor) -> float:
     """The largest mean difference of NEAR log-probs in a row."""
     parts = (found - own[: len(found)]).abs().split(NEAR)
-    return max(part.mean().item() for part in parts)
+    return torch.stack([part.mean() for part in parts]).max().item()
 
 
 def of_policy(policy: nn.Module, sequences: list[list[int]]) -> list[Tensor]:
@@ -82,15 +97,20 @@ def of_policy(policy: nn.Module, sequences: list[list[int]]) -> list[Tensor]:
 
 
 def differs(model: PreTrainedModel, compute: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> str:
-    """How far pairs of log-probs are apart, or what went wrong; "" if by no more than rounding."""
+    """How far pairs of log-probs are apart, or what went wrong; "" if by no more than rounding.
+
+    With the model's weights, and with others.
+    """
     try:
-        worst = max(gap(found, own) for found, own in compute())
+        gaps = [gap(found, own) for found, own in compute()]
+        with other_weights(model):
+            gaps += [gap(found, own) for found, own in compute()]
     except InputError:
         raise
     except Exception as error:  # of 150 models' own code
         return f"{type(error).__name__}: {error}".split("\n")[0][:200]
-    near = worst <= ROUNDING.get(model.dtype, 0.25)  # not so for NaN
-    return "" if near else f"log-probs differ by {worst:.2g} from the model's own"
+    far = [x for x in gaps if not x <= ROUNDING.get(model.dtype, 0.25)]  # NaN is no rounding
+    return f"log-probs differ by {max(far):.2g} from the model's own" if far else ""
 
 
 def refused(model: PreTrainedModel, path: Any, problem: str) -> InputError:

@@ -42,6 +42,7 @@ from machinery.files import append, lock, read_json, read_jsonl, sync, to_jsonl,
 from machinery.flags import Config
 from machinery.metrics import evaluation_metrics, one_line
 from machinery.printing import Output, go_on
+from machinery.reward import version
 from machinery.processes import InputError, all_reduce, barrier, by_rank_0, rank, say
 
 # A finished or interrupted run may go on with these changed: they do not change the objective,
@@ -53,7 +54,7 @@ MAY_CHANGE |= {"checkpointing", "track", "dry_run", "preflight", "device", "offl
 VERDICTS = "right", "reward", "advantage", "learns", "inv_z"
 TOKENS = "logp", "logp_behavior", "factor", "slope"
 LOGS = "metrics.jsonl", "timing.jsonl", "evals.jsonl", "watched.jsonl"
-HASHES = "data_sha256", "eval_data_sha256"
+HASHES = "data_sha256", "eval_data_sha256", "reward_sha256"
 Problem = Any  # data.Problem: the machinery imports none of the files on top
 
 Kept = TypeVar("Kept")
@@ -108,16 +109,16 @@ class Run:
                 )
             return
         new = asdict(self.cfg)
-        # of a version with fewer fields; none had a scale
-        old = {f.name: f.default for f in fields(self.cfg)} | {"scale": 1.0} | old
+        # of a version with fewer fields; none had a scale; a fork's are not luffy.py's
+        old = {f.name: f.default for f in fields(type(self.cfg).__mro__[-2])} | {"scale": 1.0} | old
         uses_steps = new["schedule"] != "constant" or new["prefix"] != "none"
         may_change = MAY_CHANGE - ({"steps"} if uses_steps else set())
         if checkpoints.checkpoints(self.out):  # then `begin` compares the hashes
-            may_change |= {name.removesuffix("_sha256") for name in HASHES if name in old}
+            may_change |= {name.removesuffix("_sha256") for name in HASHES[:2] if name in old}
         differ = [
-            f"{name} was {old[name]!r}, now {new[name]!r}"
+            f"{name} was {old.get(name, 'no flag')!r}, now {new[name]!r}"
             for name in new
-            if name not in may_change and old[name] != new[name]
+            if name not in may_change and (name not in old or old[name] != new[name])
         ]
         gone = old.keys() - new.keys() - set(HASHES)
         differ += [f"{n} was {old[n]!r}, now there is no such flag" for n in sorted(gone)]
@@ -181,6 +182,9 @@ class Run:
                     f"are not those that the run in {self.out} began with. Put the old ones back, "
                     "or name another --out"
                 )
+        hashes["reward_sha256"] = version(self.cfg.reward)
+        if self.checkpoint and known.get("reward_sha256", "") not in ("", hashes["reward_sha256"]):
+            say(f"reward      {self.cfg.reward}: its file has changed, and counts from here on")
         self.write_config(hashes)
 
     def cut_logs(self) -> None:

@@ -102,10 +102,10 @@ def exact_number(text: str) -> float | Decimal:
 def read_parquet(path: Path, name: str) -> list[dict]:
     try:
         table = pyarrow.parquet.read_table(path)
-        for i, kind in enumerate(table.schema.types):
-            if pyarrow.types.is_float32(kind):  # by its decimals: 0.1, not 0.10000000149011612
-                column = table[i].cast("string").cast("double")
-                table = table.set_column(i, table.column_names[i], column)
+        for i, column in enumerate(table.column_names):
+            if chunks := table[i].chunks:
+                found = pyarrow.chunked_array([by_decimals(chunk) for chunk in chunks])
+                table = table.set_column(i, column, found)
     except Exception as error:  # pyarrow has a dozen kinds
         words = " ".join(str(error).split())
         raise InputError(f"{name}: not a parquet file that can be read ({words})") from error
@@ -114,6 +114,20 @@ def read_parquet(path: Path, name: str) -> list[dict]:
     except Exception as error:
         check_cells(table, name)
         raise InputError(f"{name}: its rows cannot be read ({error})") from error
+
+
+def by_decimals(column: Any) -> Any:
+    """Short floats, in an object too, by what they print: 0.1, not 0.10000000149011612."""
+    kind = column.type
+    if pyarrow.types.is_float16(kind):
+        column = pyarrow.array([str(x) for x in column.to_numpy(zero_copy_only=False)])
+    if pyarrow.types.is_float16(kind) or pyarrow.types.is_float32(kind):
+        return column.cast("string").cast("double")
+    if not pyarrow.types.is_struct(kind) or not kind.num_fields:
+        return column
+    parts = [by_decimals(column.field(i)) for i in range(kind.num_fields)]
+    names = [kind.field(i).name for i in range(kind.num_fields)]
+    return pyarrow.StructArray.from_arrays(parts, names, mask=column.is_null())
 
 
 def check_cells(table: Any, name: str) -> None:

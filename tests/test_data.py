@@ -115,13 +115,14 @@ def test_numbers_are_as_exact_as_they_are_written(tmp_path):
     assert load(tmp_path, '{"problem": "a", "answer": 1e400}')[0].answer == "1" + "0" * 400
     logps = '{"problem": "a", "answer": 1, "trace": "2", "trace_logps": [-0.1234567890123456789]}'
     assert list(load(tmp_path, logps)[0].trace_logps) == pytest.approx([-0.1234567890123456789])
-    golds = pyarrow.array([0.1, 25, 1e10], pyarrow.float32())
-    pyarrow.parquet.write_table(
-        pyarrow.table({"problem": ["a"] * 3, "answer": golds}), tmp_path / "a"
-    )
-    (tmp_path / "a").rename(tmp_path / "a.parquet")
-    problems = load_problems(str(tmp_path / "a.parquet"))
-    assert [p.answer for p in problems] == ["0.1", "25", "10000000000"]
+    for kind in (pyarrow.float16(), pyarrow.float32()):
+        golds = pyarrow.array([0.1, 25], kind)
+        nested = pyarrow.StructArray.from_arrays([golds], ["ground_truth"])
+        for columns in ({"answer": golds}, {"reward_model": nested}):
+            table = pyarrow.table({"prompt": ["a"] * 2} | columns)
+            pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+            problems = load_problems(str(tmp_path / "a.parquet"))
+            assert [p.answer for p in problems] == ["0.1", "25"]
 
 
 def test_what_messages_have_beside_role_and_content_is_said(tmp_path):
@@ -403,6 +404,22 @@ def test_a_row_that_its_template_cannot_render_is_named(tmp_path, tokenizer):
         encode(load(tmp_path, PLAIN, odd), strict, **limits())
     with pytest.raises(InputError, match="a.jsonl, line 1: 2 trace_logps"):
         encode(load(tmp_path, PLAIN | TRACE), tokenizer, **limits())
+
+
+def test_a_prompt_that_ends_in_an_answer_is_refused(tmp_path):
+    chat = [{"role": "user", "content": "b2"}, {"role": "assistant", "content": "5"}]
+    with pytest.raises(InputError, match="line 1, column prompt: expected a user's message at the"):
+        load(tmp_path, {"prompt": chat, "answer": "5"})
+
+
+def test_a_models_own_template_shows_the_problem_and_always_the_same_day(tmp_path):
+    tokenizer, problems = toy.make_tokenizer(), load(tmp_path, PLAIN)
+    tokenizer.chat_template = "{{ messages[-1]['content'][:3] }}"
+    with pytest.raises(InputError, match="--template own: its prompts do not have the problem's"):
+        choose_template(problems, tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}, {{ messages[-1]['content'] }}"
+    choose_template(problems, tokenizer)  # a run that goes on tomorrow has the same prompts
+    assert render(problems[0].prompt, tokenizer).startswith("26 Jul 2024, ")
 
 
 def test_a_cell_that_python_cannot_have_is_named(tmp_path):

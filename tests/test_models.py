@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, make_tiny
+from tiny_models import ARCHITECTURES, make_tiny, tiny_config
 from transformers import AutoModelForCausalLM
 
 from machinery import probe, toy
@@ -67,6 +67,23 @@ def test_log_probs_are_the_models_own(name, tmp_path):
         assert torch.allclose(logps[len(row) - 1 :], torch.tensor(sample.logps), atol=1e-3), name
 
 
+@pytest.mark.parametrize("name", ["phi", "nanochat", "lfm2"])
+def test_what_only_a_trained_model_shows(name, tmp_path):
+    """A bias that is still 0, a cap above all logits, a leak as small as the weights."""
+    AutoModelForCausalLM.from_config(tiny_config(name)).save_pretrained(tmp_path)
+    config = load_config(tmp_path)
+    model = load_model(tmp_path, config, checkpointing=False)
+    assert model.config._attn_implementation != "packed"
+    loaded = from_pretrained(tmp_path, config=config).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_a_cache_is_not_used_where_it_would_choose_other_keys(tmp_path):
+    """Of so many tokens before that attention chooses among them."""
+    path = make_tiny("deepseek_v32", tmp_path / "model", index_topk=64)
+    assert not TorchSampler(path, load_config(path), [1]).cached
+
+
 def test_a_model_that_sees_the_future_is_refused(tmp_path):
     path = make_tiny("bert", tmp_path / "bert")
     with pytest.raises(InputError, match="a bert cannot .* differ by"):
@@ -119,6 +136,38 @@ def test_a_runs_directory_is_no_model_but_has_some(tmp_path):
     (tmp_path / "config.json").write_text('{"algo": "luffy"}')  # of the run
     with pytest.raises(InputError, match="it, as .*checkpoint-000002$"):
         find(str(tmp_path))
+
+
+def test_a_directory_with_two_models_is_refused(llama, tmp_path):
+    """Of which one would be taken in silence."""
+    path = shutil.copytree(llama, tmp_path / "two")
+    (path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="its adapter_config.json is of an adapter"):
+        from_pretrained(path)
+    (path / "adapter_config.json").unlink()
+    weights, half = load_file(path / "model.safetensors"), {}
+    shards = {k: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, k in enumerate(weights)}
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    for name in set(shards.values()):
+        half = {k: w for k, w in weights.items() if shards[k] == name}
+        save_file(half, path / name, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="model.safetensors has .* not there by model.safetensors"):
+        from_pretrained(path)
+    (path / "model.safetensors").unlink()
+    from_pretrained(path)
+    other = next(k for k, file in shards.items() if file != name)  # in both shards
+    save_file(half | {other: weights[other] + 1}, path / name, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"{name} has {other}, which is not there by"):
+        from_pretrained(path)
+
+
+def test_a_head_of_its_own_where_the_config_ties_it(llama, tmp_path):
+    path = shutil.copytree(llama, tmp_path / "tied")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(InputError, match="a head of its own, .* tie_word_embeddings"):
+        from_pretrained(path)
 
 
 def test_files_that_are_no_model_are_an_error_in_one_line(llama, tmp_path, monkeypatch):

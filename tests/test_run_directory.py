@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -346,6 +346,30 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
 
 
 # ------------------------------------------------------------------ what was trained on
+def test_a_reward_that_changed_under_a_run_is_said(tmp_path, model, capsys):
+    file = tmp_path / "its.py"
+    for text, said in (
+        ("# one", False),
+        ("# one", False),
+        ("# another", True),
+        ("# another", False),
+    ):
+        file.write_text(text)
+        run = begin(tmp_path / "run", model, reward=f"{file}:f")
+        assert ("its file has changed" in capsys.readouterr().out) == said
+        if not run.checkpoint:
+            log(run.out, 1)
+            run.save(1, model, toy.make_tokenizer())
+
+
+def test_a_fork_does_not_go_on_with_a_run_of_luffy(trained, model):
+    from forks import dapo
+
+    cfg = dapo.Config(**asdict(replace(luffy.parse_args([]), out=str(trained))))
+    with pytest.raises(InputError, match="refill was 'no flag', now 3"):
+        Run(cfg)
+
+
 def test_other_problems_under_a_resumed_run_are_refused(trained, model):
     for change in (dict(answer="3"), dict(prompt_ids=[5, 7]), dict(trace_reward=0.5)):
         with pytest.raises(InputError, match="--data .*are not those that the run"):

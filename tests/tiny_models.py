@@ -58,10 +58,12 @@ LEFT_OUT = {*LARGE.split(), *NOT_MADE.split()}
 ARCHITECTURES = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in LEFT_OUT]
 
 
-def make_tiny(name: str, directory: Path) -> Path:
+def make_tiny(name: str, directory: Path, **changes: Any) -> Path:
     """With weights large enough for each part to matter: transformers draws biases as 0."""
     torch.manual_seed(0)
-    model, tokenizer = AutoModelForCausalLM.from_config(tiny_config(name)), toy.make_tokenizer()
+    config, tokenizer = tiny_config(name), toy.make_tokenizer()
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
