@@ -269,14 +269,14 @@ def check_files(path: str | Path) -> None:
         return
     with reading(path):
         shard_of = json.loads(index.read_text("utf-8"))["weight_map"]
-        whole = index.with_name("model.safetensors")
-        for file in {index.with_name(name) for name in shard_of.values()} | {whole}:
-            if file == whole and not file.exists():
+        for name in {*shard_of.values(), "model.safetensors"}:
+            file = Path(path, name)
+            if name not in shard_of.values() and not file.exists():
                 continue
             with safe_open(file, "pt") as shard:
-                if other := [k for k in shard.keys() if shard_of.get(k) != file.name]:
+                if other := [k for k in shard.keys() if shard_of.get(k) != name]:
                     raise InputError(
-                        f"--model {path}: {file.name} has {other[0]}, which is not there by "
+                        f"--model {path}: {name} has {other[0]}, which is not there by "
                         f"{index.name}. Are these the files of two models? Take one away"
                     )
 

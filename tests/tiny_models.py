@@ -47,8 +47,8 @@ SIZES_OF_PARTS = dict(
     linear_value_head_dim=16,
 )  # fmt: skip
 
-LARGE = (  # whatever the sizes above are
-    "blenderbot blt emu3 gemma4_text git got_ocr2 longcat_flash mllama phi4_multimodal xlm"
+LARGE = (  # whatever the sizes above are, or minutes a step on a CPU (kimi_linear)
+    "blenderbot blt emu3 gemma4_text git got_ocr2 kimi_linear longcat_flash mllama phi4_multimodal xlm"
 )
 NOT_MADE = (  # of two models, of another package, or with a config of many parts
     "cohere_compass_text dbrx dots1 gemma3n gemma3n_text gemma4_assistant gemma4_unified_assistant "
