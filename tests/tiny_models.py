@@ -48,7 +48,8 @@ SIZES_OF_PARTS = dict(
 )  # fmt: skip
 
 LARGE = (  # whatever the sizes above are, or minutes a step on a CPU (kimi_linear)
-    "blenderbot blt emu3 gemma4_text git got_ocr2 kimi_linear longcat_flash mllama phi4_multimodal xlm"
+    "blenderbot blt emu3 gemma4_text git got_ocr2 kimi_linear longcat_flash mllama "
+    "phi4_multimodal xlm"
 )
 NOT_MADE = (  # of two models, of another package, or with a config of many parts
     "cohere_compass_text dbrx dots1 gemma3n gemma3n_text gemma4_assistant gemma4_unified_assistant "
