@@ -1,11 +1,12 @@
 """Does a model compute what we take it to compute? Asked once at load, on random sequences.
 
-The reference is the model's own forward, of one sequence, with the attention and the head that
-transformers gives it. What packed rows or a cache of ours change beyond rounding is not used then.
+The reference is the model's own forward in evaluation mode, of one sequence, with transformers'
+eager attention. What packed rows or a cache of ours change beyond rounding is not used then.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,12 +31,16 @@ def owners(model: PreTrainedModel) -> list[Any]:
     return [*configs.values(), *filter(None, nested), *model.modules()]
 
 
+# Noise on what routers see. PhiMoE's router_jitter_noise also counts where nothing is random.
+JITTER = "jitter_noise", "input_jitter_noise"
+
+
 def switch_off_dropout(model: PreTrainedModel) -> None:
     """All that is random in train mode: π_old and π_θ are one function of the weights."""
     for owner in owners(model):
         is_dropout = isinstance(owner, nn.modules.dropout._DropoutNd)
         for name, value in list(vars(owner).items()):
-            random = "drop" in name or "jitter" in name or is_dropout and name == "p"
+            random = "drop" in name or name in JITTER or is_dropout and name == "p"
             if random and isinstance(value, float):
                 setattr(owner, name, 0.0)
 
@@ -128,20 +133,22 @@ def choose_attention(policy: nn.Module, path: Any) -> None:
     sequences, own = random_sequences(model), model.config._attn_implementation
 
     def pairs(attention: str) -> Iterator[tuple[Tensor, Tensor]]:
-        model.set_attn_implementation(own)
+        model.eval().set_attn_implementation("eager")  # no chance, no tricks
         whole = [own_logps(model, ids) for ids in sequences]
         halves = [own_logps(model, ids[: len(ids) // 2]) for ids in sequences]
-        model.set_attn_implementation(attention)
+        model.train().set_attn_implementation(attention)
         found = of_policy(policy, sequences)
         yield from zip(found, whole)
         yield from ((f[: len(half)], half) for f, half in zip(found, halves))  # sees no future?
 
     with short_windows(model):
-        packed = differs(model, lambda: pairs("packed"))
+        packed = differs(model, partial(pairs, "packed"))
         if not packed and model.config._attn_implementation == "packed":
             return
-        alone = differs(model, lambda: pairs(own))
-    model.set_attn_implementation(own)
+        for one in dict.fromkeys((own, "eager")):
+            if not (alone := differs(model, partial(pairs, one))):
+                break
+    model.train().set_attn_implementation(one)
     if alone:
         raise refused(model, path, alone)
     say(f"attention   one trajectory at a time; packed ones: {packed or 'not for this model'}")
