@@ -265,7 +265,7 @@ SHARING = textwrap.dedent("""
         for file in sys.argv[1:]:
             with Grader(1) as grader:
                 asked, grade = [], grader.right_and_reward
-                grader.right_and_reward = lambda jobs: asked.extend(jobs) or grade(jobs)
+                grader.right_and_reward = lambda x, **how: asked.extend(x) or grade(x, **how)
                 problems = load_training_set(Config(data=file, max_response_tokens=99),
                     toy.make_tokenizer(), grader, Path(file).with_suffix(".verdicts"))
             digest = hashlib.sha256(repr(problems).encode()).hexdigest()
