@@ -536,21 +536,9 @@ def load_training_set(
     if cfg.unreadable == "drop":
         dropped["unreadable gold"] = sum(p.answer in unreadable for p in kept)
         kept = [p for p in kept if p.answer not in unreadable]
-    traced = {i: p for i, p in enumerate(kept) if p.trace is not None}
-
-    def judge(problems: list[Problem]) -> list[tuple[float, float] | None]:
-        texts = [p.opened + text_of(p.trace_ids, tokenizer) for p in problems]
-        jobs = [(text, p.answer) for text, p in zip(texts, problems)]
-        found = grader.right_and_reward(jobs, failed=None)
-        return [None if None in pair else pair for pair in found]
-
-    key = key_of_traces(list(traced.values()), grader)
-    found = share_once(verdicts, key, "verdicts", judge, list(traced.values()))
-    for (i, p), verdict in zip(traced.items(), found):
-        right, reward = verdict or (0.0, 0.0)
-        kept[i] = replace(p, trace_right=right, trace_reward=reward)
+    kept, failed = with_rewards(kept, tokenizer, grader, verdicts)
     judged_by = f"--reward {cfg.reward}" if cfg.reward else "the grader"
-    dropped[f"trace on which {judged_by} failed"] = failed = found.count(None)
+    dropped[f"trace on which {judged_by} failed"] = failed
     wrong = sum(p.trace is not None and p.trace_reward <= 0 for p in kept)
     dropped["wrong trace"] = wrong - failed
     kept = [p for p in kept if p.trace is None or p.trace_reward > 0]
@@ -567,6 +555,26 @@ def load_training_set(
     total = len(set(map(key_of, problems)))
     say(f"{cfg.data}: {len(merged)} of {total} problems{traces}{rolled_out}{reasons}")
     return merged
+
+
+def with_rewards(
+    problems: list[Problem], tokenizer: Tokenizer, grader: Grader, verdicts: Path
+) -> tuple[list[Problem], int]:
+    """With the verdicts and rewards of their traces; and on how many of these the grader failed."""
+    traced = [p for p in problems if p.trace is not None]
+
+    def judge(some: list[Problem]) -> list[tuple[float, float] | None]:
+        jobs = [(p.opened + text_of(p.trace_ids, tokenizer), p.answer) for p in some]
+        found = grader.right_and_reward(jobs, failed=None)
+        return [None if None in pair else pair for pair in found]
+
+    found = share_once(verdicts, key_of_traces(traced, grader), "verdicts", judge, traced)
+    of_trace = {id(p): pair or (0.0, 0.0) for p, pair in zip(traced, found)}
+    judged = []
+    for p in problems:
+        right, reward = of_trace.get(id(p), (0.0, 0.0))
+        judged.append(replace(p, trace_right=right, trace_reward=reward))
+    return judged, found.count(None)
 
 
 def share_once(file: Path, key: str, name: str, judge: Callable[[list], list], items: list) -> list:

@@ -310,10 +310,10 @@ def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_t
     RoPE base, without training. Raises InputError for any other model that is too short.
     """
     needed, context = max_prompt_tokens + max_response_tokens, config.max_position_embeddings
-    if needed > (turned := turned_alike(config)):
+    if needed > (limit := rope_limit(config)):
         raise InputError(
             f"--max_prompt_tokens {max_prompt_tokens} + --max_response_tokens "
-            f"{max_response_tokens} (or --max_trace_tokens) is more than the {turned} tokens up to "
+            f"{max_response_tokens} (or --max_trace_tokens) is more than the {limit} tokens up to "
             "which the model's RoPE is one: in a longer sequence all tokens have other positions, "
             "and so have those that were sampled before. Lower one of the two"
         )
@@ -333,7 +333,7 @@ def fit_context(config: PretrainedConfig, max_prompt_tokens: int, max_response_t
     say(f"context     {context} -> 16384 tokens, rope_theta 10000 -> 40000, as in the paper")
 
 
-def turned_alike(config: PretrainedConfig) -> int:
+def rope_limit(config: PretrainedConfig) -> int:
     """Tokens of the longest sequence whose positions depend on none that come later."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one a layer type

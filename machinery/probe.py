@@ -21,6 +21,8 @@ LENGTHS = 40, 24  # tokens of the sequences
 WINDOW = 16  # of sliding attention meanwhile: longer ones would not show in such sequences
 WINDOWS = "sliding_window", "attention_chunk_size", "index_topk", "keep_window_size"
 NEAR = 8  # a leak between sequences is in their first tokens: of so many the mean is taken
+# Noise on what routers see. PhiMoE's router_jitter_noise also counts where nothing is random.
+JITTER = "jitter_noise", "input_jitter_noise"
 ROUNDING = {torch.float32: 2e-4, torch.bfloat16: 0.25}  # nats, of such a mean
 
 
@@ -29,10 +31,6 @@ def owners(model: PreTrainedModel) -> list[Any]:
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     nested = [getattr(c, name) for c in configs.values() for name in getattr(c, "sub_configs", {})]
     return [*configs.values(), *filter(None, nested), *model.modules()]
-
-
-# Noise on what routers see. PhiMoE's router_jitter_noise also counts where nothing is random.
-JITTER = "jitter_noise", "input_jitter_noise"
 
 
 def switch_off_dropout(model: PreTrainedModel) -> None:
@@ -133,7 +131,8 @@ def choose_attention(policy: nn.Module, path: Any) -> None:
     sequences, own = random_sequences(model), model.config._attn_implementation
 
     def pairs(attention: str) -> Iterator[tuple[Tensor, Tensor]]:
-        model.eval().set_attn_implementation("eager")  # no chance, no tricks
+        # Not in train mode: what is random there, or routes otherwise, would agree with itself.
+        model.eval().set_attn_implementation("eager")
         whole = [own_logps(model, ids) for ids in sequences]
         halves = [own_logps(model, ids[: len(ids) // 2]) for ids in sequences]
         model.train().set_attn_implementation(attention)

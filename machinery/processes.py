@@ -299,7 +299,7 @@ def say(*words: Any) -> None:
 
 
 def say_and_go_on(*words: Any) -> None:
-    """say, by a run: from here on it does not end where nobody reads what it prints."""
+    """say, by luffy.py: from here on it does not end where nobody reads what it prints."""
     go_on()
     say(*words)
 

@@ -330,11 +330,11 @@ def load_rows(out: Path) -> Rows:
             for row in samples.values() if len(samples) == what["k"] else ():
                 found[name, what["temperature"], what["k"]][row["source"]].append(row)
         if left := sum(len(rows[key]) != what["k"] for key in problems):
-            say(f"{out}: {left} of {len(problems)} problems of {stem} have not all responses yet,")
-            say("and are left out. The command that made it goes on")
+            left_out = f"{left} of {len(problems)} problems of {stem}, which lack responses"
+            say(f"{out}: without {left_out}. The command that made it goes on")
         judged = [has_verdict(row) for samples in rows.values() for row in samples.values()]
         if failed := judged.count(False):
-            say(f"{out}: no verdict  on {failed} responses of {stem}: they count as not right")
+            say(f"{out}: no verdict on {failed} responses of {stem}: they count as not right")
     if not found:
         raise InputError(f"{out}: has no responses yet")
     return {

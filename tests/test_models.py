@@ -84,6 +84,12 @@ def test_a_cache_is_not_used_where_it_would_choose_other_keys(tmp_path):
     assert not TorchSampler(path, load_config(path), [1]).cached
 
 
+def test_a_model_that_is_another_one_in_training_is_refused(tmp_path):
+    path = make_tiny("phimoe", tmp_path / "phimoe")
+    with pytest.raises(InputError, match="a phimoe cannot .* differ by"):
+        load_model(path, load_config(path), checkpointing=False)
+
+
 def test_a_model_that_sees_the_future_is_refused(tmp_path):
     path = make_tiny("bert", tmp_path / "bert")
     with pytest.raises(InputError, match="a bert cannot .* differ by"):
