@@ -277,7 +277,7 @@ def test_what_is_not_complete_is_not_compared_and_a_broken_row_is_named(tmp_path
     [(key, rows)] = load_rows(tmp_path).items()  # and s2 has none yet
     assert key == ("f/s1", 0.6, 2) and len(rows) == 2
     said = capsys.readouterr().out
-    assert "2 of 3 problems" in said and "no verdict  on 2 responses" in said
+    assert "2 of 3 problems" in said and "no verdict on 2 responses" in said
     [file] = tmp_path.glob("*-rank0.jsonl")
     row = json.loads(file.read_text().splitlines()[0])
     for broken in ({"sample": "0"}, {"key": [1]}, {"of": None}, {"reward": "1"}):
