@@ -74,9 +74,9 @@ class Values(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        how = dict(position_ids=batch.position_ids, lengths=batch.lengths, ends=batch.ends)
+        how = dict(position_ids=batch.position_ids, packing=batch.packing)
         hidden = self.trunk(batch.input_ids, use_cache=False, **how).last_hidden_state[0]  # (S, D)
-        return self.head(hidden[batch.response_index - 1].float())[:, 0]  # s_t: before the token
+        return self.head(hidden[batch.before].float())[:, 0]  # s_t: before the token
 
 
 class Orz:

@@ -1,7 +1,11 @@
-"""Trajectories, and micro-batches of them: packed rows, without padding and so without masks."""
+"""Trajectories, and micro-batches of them: packed rows, without padding.
+
+A row has the prompt of a group once, and each response to it goes on from it.
+"""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -77,16 +81,43 @@ class Trajectory:
         return of_trace if self.trace_tokens else own
 
 
+class Packing(NamedTuple):
+    """Who sees whom in a row: it is cut into segments, and each sees keys of its own.
+
+    A segment is a prompt, a response, or both where a prompt has but one. It sees itself and what
+    is before it in its trajectory: its keys, whose last ones are its own tokens'.
+    """
+
+    lengths: list[int]  # tokens of the segments; sum S
+    key_lengths: list[int]  # of their keys; sum K
+    keys: Tensor | None  # (K,), where those stand in the row; None: each segment sees itself alone
+    ends: Tensor  # int32, cumulative sums of lengths from 0 on
+    key_ends: Tensor  # and of key_lengths
+
+    @classmethod
+    def of(cls, segments: list[tuple[int, Sequence[int]]]) -> "Packing":
+        """From the length of each, and where its keys stand in the row."""
+        lengths, keys = [n for n, _ in segments], [list(k) for _, k in segments]
+        key_lengths, where = list(map(len, keys)), None
+        if key_lengths != lengths:
+            where = torch.tensor(sum(keys, []), device=device())
+        ends = (
+            torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device())
+            for n in (lengths, key_lengths)
+        )
+        return cls(lengths, key_lengths, where, *ends)
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Trajectories one after the other in a single row."""
+    """Trajectories in a single row."""
 
     trajectories: list[Trajectory]
     input_ids: Tensor  # (1, S)
-    position_ids: Tensor  # (1, S), from 0 again at each trajectory
-    lengths: list[int]  # (B,), sum S
-    ends: Tensor  # (B + 1,) int32, their cumulative sums from 0 on
+    position_ids: Tensor  # (1, S), in the token's trajectory
+    packing: Packing
     response_index: Tensor  # (N,), where the response tokens stand in the row
+    before: Tensor  # (N,), and where the tokens before them do
     segment: Tensor  # (N,) int, the trajectory that a response token belongs to
     off_policy: Tensor  # (N,) bool: the trace's tokens
     advantage: Tensor  # (N,)
@@ -142,7 +173,7 @@ def deal(trajectories: list[Trajectory], batch: Sequence[Any], updates: int) -> 
     mine = []
     for i in range(updates):
         share = len(batch) // updates
-        tokens = {p: sum(map(length, groups[p])) for p in groups if p // share == i}
+        tokens = {p: length(groups[p]) for p in groups if p // share == i}
         load = [0] * world_size()
         for p in sorted(tokens, key=lambda p: -tokens[p]):
             least = load.index(min(load))
@@ -151,28 +182,55 @@ def deal(trajectories: list[Trajectory], batch: Sequence[Any], updates: int) -> 
     return [t for p in sorted(mine) for t in groups[p]]
 
 
-def length(t: Trajectory) -> int:
-    return len(t.problem.prompt_ids) + len(t.response)
+def shared(t: Trajectory) -> Hashable:
+    """Trajectories for which this is the same have one prompt in a row."""
+    return tuple(t.problem.prompt_ids)
+
+
+def length(trajectories: Iterable[Trajectory]) -> int:
+    """Tokens of a row of these."""
+    prompts = {shared(t): len(t.problem.prompt_ids) for t in trajectories}
+    return sum(prompts.values()) + sum(len(t.response) for t in trajectories)
 
 
 def pack(trajectories: list[Trajectory], token_budget: int) -> list[MicroBatch]:
-    """Rows of up to `token_budget` tokens, longest trajectories first; a longer one is alone."""
+    """Rows of up to `token_budget` tokens, longest groups first; a longer trajectory is alone.
+
+    A group is in one row if it has room there, else in parts, each with the prompt.
+    """
+    groups: dict[Hashable, list[Trajectory]] = {}
+    for t in trajectories:
+        groups.setdefault(shared(t), []).append(t)
+    parts = [part for group in groups.values() for part in fill(([t] for t in group), token_budget)]
+    return [collate(row) for row in fill(parts, token_budget)]
+
+
+def fill(parts: Iterable[list[Trajectory]], token_budget: int) -> list[list[Trajectory]]:
+    """Parts, each left whole, one after the other in rows of up to `token_budget` tokens."""
     rows: list[list[Trajectory]] = []
-    room = 0
-    for t in sorted(trajectories, key=length, reverse=True):
-        if length(t) > room or not rows:
+    for part in sorted(parts, key=length, reverse=True):
+        if not rows or length(rows[-1] + part) > token_budget:
             rows.append([])
-            room = token_budget
-        rows[-1].append(t)
-        room -= length(t)
-    return [collate(row) for row in rows]
+        rows[-1].extend(part)
+    return rows
 
 
 def collate(trajectories: list[Trajectory]) -> MicroBatch:
-    sequences = [[*t.problem.prompt_ids, *t.response] for t in trajectories]
-    lengths = [len(sequence) for sequence in sequences]
-    ends = [0, *accumulate(lengths)]
-    starts = [end - len(t.response) for end, t in zip(ends[1:], trajectories)]
+    uses, prompts = Counter(map(shared, trajectories)), {}
+    row, positions, places, segments = [], [], [], []
+    for t in trajectories:
+        key, prompt, start = shared(t), t.problem.prompt_ids, len(row)
+        if key not in prompts:
+            prompts[key] = range(start, start + len(prompt))
+            row.extend(prompt)
+            positions.extend(range(len(prompt)))
+            if uses[key] > 1:
+                segments.append((len(prompt), prompts[key]))
+                start = len(row)
+        places.append([*prompts[key], *range(len(row), len(row) + len(t.response))])
+        row.extend(t.response)
+        positions.extend(range(len(prompt), len(places[-1])))
+        segments.append((len(row) - start, places[-1]))
 
     def tensor(rows: list, dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor([x for row in rows for x in row], dtype=dtype, device=device())
@@ -189,13 +247,13 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
     logp_old = [math.nan if t.logp_old is None else t.logp_old for t in trajectories]
     return MicroBatch(
         trajectories=trajectories,
-        input_ids=tensor(sequences)[None],
-        position_ids=tensor([range(n) for n in lengths])[None],
-        lengths=lengths,
-        ends=torch.tensor(ends, dtype=torch.int32, device=device()),
+        input_ids=tensor([row])[None],
+        position_ids=tensor([positions])[None],
+        packing=Packing.of(segments),
         response_index=tensor(
-            [range(i, i + len(t.response)) for i, t in zip(starts, trajectories)]
+            [p[len(p) - len(t.response) :] for p, t in zip(places, trajectories)]
         ),
+        before=tensor([p[len(p) - len(t.response) - 1 : -1] for p, t in zip(places, trajectories)]),
         segment=per_token(list(range(len(trajectories)))),
         off_policy=tensor(
             [[i < t.trace_tokens for i in range(len(t.response))] for t in trajectories]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from machinery import probe, toy
-from machinery.batches import MicroBatch
+from machinery.batches import MicroBatch, Packing
 from machinery.processes import InputError, barrier, device, gpu_problem, progress, rank, say
 
 transformers_logging.disable_progress_bar()  # ours say what takes long
@@ -362,11 +362,10 @@ class Policy(nn.Module):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            lengths=batch.lengths,
-            ends=batch.ends,
+            packing=batch.packing,
         ).last_hidden_state[0]  # (S, D)
         return token_logprobs(  # the hidden state before a token predicts it
-            hidden[batch.response_index - 1],
+            hidden[batch.before],
             self.model.get_output_embeddings().weight,
             batch.input_ids[0, batch.response_index],
             temperature=self.temperature / logit_scale(self.model.config),
@@ -374,8 +373,9 @@ class Policy(nn.Module):
 
     def one_by_one(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         found = []
-        for ids, t in zip(batch.input_ids[0].split(batch.lengths), batch.trajectories):
+        for t in batch.trajectories:
             n = len(t.response)
+            ids = torch.tensor([*t.problem.prompt_ids, *t.response], device=device())
             logits = self.model(input_ids=ids[None], use_cache=False).logits[0, -n - 1 : -1]
             job = logits_logprobs, logits, ids[-n:], self.temperature
             found.append(checkpoint(*job, use_reentrant=False, preserve_rng_state=False))
@@ -485,32 +485,35 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    lengths: list[int],
-    ends: Tensor | None = None,
+    packing: Packing,
     sliding_window: int | None = None,
     **options,
 ) -> tuple[Tensor, None]:
     """Causal attention within each trajectory of a row: (1, H, S, D/H) -> (1, S, H, D/H).
 
-    lengths (B,) sum to S; ends (B + 1,) int32, needed on a GPU, are their sums from 0 on.
     sliding_window: a token sees so many, itself included; None: all before it.
     """
     options |= dict(mask=attention_mask)
     lacking = "softcap", "s_aux", "position_bias", "mask"
     if unknown := [name for name in lacking if options.get(name) is not None]:
         raise NotImplementedError(f"its attention has a {' and a '.join(unknown)}")
+    if packing.keys is not None:
+        key, value = (x.index_select(2, packing.keys) for x in (key, value))
+    lengths, seen = packing.lengths, packing.key_lengths
     if query.is_cuda:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        window = (sliding_window or 0) - 1, 0  # (-1, 0): causal
+        window = (sliding_window or 0) - 1, 0  # (-1, 0): causal; the last sees all keys
         how = dict(scale=scaling, window_size=window, enable_gqa=True)
-        out = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), **how)
-        return out[None], None
+        ends = packing.ends, packing.key_ends, max(lengths), max(seen)
+        return varlen_attn(q, k, v, *ends, **how)[None], None
     out = []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
-        seen = None
-        if sliding_window and sliding_window < q.shape[2]:
-            seen = torch.ones(2 * q.shape[2:3], dtype=torch.bool).tril().triu(1 - sliding_window)
-        how = dict(attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True)
+    parts = (x.split(n, dim=2) for x, n in ((query, lengths), (key, seen), (value, seen)))
+    for q, k, v in zip(*parts):
+        n, m, mask = q.shape[2], k.shape[2], None
+        if n < m or sliding_window and sliding_window < m:
+            mask = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+            mask = mask.triu(m - n + 1 - (sliding_window or m))
+        how = dict(attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
         out.append(F.scaled_dot_product_attention(q, k, v, **how))
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
+from machinery.batches import Packing
 from machinery.checkpoints import number_saved
 from machinery.flags import Config
 from machinery.model import FITS_A_LAPTOP, Policy, fit_context, full_name, on_paper
@@ -92,11 +93,11 @@ def count_activations(config, dtype: torch.dtype, checkpointing: bool, lengths: 
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         batch = SimpleNamespace(
             input_ids=torch.zeros(1, tokens, dtype=torch.long),
-            lengths=lengths,
-            ends=None,
+            packing=Packing(lengths, lengths, torch.arange(tokens), *2 * [torch.empty(0)]),
             position_ids=torch.zeros(1, tokens, dtype=torch.long),
             response_index=torch.arange(1, tokens),
-        )  # as if there were no prompts
+            before=torch.arange(tokens - 1),
+        )  # as if there were no prompts, and keys gathered as if there were
         for p in policy.parameters():
             p.grad = torch.zeros_like(p)
         with AllocationCounter() as counter:
@@ -245,13 +246,32 @@ def sampled(cfg: Config, ranks: int) -> int:
 
 
 def trained(cfg: Config, ranks: int) -> int:
-    """Trajectories of a rank in an update."""
-    return cfg.problems_per_step // cfg.updates_per_step // ranks * (cfg.rollouts + cfg.traces)
+    """Problems of a rank in an update."""
+    return cfg.problems_per_step // cfg.updates_per_step // ranks
+
+
+def group_tokens(cfg: Config, prompt: float, response: float) -> float:
+    """Tokens of a group, which has its prompt once."""
+    return prompt + (cfg.rollouts + cfg.traces) * response
+
+
+def longest_groups(cfg: Config, ranks: int) -> int:
+    """Tokens that a rank trains on in an update, at most."""
+    response = longest(cfg) - cfg.max_prompt_tokens
+    return trained(cfg, ranks) * int(group_tokens(cfg, cfg.max_prompt_tokens, response))
+
+
+def micro_batches(cfg: Config, ranks: int, prompt: float, response: float) -> int:
+    """Those of an update that `pack` makes of groups alike."""
+    if together := cfg.token_budget // group_tokens(cfg, prompt, response):
+        return ceil(trained(cfg, ranks) / together)
+    part = max(1, (cfg.token_budget - prompt) // response)  # responses beside a prompt
+    return trained(cfg, ranks) * ceil((cfg.rollouts + cfg.traces) / part)
 
 
 def longest_row(cfg: Config, ranks: int) -> list[int]:
     """Lengths of the trajectories in the largest micro-batch that `pack` could make."""
-    tokens = max(longest(cfg), min(cfg.token_budget, trained(cfg, ranks) * longest(cfg)))
+    tokens = max(longest(cfg), min(cfg.token_budget, longest_groups(cfg, ranks)))
     whole, rest = divmod(tokens, longest(cfg))
     return [longest(cfg)] * whole + [rest] * (rest > 0)
 
@@ -324,8 +344,12 @@ def show(cfg: Config, check: Callable[[int], None], differences: str) -> None:
 
 
 def show_batches(cfg: Config, ranks: int) -> None:
-    group, rollouts, share = cfg.rollouts + cfg.traces, sampled(cfg, ranks), trained(cfg, ranks)
-    micro_batches = ceil(share / max(1, cfg.token_budget // longest(cfg)))
+    group, rollouts, longest_prompt = (
+        cfg.rollouts + cfg.traces,
+        sampled(cfg, ranks),
+        cfg.max_prompt_tokens,
+    )
+    most = micro_batches(cfg, ranks, longest_prompt, longest(cfg) - longest_prompt)
     say(
         f"step        {cfg.problems_per_step} problems x ({cfg.rollouts} rollouts + {cfg.traces} "
         f"trace) = {cfg.problems_per_step * group:,} trajectories, {cfg.updates_per_step} updates"
@@ -335,14 +359,14 @@ def show_batches(cfg: Config, ranks: int) -> None:
         f"{rollouts * cfg.max_response_tokens:,} tokens"
     )
     say(
-        f"            trains on {share} trajectories an update: at most {share * longest(cfg):,} "
-        f"tokens in {micro_batches} micro-batches"
+        f"            trains on {trained(cfg, ranks) * group} trajectories an update: at most "
+        f"{longest_groups(cfg, ranks):,} tokens in {most} micro-batches"
     )
     if cfg.max_response_tokens > MEAN_TOKENS["rollout"]:
-        (tokens_sampled, tokens), mean = expected(cfg, ranks), mean_tokens(cfg)
+        (tokens_sampled, tokens, rows), mean = expected(cfg, ranks), mean_tokens(cfg)
         say(
             f"            expected: {tokens_sampled:,} sampled; {tokens:,.0f} trained "
-            f"on, in {ceil(tokens / cfg.token_budget)} micro-batches\n            (rollouts of "
+            f"on, in {rows} micro-batches\n            (rollouts of "
             f"{mean['rollout']:,} and traces of {mean['trace']:,} tokens, arXiv:2604.23747)"
         )
 
@@ -354,12 +378,13 @@ def mean_tokens(cfg: Config) -> dict[str, int]:
     return {name: min(mean, room[name]) for name, mean in MEAN_TOKENS.items()}
 
 
-def expected(cfg: Config, ranks: int) -> tuple[int, float]:
-    """Tokens that a rank samples in a step, and trains on in an update, by those means."""
+def expected(cfg: Config, ranks: int) -> tuple[int, float, int]:
+    """By those means: tokens that a rank samples in a step, trains on in an update, in rows."""
     mean, group = mean_tokens(cfg), cfg.rollouts + cfg.traces
-    responses = cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]
-    tokens = trained(cfg, ranks) * (mean["prompt"] + responses / group)
-    return sampled(cfg, ranks) * mean["rollout"], tokens
+    response = (cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]) / group
+    tokens = trained(cfg, ranks) * group_tokens(cfg, mean["prompt"], response)
+    rows = micro_batches(cfg, ranks, mean["prompt"], response)
+    return sampled(cfg, ranks) * mean["rollout"], tokens, rows
 
 
 def show_memory(table: list[tuple[str, str, int]], unit: int) -> None:

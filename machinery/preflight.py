@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from machinery import checkpoints, plan, processes, samplers
-from machinery.batches import Trajectory, length, pack
+from machinery.batches import Packing, Trajectory, length, pack
 from machinery.files import lock
 from machinery.flags import Config
 from machinery.model import load_config, packed_attention, token_logprobs
@@ -274,22 +274,29 @@ def kernels(model: Any) -> None:
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    lengths = [1200, 300, 1] if on_gpu else [120, 30, 1]
+    prompt, *responses, alone = (1200, 300, 1, 200) if on_gpu else (120, 30, 1, 20)
+    ends = itertools.accumulate((*responses, alone), initial=prompt)
+    places = [range(prompt), *(range(a, b) for a, b in itertools.pairwise(ends))]
+    seen = [[*places[0], *place] for place in places[1:-1]]  # a response sees the prompt
+    seen = [[*places[0]], *seen, [*places[-1]]]
     weight = model.get_output_embeddings().weight.detach()
     seed = torch.Generator(device()).manual_seed(0)
     how: Any = dict(device=device(), dtype=weight.dtype, generator=seed)
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device())
-    inputs = [torch.randn(1, n, sum(lengths), width, **how) for n in (heads, groups, groups)]
-    scale = width**-0.5
+    tokens, scale = places[-1].stop, width**-0.5
+    inputs = [torch.randn(1, n, tokens, width, **how) for n in (heads, groups, groups)]
+    packing = Packing.of([(len(place), some) for place, some in zip(places, seen)])
 
     def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packed_attention(model, q, k, v, None, scale, lengths=lengths, ends=ends)[0]
+        return packed_attention(model, q, k, v, None, scale, packing)[0]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = []
-        for a, b, c in zip(*(x.split(lengths, dim=2) for x in (q, k, v))):
+        for place, some in zip(places, seen):
+            a, b, c = q[:, :, place], k[:, :, some], v[:, :, some]
             b, c = (x.repeat_interleave(heads // groups, dim=1) for x in (b, c))
-            later = torch.ones(a.shape[2], a.shape[2], device=a.device, dtype=bool).triu(1)
+            later = (
+                torch.tensor(some, device=a.device) > torch.tensor(place, device=a.device)[:, None]
+            )
             scores = (a @ b.transpose(2, 3) * scale).masked_fill(later, -torch.inf)
             parts.append(scores.softmax(-1) @ c)
         return torch.cat(parts, dim=2).transpose(1, 2)
@@ -474,7 +481,7 @@ def updating(
     check("gradient norms", value, alike and min(first, default=0) > 0, "the same, above 0", fix)
     memory(cfg, policy.module.model, sampler, problems)
     # The others wait for the rank that has most.
-    return max(gather(sum(map(length, trajectories)))) / seconds
+    return max(gather(length(trajectories))) / seconds
 
 
 def made_up(problems: list, row: list[int]) -> list[Trajectory]:
@@ -522,7 +529,7 @@ def memory(cfg: Config, model: Any, sampler: Any, problems: list) -> None:
 
 def seconds_a_step(cfg: Config, speed: dict[str, float]) -> None:
     """From the speeds here and the tokens that the plan expects."""
-    sampled, trained = plan.expected(cfg, world_size())
+    sampled, trained, _ = plan.expected(cfg, world_size())
     sample = sampled / min(gather(speed["sample"])) if cfg.samples else 0.0
     # ranks that had less to do waited for those with more: theirs is no speed
     update = cfg.updates_per_step * trained / max(gather(speed["update"]))

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from machinery.batches import Trajectory, collate
 from machinery.processes import InputError, device, say
 
-LENGTHS = 40, 24  # tokens of the sequences
+LENGTHS = 40, 24, 30  # tokens of the sequences
+SHARED = 9  # first tokens that the last two of them have alike: a prompt
 WINDOW = 16  # of sliding attention meanwhile: longer ones would not show in such sequences
 WINDOWS = "sliding_window", "attention_chunk_size", "index_topk", "keep_window_size"
 NEAR = 8  # a leak between sequences is in their first tokens: of so many the mean is taken
@@ -74,7 +75,8 @@ def other_weights(model: PreTrainedModel) -> Iterator[None]:
 def random_sequences(model: PreTrainedModel) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     size = model.get_input_embeddings().weight.shape[0]
-    return [torch.randint(size, (n,), generator=generator).tolist() for n in LENGTHS]
+    first, *others = (torch.randint(size, (n,), generator=generator).tolist() for n in LENGTHS)
+    return [first, *(others[0][:SHARED] + ids[SHARED:] for ids in others)]
 
 
 def own_logps(model: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -91,12 +93,13 @@ def gap(found: Tensor, own: Tensor) -> float:
 
 
 def of_policy(policy: nn.Module, sequences: list[list[int]]) -> list[Tensor]:
-    """Log-probs of all tokens but the first of each sequence, by one micro-batch."""
+    """Log-probs of each sequence's tokens after the first SHARED, by one micro-batch."""
     trajectories = [
-        Trajectory(i, SimpleNamespace(prompt_ids=ids[:1]), ids[1:])
+        Trajectory(i, SimpleNamespace(prompt_ids=ids[:SHARED]), ids[SHARED:])
         for i, ids in enumerate(sequences)
     ]
-    return list(policy(collate(trajectories))[0].split([len(ids) - 1 for ids in sequences]))
+    lengths = [len(ids) - SHARED for ids in sequences]
+    return list(policy(collate(trajectories))[0].split(lengths))
 
 
 def differs(model: PreTrainedModel, compute: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> str:
@@ -133,8 +136,8 @@ def choose_attention(policy: nn.Module, path: Any) -> None:
     def pairs(attention: str) -> Iterator[tuple[Tensor, Tensor]]:
         # Not in train mode: what is random there, or routes otherwise, would agree with itself.
         model.eval().set_attn_implementation("eager")
-        whole = [own_logps(model, ids) for ids in sequences]
-        halves = [own_logps(model, ids[: len(ids) // 2]) for ids in sequences]
+        whole = [own_logps(model, ids)[SHARED - 1 :] for ids in sequences]
+        halves = [own_logps(model, ids[: len(ids) // 2])[SHARED - 1 :] for ids in sequences]
         model.train().set_attn_implementation(attention)
         found = of_policy(policy, sequences)
         yield from zip(found, whole)
@@ -155,7 +158,7 @@ def choose_attention(policy: nn.Module, path: Any) -> None:
 
 def leaves_out(policy: nn.Module) -> bool:
     """Do some parameters get no gradient from a short sequence? Unlucky experts, image encoders."""
-    (logp,) = of_policy(policy, [random_sequences(policy.model)[0][:3]])
+    (logp,) = of_policy(policy, [random_sequences(policy.model)[0][: SHARED + 2]])
     found, reached, new = set(), set(), [logp.grad_fn]
     while new:
         node = new.pop()

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from conftest import ALL_ROWS, Judge, rows
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import luffy
 from data import Problem
@@ -14,7 +15,7 @@ from luffy import ALGORITHMS, Config, ShardedAdamW, Trajectory
 from luffy import group_advantages, mixed_policy_objective, pack, record_old_logprobs
 from luffy import score, set_normaliser, update
 from machinery import batches, optimizer as optimizer_module, rivals
-from machinery.batches import collate
+from machinery.batches import Packing, collate
 from machinery.model import Policy, from_pretrained
 
 
@@ -142,7 +143,9 @@ def test_trajectories_without_a_gradient_count_in_metrics_alone(policy, budget):
 def plain_logps(model, t):
     """Log-probs and entropies of a trajectory's response, by the simplest forward there is."""
     ids = torch.tensor([[*t.problem.prompt_ids, *t.response]])
-    logits = model(input_ids=ids, use_cache=False, lengths=[ids.shape[1]]).logits[0]
+    logits = model(
+        input_ids=ids, use_cache=False, packing=Packing.of([(ids.shape[1], ids[0])])
+    ).logits[0]
     log_p = logits[len(t.problem.prompt_ids) - 1 : -1].log_softmax(-1)
     return log_p.gather(1, torch.tensor(t.response)[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
@@ -297,12 +300,43 @@ def test_packed_equals_one_by_one(policy):
         t.inv_z = 1.0
     packed = pack(trajectories, 150)
     assert 1 < len(packed) < len(trajectories)
-    assert all(sum(batch.lengths) <= 150 for batch in packed)
+    assert all(batch.input_ids.shape[1] <= 150 for batch in packed)
     assert sorted(id(t) for b in packed for t in b.trajectories) == sorted(map(id, trajectories))
     for batch in packed:
         together = policy(batch)[0].split([len(t.response) for t in batch.trajectories])
         for t, logp in zip(batch.trajectories, together):
             torch.testing.assert_close(logp, policy(collate([t]))[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_group_has_its_prompt_once(monkeypatch):
+    """In a row; and gradients are those of rows where each trajectory has its own."""
+    torch.manual_seed(0)
+    sizes = dict(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=50)
+    shape = AutoConfig.for_model("gpt2", **sizes)  # all of it computes in float64 if asked to
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation="packed").double().eval()
+    found, trajectories, moved = {}, make_trajectories(config()), Policy(model, 0.7)
+    prompts = sum({t.position: len(t.problem.prompt_ids) for t in trajectories}.values())
+    for name, key in (("shared", batches.shared), ("own", id)):
+        monkeypatch.setattr(batches, "shared", key)
+        model.zero_grad()
+        (row,) = pack(random.Random(0).sample(trajectories, len(trajectories)), 10_000)
+        logp, entropy = moved(row)
+        row.give(logp=logp)
+        (logp.sum() + entropy.sum()).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found[name] = row.input_ids.shape[1], torch.cat([t.logp for t in trajectories]), gradient
+    responses = sum(len(t.response) for t in trajectories)
+    assert found["shared"][0] == prompts + responses and found["own"][0] == 8 * prompts + responses
+    for ours, own in zip(found["shared"][1:], found["own"][1:]):
+        assert (ours - own).norm() <= 1e-12 * own.norm()
+
+
+def test_groups_stay_whole_where_a_row_has_room():
+    problems = [Problem("", "", prompt_ids=(i,) * 10) for i in range(5, 8)]
+    trajectories = [Trajectory(i, p, [5] * 9) for _ in range(4) for i, p in enumerate(problems)]
+    rows = {budget: pack(trajectories, budget) for budget in (5, 30, 46, 100)}
+    sizes = {budget: [b.input_ids.shape[1] for b in found] for budget, found in rows.items()}
+    assert sizes == {5: [19] * 12, 30: [28] * 6, 46: [46] * 3, 100: [92, 46]}
 
 
 def test_old_logprobs_are_recorded_before_the_policy_moves(policy):
