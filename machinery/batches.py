@@ -4,8 +4,8 @@ A row has the prompt of a group once, and each response to it goes on from it.
 """
 
 import math
-from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -187,7 +187,7 @@ def shared(t: Trajectory) -> Hashable:
     return tuple(t.problem.prompt_ids)
 
 
-def length(trajectories: Iterable[Trajectory]) -> int:
+def length(trajectories: list[Trajectory]) -> int:
     """Tokens of a row of these."""
     prompts = {shared(t): len(t.problem.prompt_ids) for t in trajectories}
     return sum(prompts.values()) + sum(len(t.response) for t in trajectories)
@@ -198,14 +198,14 @@ def pack(trajectories: list[Trajectory], token_budget: int) -> list[MicroBatch]:
 
     A group is in one row if it has room there, else in parts, each with the prompt.
     """
-    groups: dict[Hashable, list[Trajectory]] = {}
+    groups: dict[Hashable, list[list[Trajectory]]] = defaultdict(list)
     for t in trajectories:
-        groups.setdefault(shared(t), []).append(t)
-    parts = [part for group in groups.values() for part in fill(([t] for t in group), token_budget)]
+        groups[shared(t)].append([t])
+    parts = sum((fill(group, token_budget) for group in groups.values()), [])
     return [collate(row) for row in fill(parts, token_budget)]
 
 
-def fill(parts: Iterable[list[Trajectory]], token_budget: int) -> list[list[Trajectory]]:
+def fill(parts: list[list[Trajectory]], token_budget: int) -> list[list[Trajectory]]:
     """Parts, each left whole, one after the other in rows of up to `token_budget` tokens."""
     rows: list[list[Trajectory]] = []
     for part in sorted(parts, key=length, reverse=True):
@@ -217,20 +217,22 @@ def fill(parts: Iterable[list[Trajectory]], token_budget: int) -> list[list[Traj
 
 def collate(trajectories: list[Trajectory]) -> MicroBatch:
     uses, prompts = Counter(map(shared, trajectories)), {}
-    row, positions, places, segments = [], [], [], []
+    row, positions, responses, before, segments = [], [], [], [], []
     for t in trajectories:
         key, prompt, start = shared(t), t.problem.prompt_ids, len(row)
         if key not in prompts:
             prompts[key] = range(start, start + len(prompt))
             row.extend(prompt)
-            positions.extend(range(len(prompt)))
+            positions.append(range(len(prompt)))
             if uses[key] > 1:
                 segments.append((len(prompt), prompts[key]))
                 start = len(row)
-        places.append([*prompts[key], *range(len(row), len(row) + len(t.response))])
+        responses.append(range(len(row), len(row) + len(t.response)))
         row.extend(t.response)
-        positions.extend(range(len(prompt), len(places[-1])))
-        segments.append((len(row) - start, places[-1]))
+        positions.append(range(len(prompt), len(prompt) + len(t.response)))
+        keys = [*prompts[key], *responses[-1]]
+        before.append(keys[len(prompt) - 1 : -1])
+        segments.append((len(row) - start, keys))
 
     def tensor(rows: list, dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor([x for row in rows for x in row], dtype=dtype, device=device())
@@ -248,12 +250,10 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
     return MicroBatch(
         trajectories=trajectories,
         input_ids=tensor([row])[None],
-        position_ids=tensor([positions])[None],
+        position_ids=tensor(positions)[None],
         packing=Packing.of(segments),
-        response_index=tensor(
-            [p[len(p) - len(t.response) :] for p, t in zip(places, trajectories)]
-        ),
-        before=tensor([p[len(p) - len(t.response) - 1 : -1] for p, t in zip(places, trajectories)]),
+        response_index=tensor(responses),
+        before=tensor(before),
         segment=per_token(list(range(len(trajectories)))),
         off_policy=tensor(
             [[i < t.trace_tokens for i in range(len(t.response))] for t in trajectories]

@@ -245,33 +245,25 @@ def sampled(cfg: Config, ranks: int) -> int:
     return cfg.problems_per_step // ranks * cfg.rollouts
 
 
-def trained(cfg: Config, ranks: int) -> int:
-    """Problems of a rank in an update."""
-    return cfg.problems_per_step // cfg.updates_per_step // ranks
-
-
-def group_tokens(cfg: Config, prompt: float, response: float) -> float:
-    """Tokens of a group, which has its prompt once."""
-    return prompt + (cfg.rollouts + cfg.traces) * response
-
-
-def longest_groups(cfg: Config, ranks: int) -> int:
-    """Tokens that a rank trains on in an update, at most."""
-    response = longest(cfg) - cfg.max_prompt_tokens
-    return trained(cfg, ranks) * int(group_tokens(cfg, cfg.max_prompt_tokens, response))
-
-
-def micro_batches(cfg: Config, ranks: int, prompt: float, response: float) -> int:
-    """Those of an update that `pack` makes of groups alike."""
-    if together := cfg.token_budget // group_tokens(cfg, prompt, response):
-        return ceil(trained(cfg, ranks) / together)
-    part = max(1, (cfg.token_budget - prompt) // response)  # responses beside a prompt
-    return trained(cfg, ranks) * ceil((cfg.rollouts + cfg.traces) / part)
+def trained(
+    cfg: Config, ranks: int, prompt: float | None = None, response: float | None = None
+) -> tuple[int, float, int]:
+    """Of a rank in an update: trajectories, tokens, micro-batches. None: as long as can be."""
+    prompt = prompt or cfg.max_prompt_tokens
+    response = response or longest(cfg) - cfg.max_prompt_tokens
+    problems = cfg.problems_per_step // cfg.updates_per_step // ranks
+    group = cfg.rollouts + cfg.traces
+    tokens = prompt + group * response  # of a group, which has its prompt once
+    if together := cfg.token_budget // tokens:
+        rows = ceil(problems / together)
+    else:  # in parts, each of some responses and the prompt
+        rows = problems * ceil(group / max(1, (cfg.token_budget - prompt) // response))
+    return problems * group, problems * tokens, rows
 
 
 def longest_row(cfg: Config, ranks: int) -> list[int]:
     """Lengths of the trajectories in the largest micro-batch that `pack` could make."""
-    tokens = max(longest(cfg), min(cfg.token_budget, longest_groups(cfg, ranks)))
+    tokens = max(longest(cfg), min(cfg.token_budget, int(trained(cfg, ranks)[1])))
     whole, rest = divmod(tokens, longest(cfg))
     return [longest(cfg)] * whole + [rest] * (rest > 0)
 
@@ -344,12 +336,8 @@ def show(cfg: Config, check: Callable[[int], None], differences: str) -> None:
 
 
 def show_batches(cfg: Config, ranks: int) -> None:
-    group, rollouts, longest_prompt = (
-        cfg.rollouts + cfg.traces,
-        sampled(cfg, ranks),
-        cfg.max_prompt_tokens,
-    )
-    most = micro_batches(cfg, ranks, longest_prompt, longest(cfg) - longest_prompt)
+    group, rollouts = cfg.rollouts + cfg.traces, sampled(cfg, ranks)
+    share, most, micro_batches = trained(cfg, ranks)
     say(
         f"step        {cfg.problems_per_step} problems x ({cfg.rollouts} rollouts + {cfg.traces} "
         f"trace) = {cfg.problems_per_step * group:,} trajectories, {cfg.updates_per_step} updates"
@@ -359,8 +347,8 @@ def show_batches(cfg: Config, ranks: int) -> None:
         f"{rollouts * cfg.max_response_tokens:,} tokens"
     )
     say(
-        f"            trains on {trained(cfg, ranks) * group} trajectories an update: at most "
-        f"{longest_groups(cfg, ranks):,} tokens in {most} micro-batches"
+        f"            trains on {share} trajectories an update: at most {most:,} tokens in "
+        f"{micro_batches} micro-batches"
     )
     if cfg.max_response_tokens > MEAN_TOKENS["rollout"]:
         (tokens_sampled, tokens, rows), mean = expected(cfg, ranks), mean_tokens(cfg)
@@ -379,12 +367,10 @@ def mean_tokens(cfg: Config) -> dict[str, int]:
 
 
 def expected(cfg: Config, ranks: int) -> tuple[int, float, int]:
-    """By those means: tokens that a rank samples in a step, trains on in an update, in rows."""
+    """By those means: tokens that a rank samples in a step, trains on in an update; its rows."""
     mean, group = mean_tokens(cfg), cfg.rollouts + cfg.traces
     response = (cfg.rollouts * mean["rollout"] + cfg.traces * mean["trace"]) / group
-    tokens = trained(cfg, ranks) * group_tokens(cfg, mean["prompt"], response)
-    rows = micro_batches(cfg, ranks, mean["prompt"], response)
-    return sampled(cfg, ranks) * mean["rollout"], tokens, rows
+    return sampled(cfg, ranks) * mean["rollout"], *trained(cfg, ranks, mean["prompt"], response)[1:]
 
 
 def show_memory(table: list[tuple[str, str, int]], unit: int) -> None:

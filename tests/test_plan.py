@@ -74,7 +74,7 @@ def test_the_arithmetic_of_a_rank(capsys, quick):
     assert "recipe      LUFFY's\n" in text and "7,615,616,512 parameters" in text
     assert "= 1,024 trajectories, 2 updates" in text and "verdict     fits in 78.8 GiB" in text
     assert "112 rollouts a step: at most 917,504 tokens" in text  # 16 problems x 7; x 8192
-    assert "64 trajectories an update: at most 589,824 tokens in 22 micro-batches" in text
+    assert "64 trajectories an update: at most 532,480 tokens in 24 micro-batches" in text
     cfg = luffy.parse_args(["--model", "Qwen2.5-Math-7B"])
     config = shape_of("Qwen2.5-Math-7B")
     table = plan.memory(cfg, config, 8, 80 * plan.GIB)
