@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from machinery.batches import Trajectory, collate
 from machinery.processes import InputError, device, say
 
-LENGTHS = 40, 24, 30  # tokens of the sequences
-SHARED = 9  # first tokens that the last two of them have alike: a prompt
+LENGTHS = 40, 24  # tokens of the sequences
+PROMPT = 9  # of them, where two share it
 WINDOW = 16  # of sliding attention meanwhile: longer ones would not show in such sequences
 WINDOWS = "sliding_window", "attention_chunk_size", "index_topk", "keep_window_size"
 NEAR = 8  # a leak between sequences is in their first tokens: of so many the mean is taken
@@ -75,8 +75,7 @@ def other_weights(model: PreTrainedModel) -> Iterator[None]:
 def random_sequences(model: PreTrainedModel) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     size = model.get_input_embeddings().weight.shape[0]
-    first, *others = (torch.randint(size, (n,), generator=generator).tolist() for n in LENGTHS)
-    return [first, *(others[0][:SHARED] + ids[SHARED:] for ids in others)]
+    return [torch.randint(size, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
 def own_logps(model: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -92,14 +91,13 @@ def gap(found: Tensor, own: Tensor) -> float:
     return torch.stack([part.mean() for part in parts]).max().item()
 
 
-def of_policy(policy: nn.Module, sequences: list[list[int]]) -> list[Tensor]:
-    """Log-probs of each sequence's tokens after the first SHARED, by one micro-batch."""
+def of_policy(policy: nn.Module, sequences: list[list[int]], prompt: int = 1) -> list[Tensor]:
+    """Log-probs of each sequence's tokens after its first `prompt`, by one micro-batch."""
     trajectories = [
-        Trajectory(i, SimpleNamespace(prompt_ids=ids[:SHARED]), ids[SHARED:])
+        Trajectory(i, SimpleNamespace(prompt_ids=ids[:prompt]), ids[prompt:])
         for i, ids in enumerate(sequences)
     ]
-    lengths = [len(ids) - SHARED for ids in sequences]
-    return list(policy(collate(trajectories))[0].split(lengths))
+    return list(policy(collate(trajectories))[0].split([len(t.response) for t in trajectories]))
 
 
 def differs(model: PreTrainedModel, compute: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> str:
@@ -131,15 +129,16 @@ def refused(model: PreTrainedModel, path: Any, problem: str) -> InputError:
 def choose_attention(policy: nn.Module, path: Any) -> None:
     """Packed rows, or one trajectory at a time where they differ. InputError if that does, too."""
     model = policy.model
-    sequences, own = random_sequences(model), model.config._attn_implementation
+    (one, other), own = random_sequences(model), model.config._attn_implementation
+    sequences = [one, other, other[:PROMPT] + one[PROMPT:]]
 
     def pairs(attention: str) -> Iterator[tuple[Tensor, Tensor]]:
         # Not in train mode: what is random there, or routes otherwise, would agree with itself.
         model.eval().set_attn_implementation("eager")
-        whole = [own_logps(model, ids)[SHARED - 1 :] for ids in sequences]
-        halves = [own_logps(model, ids[: len(ids) // 2])[SHARED - 1 :] for ids in sequences]
+        whole = [own_logps(model, ids)[PROMPT - 1 :] for ids in sequences]
+        halves = [own_logps(model, ids[: len(ids) // 2])[PROMPT - 1 :] for ids in sequences]
         model.train().set_attn_implementation(attention)
-        found = of_policy(policy, sequences)
+        found = of_policy(policy, sequences, PROMPT)
         yield from zip(found, whole)
         yield from ((f[: len(half)], half) for f, half in zip(found, halves))  # sees no future?
 
@@ -158,7 +157,7 @@ def choose_attention(policy: nn.Module, path: Any) -> None:
 
 def leaves_out(policy: nn.Module) -> bool:
     """Do some parameters get no gradient from a short sequence? Unlucky experts, image encoders."""
-    (logp,) = of_policy(policy, [random_sequences(policy.model)[0][: SHARED + 2]])
+    (logp,) = of_policy(policy, [random_sequences(policy.model)[0][:3]])
     found, reached, new = set(), set(), [logp.grad_fn]
     while new:
         node = new.pop()
