@@ -33,13 +33,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from machinery import checkpoints, track
 from machinery.batches import Trajectory
 from machinery.files import append, lock, read_json, read_jsonl, sync, to_jsonl, write, writing
 from machinery.flags import Config
+from machinery.kinds import PreTrainedModel, Tokenizer
 from machinery.metrics import evaluation_metrics, one_line
 from machinery.printing import Output, go_on
 from machinery.reward import version

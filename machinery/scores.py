@@ -8,11 +8,10 @@ from statistics import fmean as mean
 from statistics import stdev
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase as Tokenizer
-
 from machinery.checkpoints import checkpoints
 from machinery.files import read_jsonl, writing
 from machinery.flags import Config
+from machinery.kinds import Tokenizer
 from machinery.processes import gather, rank, seed_of, world_size
 from machinery.samplers import Sampler
 

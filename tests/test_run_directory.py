@@ -314,7 +314,7 @@ def test_what_could_not_be_saved_is_refused_before_the_first_step(tmp_path, mode
             begin(out, model)
     with monkeypatch.context() as patch:  # a tokenizer that AutoTokenizer takes for another one
         other = SimpleNamespace(from_pretrained=lambda path: lambda text: {"input_ids": [1]})
-        patch.setattr(checkpoints, "AutoTokenizer", other)
+        patch.setattr("transformers.AutoTokenizer", other)
         with pytest.raises(InputError, match="--model .*other tokens for"):
             begin(out, model)
     begin(out, model)
