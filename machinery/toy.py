@@ -264,17 +264,15 @@ def train_base(
     return model, tokenizer
 
 
-def pad_documents(batch: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_documents(
+    batch: list[tuple[str, str]], tokenizer: Tokenizer
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, S) ids and labels, right-padded; the label is -100 on prompts and padding."""
-    prompts = [tokenizer.encode(f"<user>{prompt}<assistant>") for prompt, _ in batch]
-    answers = [tokenizer.encode(text) + [tokenizer.eos_token_id] for _, text in batch]
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers))
-    ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-    labels = torch.full((len(batch), width), -100)
-    for row, (p, a) in enumerate(zip(prompts, answers)):
-        ids[row, : len(p) + len(a)] = torch.tensor(p + a)
-        labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
-    return ids, labels
+    texts = [f"<user>{prompt}<assistant>{text}<eos>" for prompt, text in batch]
+    ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids
+    opening = ids == tokenizer.convert_tokens_to_ids("<assistant>")
+    answer = opening.cumsum(1).bool() & ~opening & (ids != tokenizer.pad_token_id)
+    return ids, ids.where(answer, -100)
 
 
 def save_base(directory: Path, goals: float, seed: int) -> Path:
