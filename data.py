@@ -22,13 +22,11 @@ from reprlib import repr as brief
 from string import ascii_uppercase
 from typing import Any
 
-import jinja2
-from transformers import PreTrainedTokenizerBase as Tokenizer
-
 from machinery import toy
 from machinery.checkpoints import checkpoints
 from machinery.files import read_json, write
 from machinery.flags import Config
+from machinery.kinds import Tokenizer
 from machinery.processes import InputError, launch, rank, say, share
 from machinery.sources import DUMP, Row, final, is_logp, messages, read_rows, say_ignored
 from machinery.sources import source_of, strings
@@ -404,6 +402,8 @@ def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
             "the tokenizer has no chat template, and the prompts are chat messages. "
             "Put a chat_template into its tokenizer_config.json, or name a file: --template FILE"
         )
+    from jinja2 import TemplateError
+
     given = [m for m in prompt if m != ASK_FOR_A_BOX]
     template: Any = partial(tokenizer.apply_chat_template, strftime_now=A_DAY)
     template = partial(template, add_generation_prompt=True, tokenize=False)
@@ -414,7 +414,7 @@ def render(prompt: list[dict[str, str]] | str, tokenizer: Tokenizer) -> str:
             return text
         try:
             return str(template(prompt))
-        except jinja2.TemplateError:  # Gemma's refuses system messages: then in the first one
+        except TemplateError:  # Gemma's refuses system messages: then in the first one
             first, *others = given
             return str(template([first | {"content": f"{SYSTEM}\n\n{first['content']}"}, *others]))
     except Exception as error:  # whatever a template may compute

@@ -25,15 +25,13 @@ from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
 
-from transformers import PretrainedConfig
-from transformers import PreTrainedTokenizerBase as Tokenizer
-
 import verify
 from data import Problem, choose_template, key_of, load_problems, to_evaluate, without_repeats
 from luffy import VLLMSampler
 from machinery import distill, notation, plan, responses
 from machinery.arguments import Parser, filled, path, ranged
 from machinery.files import write, writing
+from machinery.kinds import PretrainedConfig, Tokenizer
 from machinery.model import end_ids, find, from_pretrained, load_config, load_tokenizer
 from machinery.processes import InputError, barrier, init_processes, launch, progress, rank, say
 from machinery.processes import world_size

@@ -37,12 +37,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from data import Problem, batch_at, load_benchmarks, load_training_set, text_of
 from machinery import flags, plan, preflight, rivals, samplers
 from machinery.batches import MicroBatch, Tokens, Trajectory, deal, pack
 from machinery.flags import flag
+from machinery.kinds import PretrainedConfig, PreTrainedModel, Tokenizer
 from machinery.metrics import Means, add_token_metrics, failure_metrics, trajectory_metrics
 from machinery.model import Policy, end_ids, find, fit_context, load_config, load_model
 from machinery.model import load_tokenizer, recipe, token_logprobs as token_logprobs

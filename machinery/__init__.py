@@ -5,6 +5,7 @@ files           .jsonl logs, text that is written whole or not at all, a directo
 printing        terminals without UTF-8, pipes that close: a tool ends there, a run goes on
 arguments       what argparse lacks: ranges, no empty texts, no tracebacks
 flags           a dataclass as a command line; values that cannot be
+kinds           of transformers' objects, for annotations, without importing it
 sources         rows of a file, the toy or a hub data set, and what their cells may be
 model           models found and loaded; log-probs of packed rows, attention, the vocabulary head
 probe           does a model compute what we take it to compute? asked at load

@@ -17,11 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from machinery.files import read_json, sync, write, writing
 from machinery.flags import Config
+from machinery.kinds import GenerationConfig, PreTrainedModel, Tokenizer
 from machinery.processes import InputError, gather, progress, rank, world_size
 
 CHECKSUMS = "checksums.json"  # file -> its bytes and their CRC-32; the last file that is written
@@ -191,6 +190,8 @@ def try_model(scratch: Path, model: PreTrainedModel, tokenizer: Tokenizer, text:
 
     Raises InputError if it cannot be saved, or is not read as it was. text: for the tokenizer.
     """
+    import transformers
+
     make_savable(model.generation_config)
     state, some, size = model.state_dict(), {}, 0
     for name, tensor in state.items():
@@ -202,9 +203,10 @@ def try_model(scratch: Path, model: PreTrainedModel, tokenizer: Tokenizer, text:
         for file in scratch.iterdir():
             with writing(file):
                 sync(file)
-        config, loaded = AutoConfig.from_pretrained(scratch), AutoTokenizer.from_pretrained(scratch)
+        config = transformers.AutoConfig.from_pretrained(scratch)
+        loaded = transformers.AutoTokenizer.from_pretrained(scratch)
         if (scratch / "generation_config.json").exists():
-            GenerationConfig.from_pretrained(scratch)
+            transformers.GenerationConfig.from_pretrained(scratch)
         for name in ("rope_parameters", "vocab_size", "max_position_embeddings"):
             was, now = (getattr(c, name, None) for c in (model.config, config))
             if was != now:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from machinery.arguments import Parser, filled, path, ranged
+from machinery.kinds import Tokenizer
 from machinery.model import recipe
-from machinery.plots import plt
 from machinery.processes import InputError, progress, say
 from machinery.run_directory import token_texts
 
@@ -131,6 +130,8 @@ def draw_lengths(name: str, lengths: Lengths, limits: dict[str, int], file: Path
     shown = [(kind, values, limits[kind]) for kind, values in lengths.items() if values]
     if not shown:
         return
+    from machinery.plots import plt  # slow to import
+
     figure, axes = plt.subplots(
         1, len(shown), figsize=(5.5 * len(shown), 3.6), layout="constrained", squeeze=False
     )

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from machinery import probe, toy
 from machinery.batches import MicroBatch, Packing
+from machinery.kinds import PretrainedConfig, PreTrainedModel, Tokenizer
 from machinery.processes import InputError, barrier, device, gpu_problem, progress, rank, say
 
-transformers_logging.disable_progress_bar()  # ours say what takes long
 FEW = 10  # words, of a tokenizer that knows nothing but special tokens
 # Masks that early transformers kept beside the weights of GPT-2, GPT-J, GPT-Neo, GPT-NeoX, CodeGen.
 MASKS = ".attn.bias", ".attention.bias", ".masked_bias", ".causal_mask"
@@ -59,6 +55,17 @@ SHAPES: dict[str, dict] = {
 
 
 # ------------------------------------------------------------------ finding and loading
+@cache
+def library() -> Any:
+    """transformers, with our attention. To import it takes longer than to print help."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # ours say what takes long
+    # without a mask function: none is built
+    transformers.AttentionInterface.register("packed", packed_attention)
+    return transformers
+
+
 def full_name(name: str) -> str:
     """A directory if there is one of that name, else a name on the hub, with its organisation."""
     is_bare_qwen = name.startswith("Qwen") and "/" not in name and not os.path.isdir(name)
@@ -93,12 +100,13 @@ def check_size_on_cpu(name: str) -> None:
 
 def on_paper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The trainer's model with fake tensors for weights; under FakeTensorMode only."""
-    return AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=dtype)
+    how: Any = dict(attn_implementation="packed", dtype=dtype)
+    return library().AutoModelForCausalLM.from_config(config, **how)
 
 
 def parameter_sizes(config: PretrainedConfig) -> list[int]:
     with reading(config.name_or_path), torch.device("meta"):
-        return [p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()]
+        return [p.numel() for p in library().AutoModelForCausalLM.from_config(config).parameters()]
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -123,7 +131,7 @@ def shape_of(name: str) -> PretrainedConfig:
     if name == "toy":
         return toy.make_model(toy.make_tokenizer(), seed=0).config
     if shape := SHAPES.get(full_name(name)):
-        return AutoConfig.for_model(**shape)
+        return library().AutoConfig.for_model(**shape)
     return load_config(full_name(name))
 
 
@@ -165,10 +173,10 @@ def is_pointer(file: Path) -> bool:
         return f.read(40).startswith(b"version https://git-lfs")
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Raises InputError if it has no words, or some that the model has no embeddings of."""
     with reading(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = library().AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         size = load_config(path).get_text_config().vocab_size
         if isinstance(tokenizer.chat_template, dict):  # several, by their names
             tokenizer.chat_template = tokenizer.chat_template.get("default")
@@ -187,7 +195,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(path: str | Path, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a response: the tokenizer's EOS, then those of the generation config.
 
     A chat model ends a turn with one, a document with another.
@@ -195,7 +203,7 @@ def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     file = Path(path, "generation_config.json")
     with reading(path):
         try:
-            more = GenerationConfig.from_pretrained(path).eos_token_id
+            more = library().GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:
             if file.exists():
                 raise
@@ -209,7 +217,7 @@ def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def load_config(path: str | Path) -> PretrainedConfig:
     """Its config, with a context by the name that we know. InputError if there is none."""
     with reading(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = library().AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "max_position_embeddings", None) is None:
         text = config.get_text_config()
         names = "max_position_embeddings", "max_seq_len", "seq_length"
@@ -228,7 +236,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     how = kwargs | dict(dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     how |= dict(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
     with reading(path):
-        model, info = AutoModelForCausalLM.from_pretrained(path, **how)
+        model, info = library().AutoModelForCausalLM.from_pretrained(path, **how)
     model = model.to(device())
     of_another_shape = [f"{n} {tuple(a)}, not {tuple(b)}" for n, a, b in info["mismatched_keys"]]
     named = {
@@ -501,6 +509,8 @@ def packed_attention(
         key, value = (x.index_select(2, packing.keys) for x in (key, value))
     lengths, seen = packing.lengths, packing.key_lengths
     if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn  # slow to import
+
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         window = (sliding_window or 0) - 1, 0  # (-1, 0): causal; the last sees all keys
         how = dict(scale=scaling, window_size=window, enable_gqa=True)
@@ -516,6 +526,3 @@ def packed_attention(
         how = dict(attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
         out.append(F.scaled_dot_product_attention(q, k, v, **how))
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("packed", packed_attention)  # without a mask function: none is built

@@ -16,11 +16,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig
 
 from machinery.batches import Packing
 from machinery.checkpoints import number_saved
 from machinery.flags import Config
+from machinery.kinds import PretrainedConfig
 from machinery.model import FITS_A_LAPTOP, Policy, fit_context, full_name, on_paper
 from machinery.model import parameter_sizes, shape_of
 from machinery.processes import InputError, gather, say

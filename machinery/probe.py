@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from machinery.batches import Trajectory, collate
+from machinery.kinds import PreTrainedModel
 from machinery.processes import InputError, device, say
 
 LENGTHS = 40, 24  # tokens of the sequences

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from huggingface_hub import snapshot_download
-
 from machinery.checkpoints import CHECKSUMS
 from machinery.files import append, lock, read_json, read_jsonl, to_jsonl, write
 from machinery.model import reading
@@ -47,6 +45,8 @@ def snapshot(path: str) -> str:
     """The directory of a model: for a name on the hub, where its files are, downloaded."""
     if os.path.isdir(path):
         return path
+    from huggingface_hub import snapshot_download
+
     with reading(path):
         found = snapshot_download(path, **patterns(READ))
         if not any(Path(found).glob("*.safetensors")):

@@ -10,8 +10,8 @@ samples/               groups of trajectories with what was computed of their to
 watched.jsonl          the same values for a fixed set of traces, every few steps
 checkpoint-STEP/       a model that from_pretrained loads, and the optimizer's shards; the last
                        two keep these
-curves.png             drawn at the end and on Ctrl-C
-report.html            made at the end and on Ctrl-C: a page to look into all of this
+curves.png             drawn after the first step, evaluations, checkpoints, and at the end
+report.html            made whenever curves.png is: a page to look into all of this
 tracked_as.txt         the run's name in another program: --track
 printed.txt            what was printed when stdout or stderr had gone, as with a terminal
 .lock                  held by the process that writes here
@@ -33,17 +33,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from machinery import checkpoints, track
 from machinery.batches import Trajectory
 from machinery.files import append, lock, read_json, read_jsonl, sync, to_jsonl, write, writing
 from machinery.flags import Config
+from machinery.kinds import PreTrainedModel, Tokenizer
 from machinery.metrics import evaluation_metrics, one_line
 from machinery.printing import Output, go_on
 from machinery.reward import version
 from machinery.processes import InputError, all_reduce, barrier, by_rank_0, rank, say
+from machinery.scores import draw
 
 # A finished or interrupted run may go on with these changed: they do not change the objective,
 # but for `steps` where a schedule may use it.
@@ -78,6 +78,7 @@ class Run:
         self.track: track.Log = lambda metrics, step: None
         self.asked_to_stop = 0.0  # when
         self.stopped = False  # agreed upon by all ranks
+        self.is_due = Due(show=False, evaluate=False, save=False)  # after the last step
         by_rank_0(self.take)
         if all_reduce(not (self.out / "config.json").exists()):
             raise InputError(
@@ -218,9 +219,19 @@ class Run:
                 yield step
                 if self.stopped:
                     break
+                if rank() == 0:
+                    self.draw(step + 1)
         finally:
             for number, handler in zip(signals, handlers):
                 signal.signal(number, handler)
+
+    def draw(self, step: int) -> None:
+        """Something to look at while the run goes on. A run of few steps is over before that."""
+        due, first = self.is_due, step == self.first_step + 1
+        if (first or due.save or due.evaluate) and self.cfg.sample_every < self.cfg.steps != step:
+            draw(self.out)
+            if first:
+                print(f"look inside {self.out / 'report.html'}, made anew at each checkpoint")
 
     def ask_to_stop(self, number: int, _frame: Any) -> None:
         """A second Ctrl-C stops at once, but torchrun's echo of the first one does not."""
@@ -236,11 +247,12 @@ class Run:
         """After `step` steps. It all-reduces, so that all ranks stop together."""
         cfg, last = self.cfg, step == self.cfg.steps
         self.stopped = all_reduce(self.asked_to_stop, dist.ReduceOp.MAX) > 0
-        return Due(
+        self.is_due = Due(
             show=last or self.stopped or step <= 1 or step % cfg.sample_every == 0,
             evaluate=last or step == 0 or cfg.eval_every > 0 and step % cfg.eval_every == 0,
             save=last or self.stopped or step % cfg.save_every == 0,
         )
+        return self.is_due
 
     # -------------------------------------------------------------- the log
     @contextmanager

@@ -21,11 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from machinery import probe
+from machinery.kinds import PretrainedConfig
 from machinery.model import from_pretrained
 from machinery.processes import InputError, barrier, device, progress, rank, say
 from machinery.processes import use_expandable_segments, world_size
@@ -96,6 +94,7 @@ class TorchSampler:
         max_rows: int = TORCH_ROWS,
     ):
         """ends: the tokens that end a response."""
+        register_attention()
         self.model = from_pretrained(path, config=config).eval()
         self.ends, self.max_rows = list(ends), max_rows
         self.context = config.max_position_embeddings
@@ -160,6 +159,8 @@ class TorchSampler:
 
     @torch.inference_mode()
     def decode(self, prompts, n, seeds, temperature, max_tokens, bar) -> list[Sample]:
+        from transformers import DynamicCache
+
         width = max(map(len, prompts))
         ids = torch.tensor(
             [self.ends[:1] * (width - len(p)) + list(p) for p in prompts]
@@ -228,6 +229,8 @@ def grouped_attention(
     **options,
 ) -> tuple[Tensor, None]:
     """transformers' sdpa, but query heads that share a key read it; there, each gets a copy."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     if unknown := [k for k in ("softcap", "s_aux", "position_bias") if options.get(k) is not None]:
         raise NotImplementedError(f"its attention has a {' and a '.join(unknown)}")
     if query.shape[2] > 1:  # prompts
@@ -238,8 +241,12 @@ def grouped_attention(
     return out.reshape(len(query), 1, -1, value.shape[3]), None
 
 
-AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", sdpa_mask)
+def register_attention() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

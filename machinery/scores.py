@@ -8,11 +8,10 @@ from statistics import fmean as mean
 from statistics import stdev
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase as Tokenizer
-
 from machinery.checkpoints import checkpoints
 from machinery.files import read_jsonl, writing
 from machinery.flags import Config
+from machinery.kinds import Tokenizer
 from machinery.processes import gather, rank, seed_of, world_size
 from machinery.samplers import Sampler
 
@@ -186,20 +185,25 @@ def table(columns: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def report(directory: Path) -> None:
-    """What a run came to: curves.png, report.html, the first evaluation and the last. By rank 0."""
-    if rank() != 0:
-        return
+def draw(directory: Path) -> None:
+    """curves.png and report.html of a run, as far as it has come."""
     from machinery.page import write_page
     from machinery.plots import draw_curves  # matplotlib is slow to import
 
     with writing(directory / "curves.png"):
         draw_curves(directory)
+    write_page([directory], directory / "report.html")
+
+
+def report(directory: Path) -> None:
+    """What a run came to: curves.png, report.html, the first evaluation and the last. By rank 0."""
+    if rank() != 0:
+        return
+    draw(directory)
     evaluations = read_jsonl(directory / "evals.jsonl")
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
         print("\n" + table({f"step {e['step']}": e["scores"] for e in (first, last)}))
     print(f"\ncheckpoint  {(checkpoints(directory) or ['none yet'])[-1]}")
     print(f"curves      {directory / 'curves.png'}")
-    write_page([directory], directory / "report.html")
     print(f"look inside {directory / 'report.html'}")

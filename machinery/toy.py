@@ -29,10 +29,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen2Tokenizer
 
 from machinery.arguments import Parser, path, ranged
+from machinery.kinds import Qwen2ForCausalLM, Tokenizer
 from machinery.processes import InputError
 
 # What the laptop's runs differ in from the defaults, for every algorithm alike: sizes, and what
@@ -184,12 +183,14 @@ def document(rng: random.Random, goals: float) -> tuple[str, str]:
     return chain.question(), response(chain, steps, rng, DETOUR / 2, DETOUR / 2)
 
 
-def make_tokenizer() -> PreTrainedTokenizerBase:
+def make_tokenizer() -> Tokenizer:
     """One token a character, and one for each word the teacher uses.
 
     A Qwen2Tokenizer without merges: the only kind that AutoTokenizer loads back unchanged when it
     stands next to a Qwen2 config.
     """
+    from transformers import AddedToken, Qwen2Tokenizer
+
     special = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>"]
     words = ["\\boxed{", "check", "wait"]
     characters = list("0123456789abcdefghijklmnopqrstuvwxyz=+-*,;?.{}")
@@ -212,8 +213,10 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
+def make_model(tokenizer: Tokenizer, seed: int) -> Qwen2ForCausalLM:
     """A tiny Qwen2. Heads of 32: the smallest that vLLM's CPU attention takes."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(seed)
     sizes = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
     sizes |= dict(num_key_value_heads=2, max_position_embeddings=256, vocab_size=len(tokenizer))
@@ -231,7 +234,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalL
 
 def train_base(
     goals: float, seed: int, steps: int = 500, documents: int = 96, lr: float = 5e-3
-) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[Qwen2ForCausalLM, Tokenizer]:
     """Next-token prediction on the responses of `steps` x `documents` documents. Under a minute."""
     tokenizer, rng = make_tokenizer(), random.Random(f"toy base {seed}")
     model = make_model(tokenizer, seed)
@@ -261,17 +264,15 @@ def train_base(
     return model, tokenizer
 
 
-def pad_documents(batch: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_documents(
+    batch: list[tuple[str, str]], tokenizer: Tokenizer
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, S) ids and labels, right-padded; the label is -100 on prompts and padding."""
-    prompts = [tokenizer.encode(f"<user>{prompt}<assistant>") for prompt, _ in batch]
-    answers = [tokenizer.encode(text) + [tokenizer.eos_token_id] for _, text in batch]
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers))
-    ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-    labels = torch.full((len(batch), width), -100)
-    for row, (p, a) in enumerate(zip(prompts, answers)):
-        ids[row, : len(p) + len(a)] = torch.tensor(p + a)
-        labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
-    return ids, labels
+    texts = [f"<user>{prompt}<assistant>{text}<eos>" for prompt, text in batch]
+    ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids
+    opening = ids == tokenizer.convert_tokens_to_ids("<assistant>")
+    answer = opening.cumsum(1).bool() & ~opening & (ids != tokenizer.pad_token_id)
+    return ids, ids.where(answer, -100)
 
 
 def save_base(directory: Path, goals: float, seed: int) -> Path:

@@ -82,6 +82,14 @@ def test_the_script_loads_each_module_once(tiny_model, tmp_path):
     assert not {"tensorboard", "trackio", "wandb"} & set(loaded)  # unless --track asks for it
 
 
+@pytest.mark.parametrize("program", ["luffy.py", "data.py"])
+def test_help_comes_before_what_is_slow_to_import(program):
+    loaded = run("-X", "importtime", program, "--help").stderr
+    slow = {"datasets", "matplotlib", "plotly", "sympy", "torch._dynamo", "transformers"}
+    assert "machinery.model" in loaded
+    assert not slow & set(re.findall(r"\| +([\w.]+)$", loaded, re.M))
+
+
 def test_small_stays_small():
     luffy = (ROOT / "luffy.py").read_text().splitlines()
     readme = (ROOT / "README.md").read_text().splitlines()

@@ -211,6 +211,21 @@ def test_logs_are_whole_if_the_restore_fails(trained, model, monkeypatch):
 
 
 # ------------------------------------------------------------------ checkpoints
+@pytest.mark.parametrize("steps, at", [(20, [1, 6, 9, 12, 18]), (5, [])])
+def test_there_is_something_to_look_at_while_a_run_goes_on(tmp_path, model, monkeypatch, steps, at):
+    """After the first step, evaluations and checkpoints, but the last ones: then `report` draws."""
+    drawn = []
+    monkeypatch.setattr(
+        "machinery.run_directory.draw", lambda out: drawn.append(read_jsonl(out / LOGS[0])[-1])
+    )
+    every = dict(save_every=6, eval_every=9, sample_every=5)
+    run = begin(tmp_path / "run", model, steps=steps, **every)
+    for step in run.steps():
+        log(run.out, step + 1)
+        run.due(step + 1)
+    assert [row["step"] for row in drawn] == at
+
+
 def test_the_newest_two_keep_the_optimizer_and_keep_says_how_many_stay(tmp_path, trained, model):
     assert [c.name[-1] for c in checkpoints.checkpoints(trained)] == ["2", "4", "6"]
     assert {f.parent.name[-1] for f in trained.glob("*/optimizer-0.pt")} == {"4", "6"}
@@ -314,7 +329,7 @@ def test_what_could_not_be_saved_is_refused_before_the_first_step(tmp_path, mode
             begin(out, model)
     with monkeypatch.context() as patch:  # a tokenizer that AutoTokenizer takes for another one
         other = SimpleNamespace(from_pretrained=lambda path: lambda text: {"input_ids": [1]})
-        patch.setattr(checkpoints, "AutoTokenizer", other)
+        patch.setattr("transformers.AutoTokenizer", other)
         with pytest.raises(InputError, match="--model .*other tokens for"):
             begin(out, model)
     begin(out, model)

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from conftest import ALL_ROWS, Judge, rows
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import luffy
 from data import Problem
@@ -16,7 +16,7 @@ from luffy import group_advantages, mixed_policy_objective, pack, record_old_log
 from luffy import score, set_normaliser, update
 from machinery import batches, optimizer as optimizer_module, rivals
 from machinery.batches import Packing, collate
-from machinery.model import Policy, from_pretrained
+from machinery.model import Policy, from_pretrained, on_paper
 
 
 class OneRank(torch.nn.Module):
@@ -313,7 +313,7 @@ def test_a_group_has_its_prompt_once(monkeypatch):
     torch.manual_seed(0)
     sizes = dict(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=50)
     shape = AutoConfig.for_model("gpt2", **sizes)  # all of it computes in float64 if asked to
-    model = AutoModelForCausalLM.from_config(shape, attn_implementation="packed").double().eval()
+    model = on_paper(shape, torch.float64).eval()
     found, trajectories, moved = {}, make_trajectories(config()), Policy(model, 0.7)
     prompts = sum({t.position: len(t.problem.prompt_ids) for t in trajectories}.values())
     for name, key in (("shared", batches.shared), ("own", id)):
