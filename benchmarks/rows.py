@@ -12,10 +12,11 @@ import copy
 import random
 import tempfile
 from dataclasses import replace
+from itertools import zip_longest
 
 from tqdm import tqdm
 
-from tiny import EOS, MAX_TOKENS, VOCABULARY, Ours, luffy, machine, save, spread
+from tiny import EOS, MAX_TOKENS, VOCABULARY, Ours, luffy, machine, save, show, show_head, spread
 
 # What the benchmark sets for all rows alike
 SIZES = dict(problems_per_step=16, updates_per_step=1, max_prompt_tokens=64, steps=100)
@@ -44,10 +45,14 @@ def main() -> None:
             if step:  # the first round warms up
                 seconds[row].append(taken)
     print(f"{machine()}; {args.rounds} rounds, median (lowest to highest)\n")
-    print("| row | seconds a step | it / luffy |\n|---|---|---|")
-    for row, taken in seconds.items():
-        ratios = [a / b for a, b in zip(taken, seconds["luffy"])]
-        print(f"| `{row}` | {spread(taken)} | {spread(ratios)} |")
+    show_head(*2 * ("row", "seconds a step", "it / luffy"))
+    cells = [
+        (f"`{row}`", spread(taken), spread([a / b for a, b in zip(taken, seconds["luffy"])]))
+        for row, taken in seconds.items()
+    ]
+    half = (len(cells) + 1) // 2
+    for left, right in zip_longest(cells[:half], cells[half:], fillvalue=("", "", "")):
+        show(*left, *right)
 
 
 if __name__ == "__main__":

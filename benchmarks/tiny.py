@@ -1,4 +1,8 @@
-"""What the speed benchmarks share: a tiny Qwen2 that stops at random, our step, instruments."""
+"""What the speed benchmarks share: a tiny Qwen2 that stops at random, our step, instruments.
+
+Beside the tiny shape there is a real one, of any model's directory: 8 prompts of 58 tokens, sums,
+with 8 samples each of up to 48 tokens.
+"""
 
 import json
 import os
@@ -9,8 +13,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; torchrun does it for several
 
@@ -82,9 +88,45 @@ def prompts(n: int = 16, seed: int = 0) -> list[str]:
     ]
 
 
+def sums(n: int, tokenizer, tokens: int = 58, seed: int = 0) -> list[str]:
+    """n prompts, additions in the model's chat template if it has one, of `tokens` or just less."""
+    rng = random.Random(seed)
+
+    def prompt(numbers: list[int]) -> str:
+        text = f"What is {' + '.join(map(str, numbers))}?"
+        if not tokenizer.chat_template:
+            return text
+        message = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+
+    def number() -> int:
+        return rng.randint(10, 99)
+
+    def grow() -> str:
+        numbers = [number()]
+        ways = [lambda: [*numbers, number()], lambda: [*numbers[:-1], 10 * numbers[-1] + 7]]
+        for longer in ways:  # then digits of the last one
+            while len(tokenizer(prompt(more := longer()))["input_ids"]) <= tokens:
+                numbers = more
+        return prompt(numbers)
+
+    return [grow() for _ in range(n)]
+
+
+class Shape(NamedTuple):
+    """Of a step: so many prompts, 8 samples each."""
+
+    problems: int
+    max_tokens: int  # of a sample
+    texts: Callable  # of number, tokenizer -> prompts
+
+
+SHAPES = {"tiny": Shape(16, MAX_TOKENS, lambda n, _: prompts(n)), "real": Shape(8, 48, sums)}
+
+
 def reward(text: str) -> float:
-    """Costs nothing, and differs within a group: the number of tokens, up to 1."""
-    return text.count("<") / MAX_TOKENS
+    """Costs nothing, and hardly ever the same in a whole group."""
+    return len(text) / 1000
 
 
 class Lengths:
@@ -92,21 +134,24 @@ class Lengths:
 
     failures = Counter()
 
-    def __call__(self, jobs: list[tuple[str, str]]) -> list[float]:
-        return [reward(text) for text, _ in jobs]
+    def right_and_reward(self, jobs: list[tuple[str, str]]) -> list[tuple[float, float]]:
+        return [(1.0, reward(text)) for text, _ in jobs]
 
 
 # ------------------------------------------------------------------ our step
 class Ours:
-    """luffy.train, a step at a time: Dr. GRPO without clipping, 16 x 8 samples, one update."""
+    """luffy.train, a step at a time: Dr. GRPO without clipping, one update."""
 
-    def __init__(self, model: str, **changes):
+    clock = staticmethod(time.perf_counter)
+
+    def __init__(self, model: str, shape: str = "tiny", **changes):
+        size = SHAPES[shape]
         recipe = dict(
             model=model,
-            problems_per_step=16,
+            problems_per_step=size.problems,
             updates_per_step=1,
             max_prompt_tokens=64,
-            max_response_tokens=MAX_TOKENS,
+            max_response_tokens=size.max_tokens,
             entropy_coef=0.0,
             token_budget=512,
             checkpointing=False,
@@ -116,32 +161,36 @@ class Ours:
         self.tokenizer = load_tokenizer(model)
         config = load_config(model)
         self.problems = [
-            Problem(p, "", prompt_ids=self.tokenizer(p)["input_ids"])
-            for p in prompts(self.cfg.problems_per_step)
+            Problem(text, "", prompt_ids=self.tokenizer(text)["input_ids"])
+            for text in size.texts(self.cfg.problems_per_step, self.tokenizer)
         ]
         self.mine = luffy.my_share(self.problems)
-        self.sampler = TorchSampler(model, config, [EOS])
+        self.sampler = TorchSampler(model, config, [self.tokenizer.eos_token_id])
         self.model = load_model(model, config, self.cfg.checkpointing)
         self.policy = luffy.data_parallel(luffy.Policy(self.model, 1.0))
         self.optimizer = luffy.ShardedAdamW(self.policy.parameters(), lr=1e-6)
 
-    def step(self, number: int) -> dict[str, float]:
-        """-> seconds of each phase, sampled tokens of all ranks, and `trajectories`."""
-        start = time.perf_counter()
+    def step(self, number: int) -> dict:
+        """-> seconds of each phase by `clock`, CPU seconds, sampled tokens, `trajectories`.
+
+        CPU seconds and tokens are those of all ranks.
+        """
+        start, cpu = self.clock(), time.process_time()
         self.sampler.push(self.model.named_parameters())
         trajectories = luffy.rollout(self.sampler, self.mine, number, self.cfg)
         barrier()  # sampling takes as long as on the slowest rank
-        sampled = time.perf_counter()
+        sampled = self.clock()
         luffy.score(trajectories, Lengths(), self.tokenizer, self.cfg)
-        scored = time.perf_counter()
+        scored = self.clock()
         luffy.update(self.policy, self.optimizer, trajectories, self.cfg)
         tokens = luffy.all_reduce(sum(len(t.response) for t in trajectories))
-        done = time.perf_counter()
+        done = self.clock()
         return {
             "sample": sampled - start,
             "score": scored - sampled,
             "update": done - scored,
             "step": done - start,
+            "cpu": luffy.all_reduce(time.process_time() - cpu),
             "tokens": tokens,
             "trajectories": trajectories,
         }
@@ -164,13 +213,13 @@ class PeakMemory:
 
 
 def matrix_rate(seconds: float = 0.5) -> float:
-    """FLOP/s of large float32 matrix products on this process's threads: the median."""
+    """FLOP a CPU second of large float32 matrix products on one thread: the median."""
     a, b = torch.randn(2, 1024, 1024).unbind()
-    rates, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
+    rates, end = [], time.process_time() + seconds
+    while time.process_time() < end:
+        start = time.process_time()
         torch.mm(a, b)
-        rates.append(2 * 1024**3 / (time.perf_counter() - start))
+        rates.append(2 * 1024**3 / (time.process_time() - start))
     return statistics.median(rates)
 
 
@@ -189,6 +238,16 @@ def spread(values: list[float], form: str = ".2f") -> str:
     """Median (lowest to highest)."""
     median, low, high = (format(f(values), form) for f in (statistics.median, min, max))
     return f"{median} ({low} to {high})"
+
+
+def show(*cells: object) -> None:
+    """A row of a table."""
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def show_head(*cells: str) -> None:
+    show(*cells)
+    print("|---" * len(cells) + "|", flush=True)
 
 
 def machine() -> str:
