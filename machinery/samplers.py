@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -32,6 +33,8 @@ from machinery.processes import use_expandable_segments, world_size
 
 TORCH_ROWS = 512  # responses that TorchSampler decodes together
 DROP_EVERY = 8  # tokens: dropping finished rows copies the whole cache
+ROOM = 32  # tokens that a copy of the cache makes room for
+BLOCK = 128  # words whose probabilities are summed before they are searched
 MAX_SEQUENCES, MAX_PREFILL = 256, 8192  # of a vLLM engine on a GPU: responses, and prompt tokens
 
 
@@ -169,7 +172,7 @@ class TorchSampler:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniform = torch.cat([torch.rand(n, max_tokens, generator=g) for g in generators])
         uniform = uniform.to(device())  # (B, max_tokens), B = n x prompts
-        cache = DynamicCache(config=self.model.config) if self.cached else NoCache(ids[:, :0])
+        cache = growing_cache(self.model.config) if self.cached else NoCache(ids[:, :0])
         logits = self.logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         cache.batch_repeat_interleave(n)
         logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -203,6 +206,31 @@ class TorchSampler:
             return self.model(input_ids=cache.ids, use_cache=False).logits[:, -1]
         where = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
         return self.model(input_ids=ids, logits_to_keep=1, **where).logits[:, -1]
+
+
+class Growing(DynamicLayer):
+    """Writes a token's keys and values in place, where DynamicLayer copies all that it has."""
+
+    shown = None  # keys, a view of the beginning of their room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any):
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if start == 0:
+            return super().update(key_states, value_states)
+        if self.keys is not self.shown or end > self.rooms[0].shape[2]:  # rows left, or it is full
+            self.rooms = [F.pad(x, (0, 0, 0, ROOM)) for x in (self.keys, self.values)]
+        for room, new in zip(self.rooms, (key_states, value_states)):
+            room[:, :, start:end] = new
+        self.keys, self.values = self.shown, _ = [room[:, :, :end] for room in self.rooms]
+        return self.keys, self.values
+
+
+def growing_cache(config: PretrainedConfig) -> DynamicCache:
+    """Its layers of full attention; those of windows and states are transformers' own."""
+    cache = DynamicCache(config=config)
+    cache.layers = [Growing() if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
 
 
 class NoCache:
@@ -248,11 +276,16 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
         raise FloatingPointError("the sampler's logits are not finite: see metrics.jsonl")
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
-    logp = F.log_softmax(logits.float() / temperature, dim=-1)
-    cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
-    token = token.clamp(max=logits.shape[-1] - 1)
-    return token[:, 0], logp.gather(1, token)[:, 0]
+    p = (logits.float() / temperature).softmax(-1)
+    blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    cdf = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    goal = (uniform * cdf[:, -1])[:, None]
+    block = torch.searchsorted(cdf, goal, right=True)
+    goal -= F.pad(cdf, (1, 0)).gather(1, block)
+    cdf = blocks[torch.arange(len(p), device=p.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
+    goal = goal.minimum(cdf[:, -1:] * (1 - 1e-12))  # sums differ by rounding: no word of p = 0
+    token = block * BLOCK + torch.searchsorted(cdf, goal, right=True)
+    return token[:, 0], p.gather(1, token)[:, 0].log()
 
 
 # ------------------------------------------------------------------ vLLM
