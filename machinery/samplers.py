@@ -172,7 +172,9 @@ class TorchSampler:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniform = torch.cat([torch.rand(n, max_tokens, generator=g) for g in generators])
         uniform = uniform.to(device())  # (B, max_tokens), B = n x prompts
-        cache = growing_cache(self.model.config) if self.cached else NoCache(ids[:, :0])
+        cache: Any = DynamicCache(config=self.model.config) if self.cached else NoCache(ids[:, :0])
+        if self.cached:  # its layers of windows and of states stay transformers' own
+            cache.layers = [Growing() if type(x) is DynamicLayer else x for x in cache.layers]
         logits = self.logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         cache.batch_repeat_interleave(n)
         logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -224,13 +226,6 @@ class Growing(DynamicLayer):
             room[:, :, start:end] = new
         self.keys, self.values = self.shown, _ = [room[:, :, :end] for room in self.rooms]
         return self.keys, self.values
-
-
-def growing_cache(config: PretrainedConfig) -> DynamicCache:
-    """Its layers of full attention; those of windows and states are transformers' own."""
-    cache = DynamicCache(config=config)
-    cache.layers = [Growing() if type(x) is DynamicLayer else x for x in cache.layers]
-    return cache
 
 
 class NoCache:
