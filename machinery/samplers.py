@@ -164,11 +164,9 @@ class TorchSampler:
     @torch.inference_mode()
     def decode(self, prompts, n, seeds, temperature, max_tokens, bar) -> list[Sample]:
         width = max(map(len, prompts))
-        ids = torch.tensor(
-            [self.ends[:1] * (width - len(p)) + list(p) for p in prompts]
-        )  # (P, width)
+        ids = torch.tensor([self.ends[:1] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        ids, mask = ids.to(device()), mask.to(device())
+        ids, mask = ids.to(device()), mask.to(device())  # (P, width)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniform = torch.cat([torch.rand(n, max_tokens, generator=g) for g in generators])
         uniform = uniform.to(device())  # (B, max_tokens), B = n x prompts
@@ -216,10 +214,9 @@ class Growing(DynamicLayer):
     shown = None  # keys, a view of the beginning of their room
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any):
-        start = self.get_seq_length()
-        end = start + key_states.shape[2]
-        if start == 0:
+        if (start := self.get_seq_length()) == 0:
             return super().update(key_states, value_states)
+        end = start + key_states.shape[2]
         if self.keys is not self.shown or end > self.rooms[0].shape[2]:  # rows left, or it is full
             self.rooms = [F.pad(x, (0, 0, 0, ROOM)) for x in (self.keys, self.values)]
         for room, new in zip(self.rooms, (key_states, value_states)):
