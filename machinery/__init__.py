@@ -14,6 +14,7 @@ rivals          other papers' methods, as rows of luffy.py's tables
 prefixes        rollouts that go on from a prefix of their trace
 optimizer       AdamW, its state shared out among the ranks
 samplers        what samples: the protocol, transformers alone, options of vLLM's engine
+caches          keys and values in place, and attention, of transformers' sampling
 metrics         what is measured of a step
 track           the same in wandb, trackio or tensorboard
 server          what samples instead of a local model: an OpenAI-compatible server

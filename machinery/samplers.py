@@ -30,6 +30,7 @@ from machinery.processes import use_expandable_segments, world_size
 
 TORCH_ROWS = 512  # responses that TorchSampler decodes together
 DROP_EVERY = 8  # tokens: dropping finished rows copies the whole cache
+BLOCK = 128  # words whose probabilities are summed before they are searched
 MAX_SEQUENCES, MAX_PREFILL = 256, 8192  # of a vLLM engine on a GPU: responses, and prompt tokens
 
 
@@ -94,7 +95,9 @@ class TorchSampler:
         max_rows: int = TORCH_ROWS,
     ):
         """ends: the tokens that end a response."""
-        register_attention()
+        from machinery.caches import new_cache  # slow to import
+
+        self.new_cache = new_cache
         self.model = from_pretrained(path, config=config).eval()
         self.ends, self.max_rows = list(ends), max_rows
         self.context = config.max_position_embeddings
@@ -159,18 +162,14 @@ class TorchSampler:
 
     @torch.inference_mode()
     def decode(self, prompts, n, seeds, temperature, max_tokens, bar) -> list[Sample]:
-        from transformers import DynamicCache
-
         width = max(map(len, prompts))
-        ids = torch.tensor(
-            [self.ends[:1] * (width - len(p)) + list(p) for p in prompts]
-        )  # (P, width)
+        ids = torch.tensor([self.ends[:1] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        ids, mask = ids.to(device()), mask.to(device())
+        ids, mask = ids.to(device()), mask.to(device())  # (P, width)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniform = torch.cat([torch.rand(n, max_tokens, generator=g) for g in generators])
         uniform = uniform.to(device())  # (B, max_tokens), B = n x prompts
-        cache = DynamicCache(config=self.model.config) if self.cached else NoCache(ids[:, :0])
+        cache = self.new_cache(self.model) if self.cached else NoCache(ids[:, :0])
         logits = self.logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         cache.batch_repeat_interleave(n)
         logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -219,47 +218,22 @@ class NoCache:
         self.ids = self.ids[rows]
 
 
-def grouped_attention(
-    module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **options,
-) -> tuple[Tensor, None]:
-    """transformers' sdpa, but query heads that share a key read it; there, each gets a copy."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if unknown := [k for k in ("softcap", "s_aux", "position_bias") if options.get(k) is not None]:
-        raise NotImplementedError(f"its attention has a {' and a '.join(unknown)}")
-    if query.shape[2] > 1:  # prompts
-        how = dict(scaling=scaling, **options)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
-    heads = query.view(len(query), key.shape[1], -1, query.shape[3])  # as if they were positions
-    out = F.scaled_dot_product_attention(heads, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(len(query), 1, -1, value.shape[3]), None
-
-
-def register_attention() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register("grouped", grouped_attention)
-    AttentionMaskInterface.register("grouped", sdpa_mask)
-
-
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Tokens and their log-probs (B,) from logits (B, V): the distribution function, inverted."""
     if not logits.amax(-1).isfinite().all():
         raise FloatingPointError("the sampler's logits are not finite: see metrics.jsonl")
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
-    logp = F.log_softmax(logits.float() / temperature, dim=-1)
-    cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
-    token = token.clamp(max=logits.shape[-1] - 1)
-    return token[:, 0], logp.gather(1, token)[:, 0]
+    p = (logits.float() / temperature).softmax(-1)
+    blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    cdf = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    goal = (uniform * cdf[:, -1])[:, None]
+    block = torch.searchsorted(cdf, goal, right=True)
+    goal -= F.pad(cdf, (1, 0)).gather(1, block)
+    cdf = blocks[torch.arange(len(p), device=p.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
+    goal = goal.minimum(cdf[:, -1:] * (1 - 1e-12))  # sums differ by rounding: no word of p = 0
+    token = block * BLOCK + torch.searchsorted(cdf, goal, right=True)
+    return token[:, 0], p.gather(1, token)[:, 0].log()
 
 
 # ------------------------------------------------------------------ vLLM

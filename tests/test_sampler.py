@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import make_tiny
+from transformers.cache_utils import DynamicLayer
 
 from data import Problem
 from luffy import Trajectory
 from machinery.batches import collate
 from machinery.model import Policy, from_pretrained, load_config
 from luffy import VLLMSampler
-from machinery.samplers import Sample, TorchSampler, draw, grouped_attention, to_samples
+from machinery.caches import ROOM, Growing, grouped_attention
+from machinery.samplers import Sample, TorchSampler, draw
+from machinery.samplers import to_samples
 
 PROMPTS = [[2, 15, 7, 3], [2, 16, 8, 9, 10, 3], [2, 17, 3]]
 
@@ -99,6 +102,39 @@ def test_draw_follows_the_distribution():
     expected = (logits / 2.0).softmax(-1)
     torch.testing.assert_close(tokens.bincount(minlength=4) / 10_000, expected, atol=2e-4, rtol=0)
     torch.testing.assert_close(logp.exp(), expected[tokens])
+
+
+def test_draw_follows_the_distribution_of_many_words():
+    """To 1e-6 in the distribution function; and no word that has no probability."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(50_000, generator=generator)  # not whole blocks
+    logits[2000:2700] = logits[-40_000:-39_000] = logits[-500:] = -torch.inf
+    luck = torch.cat([torch.rand(100, generator=generator), torch.tensor([0.0, 1 - 2**-24])])
+    tokens, logp = draw(logits.expand(len(luck), -1), luck, temperature=0.8)
+    p = (logits.double() / 0.8).softmax(-1)
+    assert p[tokens].all()
+    torch.testing.assert_close(logp, p[tokens].log().float(), atol=1e-5, rtol=0)
+    cdf = p.cumsum(0)[tokens]
+    assert (luck < cdf + 1e-6).all() and (luck > cdf - p[tokens] - 1e-6).all()
+    logits = torch.randn(200, 300, generator=generator)
+    logits[:, 100:] = -torch.inf  # the sum of their block may be rounded up
+    tokens, _ = draw(logits, torch.full((200,), 1 - 2**-24), temperature=1.0)
+    assert (tokens < 100).all()
+
+
+def test_a_cache_that_grows_in_place_holds_what_transformers_holds():
+    """Longer than its room, by one token and by two, and with rows that leave."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs, rows = Growing(), DynamicLayer(), torch.arange(6)
+    for t in range(3 * ROOM):
+        new = 5 if t == 0 else 1 + t % 2
+        states = [torch.randn(len(rows), 2, new, d, generator=generator) for d in (8, 4)]
+        found, expected = ours.update(*states), theirs.update(*states)
+        assert all(map(torch.equal, found, expected)), t
+        if t in (7, 8, 2 * ROOM):
+            rows = rows[1:]
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.arange(len(rows)))
 
 
 class Engine:
