@@ -22,12 +22,14 @@ from reprlib import repr as brief
 from string import ascii_uppercase
 from typing import Any
 
+import numpy as np
+
 from machinery import toy
 from machinery.checkpoints import checkpoints
 from machinery.files import read_json, write
 from machinery.flags import Config
 from machinery.kinds import Tokenizer
-from machinery.processes import InputError, launch, rank, say, share
+from machinery.processes import InputError, launch, progress, rank, say, share
 from machinery.sources import DUMP, Row, final, is_logp, messages, read_rows, say_ignored
 from machinery.sources import source_of, strings
 from verify import Grader, extract_answer
@@ -96,7 +98,7 @@ def read_problems(
     problems = []
     columns: dict[str, None] = {}
     read: set[str] = set()
-    for where, values in read_rows(name, split):
+    for where, values in progress("rows", None, read_rows(name, split)):
         try:
             row = Row(values, where, read)
             problems.append(to_problem(row))
@@ -432,7 +434,7 @@ def bos_of(tokenizer: Tokenizer) -> str:
 
 def text_of(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """Special tokens, too: what the verifier sees."""
-    return str(tokenizer.decode(list(ids)))
+    return str(tokenizer.decode(np.asarray(ids)))  # of a list it would look at each number
 
 
 def choose_template(problems: list[Problem], tokenizer: Tokenizer, template: str = "auto") -> None:

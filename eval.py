@@ -46,6 +46,7 @@ from verify import Grader
 
 Scores = dict[tuple[str, float], dict]  # (benchmark, temperature) -> of `summarize`
 Respond = Callable[..., Iterator[list[dict]]]  # of `one_by_one`, or of a Server
+GRADERS = 8  # processes at most: math-verify takes 4 to 9 ms of a core for a response
 VLLM_ROWS = 4096  # responses asked for together, and lost together if the run is killed
 
 
@@ -388,7 +389,8 @@ def main() -> None:
     answered: list[tuple[Problem, Problem, dict]] = []
     scores: Scores = {}
     how: dict[str, Any] = dict(seed=args.seed, model=model, verifier=verifier())
-    with Grader() as grader:
+    workers = max(2, min(GRADERS, (os.cpu_count() or 2) // world_size()))
+    with Grader(workers) as grader:
         for name, (bench, problems) in benchmarks.items():
             n = min(args.limit or len(problems), len(problems))
             numbers = [i * len(problems) // n for i in range(n)]

@@ -1,4 +1,4 @@
-"""What TorchSampler has in place of transformers' own: a cache of keys and values, and attention."""
+"""What TorchSampler has in place of transformers' own: a cache of keys and values, attention."""
 
 from typing import Any
 

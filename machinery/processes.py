@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -304,6 +304,6 @@ def say_and_go_on(*words: Any) -> None:
     say(*words)
 
 
-def progress(name: str, total: int) -> tqdm:
+def progress(name: str, total: int | None, items: Iterable | None = None) -> tqdm:
     """A bar for what takes longer than two seconds; silent on ranks other than 0."""
-    return tqdm(total=total, desc=name, leave=False, delay=2, disable=rank() != 0)
+    return tqdm(items, total=total, desc=name, leave=False, delay=2, disable=rank() != 0)

@@ -251,11 +251,9 @@ class Responses:
                 if i is not None and i not in done:
                     stale[i, row["sample"]] = self.row_of(i, row)
             rows = [stale[key] for key in sorted(stale)]
-            with progress("grade", len(rows)) as bar:
-                for n in range(0, len(rows), at_once):
-                    some = rows[n : n + at_once]
-                    self.add(graded(some, self.problems, grader, lenient=True))
-                    bar.update(len(some))
+            for n in range(0, len(rows), at_once):
+                some = rows[n : n + at_once]
+                self.add(graded(some, self.problems, grader, lenient=True))
 
     def add(self, rows: list[dict]) -> None:
         """A block: it counts when all of it is on the disk."""

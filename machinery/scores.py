@@ -12,11 +12,12 @@ from machinery.checkpoints import checkpoints
 from machinery.files import read_jsonl, writing
 from machinery.flags import Config
 from machinery.kinds import Tokenizer
-from machinery.processes import gather, rank, seed_of, world_size
+from machinery.processes import gather, progress, rank, seed_of, world_size
 from machinery.samplers import Sampler
 
 Grader = Any  # verify.Grader: the machinery imports none of the files on top
 Problem = Any  # data.Problem
+JOBS = 512  # graded at a time: math-verify takes seconds for as many
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -122,11 +123,14 @@ def respond(
 def graded(rows: list[dict], problems: list[Problem], grader: Grader, lenient: bool) -> list[dict]:
     """With the fields that `respond` says; None where the grader failed."""
     jobs = [(problems[row["problem"]].opened + row["response"], row["answer"]) for row in rows]
-    for row, reward in zip(rows, grader.judged(jobs)):
-        row["reward"] = reward
-    if lenient:
-        for row, reward in zip(rows, grader.judged(jobs, lenient=True)):
-            row["lenient"] = reward
+    rules = {"reward": None, "lenient": True} if lenient else {"reward": None}
+    with progress("grade", len(rows)) as bar:
+        for i in range(0, len(rows), JOBS):
+            for name, rule in rules.items():
+                found = grader.judged(jobs[i : i + JOBS], lenient=rule)
+                for row, reward in zip(rows[i:], found):
+                    row[name] = reward
+            bar.update(len(found))
     return rows
 
 

@@ -26,6 +26,7 @@ DUMP = re.compile(r"""\s*[\[{]\s*\{?\s*['"]""")
 # Numbers that a float may not hold: 18 digits; far from 1
 NO_FLOAT = re.compile(r"[1-9][0-9.]{18}|[.]0{300}|[0-9]e[+-]?[0-9]{3}", re.IGNORECASE)
 MOST_DIGITS = 4300  # as Python's limit for whole numbers
+BATCH = 1024  # rows that are Python objects at a time: all of them take seconds, and memory
 HUB_NAME = re.compile(r"\w[\w.-]{0,95}", re.ASCII).fullmatch
 
 
@@ -69,9 +70,8 @@ def read_lines(path: Path, name: str) -> Iterator[tuple[str, bytes]]:
 def parse_line(line: bytes, where: str) -> dict:
     try:
         text = line.decode("utf-8-sig")  # Windows' editors put a mark first
-        exact = exact_number if NO_FLOAT.search(text) else None
-        row = json.loads(text, parse_float=exact, object_pairs_hook=without_doubles)
-        if r"\ud" in text.lower():  # half a surrogate pair is no text: it could not be written
+        row = json.loads(text, parse_float=exact_number, object_pairs_hook=without_doubles)
+        if rb"\ud" in line.lower():  # half a surrogate pair is no text: it could not be written
             json.dumps(row, ensure_ascii=False).encode()
     # not JSON, or a number or nesting without end
     except (ValueError, ArithmeticError, RecursionError) as error:
@@ -93,13 +93,15 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def exact_number(text: str) -> float | Decimal:
+    if not NO_FLOAT.search(text):
+        return float(text)
     number = Decimal(text)
     if abs(number.adjusted()) > MOST_DIGITS:
         raise ValueError(f"the number {text:.60} has more than {MOST_DIGITS} digits")
     return float(text) if Decimal(repr(float(text))) == number else number
 
 
-def read_parquet(path: Path, name: str) -> list[dict]:
+def read_parquet(path: Path, name: str) -> Iterator[dict]:
     try:
         table = pyarrow.parquet.read_table(path)
         for i, column in enumerate(table.column_names):
@@ -110,7 +112,8 @@ def read_parquet(path: Path, name: str) -> list[dict]:
         words = " ".join(str(error).split())
         raise InputError(f"{name}: not a parquet file that can be read ({words})") from error
     try:
-        return table.to_pylist()
+        for batch in table.to_batches(BATCH):
+            yield from batch.to_pylist()
     except Exception as error:
         check_cells(table, name)
         raise InputError(f"{name}: its rows cannot be read ({error})") from error

@@ -19,6 +19,7 @@ from machinery.files import append
 from machinery.look import LIMITS
 from machinery.processes import InputError
 from machinery.run_directory import Run
+from machinery.sources import BATCH
 from test_run_directory import State
 from verify import Grader, grade
 
@@ -123,6 +124,15 @@ def test_numbers_are_as_exact_as_they_are_written(tmp_path):
             pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
             problems = load_problems(str(tmp_path / "a.parquet"))
             assert [p.answer for p in problems] == ["0.1", "25"]
+
+
+def test_rows_of_a_large_file_keep_their_places(tmp_path):
+    n = 2 * BATCH + 1  # more than become objects at a time
+    table = pyarrow.table({"problem": [f"{i}" for i in range(n)], "answer": list(range(n))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    problems = load_problems(str(tmp_path / "a.parquet"))
+    assert [p.answer for p in problems] == [f"{i}" for i in range(n)]
+    assert problems[-1].where.endswith(f"row {n - 1}")
 
 
 def test_what_messages_have_beside_role_and_content_is_said(tmp_path):

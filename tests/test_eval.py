@@ -32,7 +32,7 @@ from machinery.published import BENCHMARKS, OUT_OF_DISTRIBUTION, SIX, SYSTEMS, T
 from machinery.processes import InputError
 from machinery.responses import Responses, file_name, whole_blocks
 from machinery.samplers import Sample
-from machinery.scores import evaluate, table
+from machinery.scores import JOBS, evaluate, graded, table
 from verify import Grader
 
 
@@ -249,6 +249,19 @@ def test_a_problem_is_sampled_as_often_as_its_file_or_a_flag_says():
 
     assert asked(0) == {"a": 4, "b": 8, "c (k = 2)": 2, "c (k = 8)": 8}
     assert asked(3) == {"a": 3, "b": 3, "c": 3}
+
+
+def test_each_response_gets_its_own_verdicts():
+    """More than are graded at a time, by both rules."""
+
+    class Both(Judge):
+        def judged(self, jobs, lenient=None):
+            return [float(text) + 0.5 * bool(lenient) for text, _ in jobs]
+
+    rows = [{"problem": 0, "response": str(i), "answer": ""} for i in range(2 * JOBS + 1)]
+    for row in graded(rows, [Problem("", "")], Both(None), lenient=True):
+        assert (row["reward"], row["lenient"]) == (float(row["response"]), row["reward"] + 0.5)
+    assert len(rows) == 2 * JOBS + 1
 
 
 def kept(out, problems: list[Problem], k: int, name: str = "f") -> Responses:
