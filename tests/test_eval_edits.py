@@ -243,7 +243,7 @@ def test_no_score_is_stale(name, tiny_model, tmp_path, monkeypatch):
     world = World(tmp_path, tiny_model)
     world.verdict = grade
     judge = Judge(lambda jobs: [world.verdict(*job) for job in jobs])
-    monkeypatch.setattr(evaluation, "Grader", lambda: judge)
+    monkeypatch.setattr(evaluation, "Grader", lambda workers: judge)
     monkeypatch.setattr(evaluation, "verifier", lambda: [world.verdict is grade])
     monkeypatch.setattr(evaluation, "init_processes", lambda *_: None)
     world.loading = lambda: None
