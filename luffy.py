@@ -598,10 +598,10 @@ def load(
     if kind == "vllm":
         cache = plan.cache_bytes(cfg, config, world_size())
         sampler = VLLMSampler(path, config, ends, longest, cache, cfg.tensor_parallel)
-    elif kind == "torch":
-        sampler = TorchSampler(path, config, ends)
-    # The trainer's model comes last, for vLLM looks at what the GPU has free.
+    # The trainer's model comes after vLLM, which looks at what the GPU has free.
     model = load_model(path, config, cfg.checkpointing)
+    if kind == "torch":
+        sampler = TorchSampler(path, config, ends, of=model)
     first = batch_at(problems, 0, cfg.problems_per_step, cfg.seed)[: cfg.sample_groups]
     watched = [Trajectory.of_trace(i, p, 1.0) for i, p in enumerate(first) if p.trace_ids]
     return tokenizer, problems, watched, held_out, sampler, model

@@ -165,8 +165,9 @@ class Ours:
             for text in size.texts(self.cfg.problems_per_step, self.tokenizer)
         ]
         self.mine = luffy.my_share(self.problems)
-        self.sampler = TorchSampler(model, config, [self.tokenizer.eos_token_id])
         self.model = load_model(model, config, self.cfg.checkpointing)
+        ends = [self.tokenizer.eos_token_id]
+        self.sampler = TorchSampler(model, config, ends, of=self.model)
         self.policy = luffy.data_parallel(luffy.Policy(self.model, 1.0))
         self.optimizer = luffy.ShardedAdamW(self.policy.parameters(), lr=1e-6)
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from machinery import probe
-from machinery.kinds import PretrainedConfig
+from machinery.kinds import PretrainedConfig, PreTrainedModel
 from machinery.model import from_pretrained
 from machinery.processes import InputError, barrier, device, progress, rank, say
 from machinery.processes import use_expandable_segments, world_size
@@ -93,8 +93,9 @@ class TorchSampler:
         config: PretrainedConfig,
         ends: Sequence[int],
         max_rows: int = TORCH_ROWS,
+        of: PreTrainedModel | None = None,
     ):
-        """ends: the tokens that end a response."""
+        """ends: the tokens that end a response. of: a model with these weights, which are shared."""
         from machinery.caches import new_cache  # slow to import
 
         self.new_cache = new_cache
@@ -104,6 +105,8 @@ class TorchSampler:
         self.awake = True  # with the weights that it has loaded itself
         self.cached = True
         self.check(path)
+        if of is not None:  # now, for the trainer's gradients need the memory of a second copy
+            self.push(of.named_parameters())
 
     @torch.no_grad()
     def check(self, path: str | Path) -> None:
