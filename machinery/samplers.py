@@ -95,7 +95,7 @@ class TorchSampler:
         max_rows: int = TORCH_ROWS,
         of: PreTrainedModel | None = None,
     ):
-        """ends: the tokens that end a response. of: a model with these weights, which are shared."""
+        """ends: the tokens that end a response. of: a model of these weights; they are shared."""
         from machinery.caches import new_cache  # slow to import
 
         self.new_cache = new_cache

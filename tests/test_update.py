@@ -622,7 +622,10 @@ def test_groups_are_dealt_by_their_tokens(monkeypatch):
         assert [len(t.response) for t in ts[::2]] == [1] * (len(ts) // 2)
 
     def tokens(of_ranks, half):
-        return [sum(batches.length(t) for t in ts if t.position // 8 == half) for ts in of_ranks]
+        def group(ts, p):
+            return batches.length([t for t in ts if t.position == p])
+
+        return [sum(group(ts, p) for p in range(8 * half, 8 * half + 8)) for ts in of_ranks]
 
     for half in range(2):
         before, after = sorted(tokens(by_rank, half)), sorted(tokens(now, half))
