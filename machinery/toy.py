@@ -298,7 +298,7 @@ def made_before() -> Path:
     rng, tokenizer = random.Random("toy base 0"), make_tokenizer()
     documents = [document(rng, GOALS) for _ in range(1000)]
     shapes = [(name, *p.shape) for name, p in make_model(tokenizer, 0).named_parameters()]
-    facts = json.dumps([documents, tokenizer.get_vocab(), shapes, CONFIDENCE])
+    facts = json.dumps([documents, tokenizer.get_vocab(), shapes, CONFIDENCE], sort_keys=True)
     return Path(__file__).with_name(
         f"toy-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.safetensors"
     )

@@ -1,6 +1,7 @@
 """The toy is what it claims to be, and a laptop shows the paper's point on it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import run
@@ -58,12 +59,19 @@ def test_the_tokenizer_and_model_come_back_through_auto_classes(tiny_model):
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
 
-@pytest.fixture(scope="module")
-def base():
-    return toy.base_model()  # trained in a minute, then cached
+def test_the_base_model_in_the_project_is_of_this_very_toy():
+    """Else each run would train its own first. Make it anew: python -m machinery.toy --out DIR."""
+    assert [toy.made_before()] == [*Path(toy.__file__).parent.glob("toy-*.safetensors")]
 
 
-@pytest.mark.slow  # trains the base model
+@pytest.fixture(scope="module", params=["made before", "trained here"])
+def base(request, tmp_path_factory):
+    if request.param == "made before":
+        return toy.base_model()
+    return toy.save_base(tmp_path_factory.mktemp("toy") / "base", toy.GOALS, seed=0)
+
+
+@pytest.mark.slow
 def test_the_base_model_solves_no_hard_problem_in_64_samples(base):
     tokenizer = load_tokenizer(base)
     problems, dropped = encode(
@@ -88,7 +96,7 @@ def test_the_base_model_solves_no_hard_problem_in_64_samples(base):
 
 
 @pytest.mark.slow
-def test_luffy_learns_what_rl_alone_never_meets(base, tmp_path):
+def test_luffy_learns_what_rl_alone_never_meets(tmp_path):
     """A short run of the README's demo: rewards of the last ten steps."""
     hard = {}
     for algo, steps in (("luffy", 60), ("on_policy", 30)):
