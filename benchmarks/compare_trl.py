@@ -30,6 +30,7 @@ from machinery.printing import print_what_can_be  # noqa: E402
 
 ENVIRONMENT = HERE / ".venv-trl"
 TRL = "trl==1.16.0"
+CHECKPOINTING = -1  # in place of TRL's batch: ours, which computes activations again, as by default
 STATE = 16  # bytes a parameter: weight, gradient and two moments, in float32
 
 
@@ -46,11 +47,11 @@ def make_environment() -> Path:
 
 
 # ------------------------------------------------------------------ one program
-def ours(model: str, shape: str, steps: int, budget: int) -> list[dict]:
+def ours(model: str, shape: str, steps: int, **changes) -> list[dict]:
     import tiny
 
     tiny.luffy.init_processes()
-    program = tiny.Ours(model, shape, token_budget=budget)
+    program = tiny.Ours(model, shape, **changes)
     rows = []
     for number in range(steps):
         row = program.step(number)
@@ -127,13 +128,14 @@ def measure(model: str, shape: str, steps: int, budget: int, batch: int) -> None
     """Print the medians of one process: ours, or TRL's with batches of this size."""
     import tiny
 
-    if batch:
+    if batch > 0:
         importlib.import_module("trl.trainer.grpo_trainer")  # imported, not memory of the step
     with tiny.PeakMemory() as peak:
-        if batch:
+        if batch > 0:
             rows = trl(model, shape, steps + 1, batch)[1:]
         else:
-            rows = ours(model, shape, steps + 1, budget)[1:]
+            how = dict(token_budget=budget, checkpointing=batch == CHECKPOINTING)
+            rows = ours(model, shape, steps + 1, **how)[1:]
     out = {
         phase: statistics.median(row[phase] / row["tokens"] for row in rows)
         for phase in ("sample", "step", "cpu")
@@ -153,7 +155,8 @@ def compare(model: str, shape: str, args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     size = tiny.SHAPES[shape]
-    programs = {"ours": 0} | {f"TRL, batches of {batch}": batch for batch in args.batches}
+    programs = {"ours": 0, "ours, checkpointing": CHECKPOINTING}
+    programs |= {f"TRL, batches of {batch}": batch for batch in args.batches}
     rounds = [{name: {} for name in programs} for _ in range(args.rounds)]
     with tqdm(total=args.rounds * len(programs), desc=shape) as bar:
         for turn in rounds:
