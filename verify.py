@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from itertools import accumulate, permutations
 from math import gcd
@@ -299,13 +300,9 @@ def read(answer: str) -> Any:
     answer = ADJACENT.sub(r"\\cdot ", answer)
     text = normalize_latex(answer, NormalizationConfig(malformed_operators=True, boxed="none"))
     try:
-        found = latex2sympy(
-            text,
-            is_real=True,
-            convert_degrees=False,
-            normalization_config=None,
-            conversion_config=ConversionConfig(lowercase_symbols=False),
-        )
+        symbols = ConversionConfig(lowercase_symbols=False)
+        how: Any = dict(normalization_config=None, conversion_config=symbols)
+        found = latex2sympy(text, is_real=True, convert_degrees=False, **how)
     except Exception:  # its parser has a dozen kinds
         return None
     exact = {x: Rational(str(x)) for x in found.atoms(Float)}
@@ -338,14 +335,8 @@ def same_value(given: Any, answer: Any) -> bool:
             return gap == 0
         size, unit = abs(gap.evalf(50, maxn=1000)), abs(answer.evalf(5))
         return bool(size.is_real and (size == 0 or size < min(1, unit) * 10**-40))
-    return verify(
-        answer,
-        given,
-        numeric_precision=40,
-        allow_set_relation_comp=True,
-        timeout_seconds=None,
-        raise_on_error=True,
-    )
+    how: Any = dict(numeric_precision=40, allow_set_relation_comp=True)
+    return verify(answer, given, timeout_seconds=None, raise_on_error=True, **how)
 
 
 def same_read(given: str, answer: str) -> bool:
@@ -367,12 +358,8 @@ def parse_and_compare(given: str, answer: str, lenient: bool) -> Verdict:
         if lenient:
             from math_verify import parse, verify
 
-            right = verify(
-                parse(f"${answer}$", parsing_timeout=None),
-                parse(given, parsing_timeout=None),
-                timeout_seconds=None,
-            )
-            return Verdict(right, "compared by math-verify")
+            gold, mine = (parse(text, parsing_timeout=None) for text in (f"${answer}$", given))
+            return Verdict(verify(gold, mine, timeout_seconds=None), "compared by math-verify")
         given, steps, answer = prepare(given, answer)
         if same_parts(given, answer, same_read):
             if all(same_read(step, given) for step in steps):
@@ -389,12 +376,9 @@ def parse_and_compare(given: str, answer: str, lenient: bool) -> Verdict:
 def screen(response: str, answer: str, lenient: bool) -> tuple[str | None, Verdict | None]:
     """-> (the answer given, or all that may hold it if lenient; the verdict, if that is easy)."""
     if not lenient:
-        given = extract_answer(response)
-        return given, (
-            Verdict(False, "no complete box after the thought")
-            if given is None
-            else compare(given, answer)
-        )
+        if (given := extract_answer(response)) is None:
+            return None, Verdict(False, "no complete box after the thought")
+        return given, compare(given, answer)
     thought, *final = response.split("</think>")
     if not final and "<think>" in thought:
         return None, Verdict(False, "the thought has no end")
@@ -416,7 +400,7 @@ def grade(response: str, answer: str, lenient: bool = False) -> float:
 
 
 # ------------------------------------------------------------------ many answers, safely
-class Grader:
+class Grader(AbstractContextManager["Grader"]):
     """Grades in worker processes, so that no response can hold up or bring down the trainer.
 
     workers: processes; timeout: seconds for one response, after which its worker is killed and its
@@ -451,11 +435,8 @@ class Grader:
     def verdicts(self, jobs: list[tuple[str, str]], lenient: bool | None = None) -> list[Verdict]:
         lenient = self.lenient if lenient is None else lenient
         screened = [(*screen(response, answer, lenient), answer) for response, answer in jobs]
-        hard = list(
-            dict.fromkeys(  # rollouts of a problem often agree
-                (given, answer, lenient) for given, easy, answer in screened if not easy
-            )
-        )
+        left = ((given, answer, lenient) for given, easy, answer in screened if not easy)
+        hard = list(dict.fromkeys(left))  # rollouts of a problem often agree
         parsed = {
             job: Verdict(*reply) if reply else unparsed(*job, failure)
             for job, (reply, failure) in zip(hard, self.pool.map(hard, key=itemgetter(1)))
@@ -495,9 +476,6 @@ class Grader:
         self.pool.close()
         if self.rewards:
             self.rewards.pool.close()
-
-    def __enter__(self) -> "Grader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
