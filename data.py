@@ -738,7 +738,7 @@ def main() -> None:
     with Grader() as grader:
         golds = first_places(problems)
         look.show_golds(golds, grader.verdicts)
-        say_unreadable(golds, look.judge("golds", list(golds), grader.unread))
+        say_unreadable(golds, share("golds", grader.unread, list(golds), look.JOBS))
         jobs = [(p, p.opened + text_of(p.trace_ids, tokenizer)) for p in kept if p.trace_ids]
         fit = list({p.where: p for p in reversed(kept)}.values())[::-1]  # one a row
         look.show_traces(fit, jobs, grader.verdicts, extract_answer)

@@ -17,13 +17,13 @@ import numpy as np
 from machinery.arguments import Parser, filled, path, ranged
 from machinery.kinds import Tokenizer
 from machinery.model import recipe
-from machinery.processes import InputError, progress, say
+from machinery.processes import InputError, say, share
 from machinery.run_directory import token_texts
 
 Problem = Any  # data.Problem: an import would be a circle
 Lengths = dict[str, list[int]]  # "prompt" and "trace" -> numbers of tokens
 EXAMPLES = 3  # of each kind of trouble
-CHUNK = 256  # answers graded between two moves of the bar
+JOBS = 256  # answers graded between two moves of the bar
 # luffy.py's defaults
 LIMITS = {"max_prompt_tokens": 1024, "max_response_tokens": 8192, "max_trace_tokens": 0}
 
@@ -40,9 +40,8 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, int]]:
     parser.add_argument("--template", default="auto", help="auto, own or a jinja file [auto]")
     parser.add_argument("--out", type=path, help="the picture of lengths [runs/data/NAME.png]")
     args = parser.parse_args()
-    args.out = args.out or Path(
-        "runs/data", re.sub(r"[^\w.-]+", "-", Path(args.data).name) + ".png"
-    )
+    name = re.sub(r"[^\w.-]+", "-", Path(args.data).name)
+    args.out = args.out or Path(f"runs/data/{name}.png")
     given = {name: getattr(args, name) for name in LIMITS}
     own = LIMITS | {name: n for name, n in recipe(args.model).items() if type(n) is int}
     limits = {name: own[name] if n is None else n for name, n in given.items()}
@@ -132,9 +131,8 @@ def draw_lengths(name: str, lengths: Lengths, limits: dict[str, int], file: Path
         return
     from machinery.plots import plt  # slow to import
 
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(5.5 * len(shown), 3.6), layout="constrained", squeeze=False
-    )
+    n = len(shown)
+    figure, axes = plt.subplots(1, n, figsize=(5.5 * n, 3.6), layout="constrained", squeeze=False)
     for axis, (kind, values, limit) in zip(axes[0], shown):
         axis.hist(values, bins=np.linspace(0, max(values), 50), alpha=0.8)
         if limit <= 3 * max(values):
@@ -144,8 +142,6 @@ def draw_lengths(name: str, lengths: Lengths, limits: dict[str, int], file: Path
         beyond = sum(n > limit for n in values) / len(values)
         axis.set_title(f"{len(values):,} {kind}s: {beyond:.1%} beyond {limit:,} tokens", loc="left")
         axis.set_xlabel("tokens")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(name, fontsize=11)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -156,19 +152,9 @@ def draw_lengths(name: str, lengths: Lengths, limits: dict[str, int], file: Path
     say(f"picture     {file}")
 
 
-def judge(name: str, jobs: list, verdicts: Callable) -> list:
-    """What `verdicts` says of each job, some at a time, with a bar."""
-    found = []
-    with progress(name, len(jobs)) as bar:
-        for i in range(0, len(jobs), CHUNK):
-            found += verdicts(jobs[i : i + CHUNK])
-            bar.update(len(found) - bar.n)
-    return found
-
-
 def show_golds(golds: dict[str, str], verdicts: Callable) -> None:
     """golds: gold answer -> where it stands first."""
-    boxed = judge("golds", [(f"\\boxed{{{gold}}}", gold) for gold in golds], verdicts)
+    boxed = share("golds", verdicts, [(f"\\boxed{{{gold}}}", gold) for gold in golds], JOBS)
     wrong = [(gold, v.reason) for gold, v in zip(golds, boxed) if not v.right]
     say(f"golds       {len(golds)} different answers; {len(wrong)} are not right in a box")
     show_some(f"{golds[gold]}: {gold!r:.80} ({reason})" for gold, reason in wrong)
@@ -178,24 +164,19 @@ def show_traces(
     kept: list[Problem], traces: list[tuple[Problem, str]], verdicts: Callable, extract: Callable
 ) -> None:
     """What the verifier says of traces that fit (their texts), and what is left to train on."""
-    found = judge("traces", [(text, p.answer) for p, text in traces], verdicts)
+    found = share("traces", verdicts, [(text, p.answer) for p, text in traces], JOBS)
     right = [p for (p, _), v in zip(traces, found) if v.right]
     if traces:
-        share = len(right) / len(traces)
-        say(f"traces      {len(right)} of {len(traces)} that fit are right ({share:.1%})")
+        part = len(right) / len(traces)
+        say(f"traces      {len(right)} of {len(traces)} that fit are right ({part:.1%})")
     show_some(
         f"{p.where}: gold {p.answer!r:.40}, given {extract(text)!r:.40} ({v.reason})"
         for (p, text), v in zip(traces, found)
         if not v.right
     )
     good = {p.where for p in right}
-    columns = [
-        [p.source for p in kept],
-        [p.source for p, _ in traces],
-        [p.source for p in right],
-        [p.source for p in kept if p.where in good],
-    ]
-    counts = [Counter(sources) for sources in columns]
+    columns = kept, [p for p, _ in traces], right, [p for p in kept if p.where in good]
+    counts = [Counter(p.source for p in some) for some in columns]
     say("\n| source | problems that fit | traces that fit | right | problems with a right one |")
     say("|---" * 5 + "|")
     for source, _ in counts[0].most_common(20):
@@ -216,11 +197,10 @@ def show_prompt(problem: Problem, text: str, tokenizer: Tokenizer) -> None:
         return " ".join(map(repr, token_texts(list(ids), tokenizer)))
 
     ids = problem.trace_ids
+    begins = shown(ids[:8]) if ids else "(no trace)"
+    say(f"\nseam        {shown(problem.prompt_ids[-8:])} | {begins}")
     if ids:
-        say(f"\nseam        {shown(problem.prompt_ids[-8:])} | {shown(ids[:8])}")
         say(f"end         {shown(ids[-3:])}")
-    else:
-        say(f"\nseam        {shown(problem.prompt_ids[-8:])} | (no trace)")
 
 
 def show_unknown(problems: list[Problem], tokenizer: Tokenizer) -> None:

@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 plt.rcParams["text.parse_math"] = False  # a $ in a label is a $
+plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.25})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 
 def draw_curves(directory: Path) -> None:
@@ -46,8 +48,6 @@ def draw_curves(directory: Path) -> None:
                 means, color = smooth([row.get(key) for row in rows]), line.get_color()
                 axis.plot(steps, means, label=label, color=color, linewidth=2)
         axis.set_title(title, fontsize=10, loc="left")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
         if axis.lines:
             axis.legend(frameon=False, fontsize=9)
     for axis in axes[-1]:
@@ -56,11 +56,8 @@ def draw_curves(directory: Path) -> None:
     axes[0, 0].set_ylim(min(low, -0.03), max(high, 1.03))  # --reward may give more than 1
     axes[0, 1].set_ylim(-0.03, 1.03)
     config = read_json(directory / "config.json")
-    figure.suptitle(
-        f"{config['algo']} on {Path(config['model']).name}, seed {config['seed']} "
-        "(thick: mean of 10 steps)",
-        fontsize=11,
-    )
+    run = f"{config['algo']} on {Path(config['model']).name}, seed {config['seed']}"
+    figure.suptitle(f"{run} (thick: mean of 10 steps)", fontsize=11)
     figure.savefig(directory / "curves.png", dpi=130)
     plt.close(figure)
 
@@ -89,8 +86,6 @@ def draw_comparison(models: dict[str, dict[tuple, tuple]], file: Path) -> None:
     for axis, title, label in zip(axes, titles, ("k", "temperature", "tokens")):
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel(label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:2]:
         axis.set_ylim(-0.03, 1.03)
         axis.legend(frameon=False, fontsize=8)
