@@ -280,47 +280,35 @@ def temperatures(text: str) -> list[float]:
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
-    model = "a directory or a hub name; with --url, as it is served"
-    parser.add_argument("--model", type=filled, help=model)
-    url = "of an OpenAI-compatible server that samples, up to /v1"
-    parser.add_argument("--url", type=filled, help=url)
-    parser.add_argument("--paper", choices=SYSTEMS, help="a system of the paper: model and prompt")
-    template = f"{', '.join(TEMPLATES)}, or a jinja file [own]"
-    parser.add_argument("--template", type=filled, help=template)
-    parser.add_argument(
-        "--bench",
-        type=filled,
-        required=True,
-        help=f"A,B of {', '.join(BENCHMARKS)}; {' or '.join(GROUPS)} of them; or "
-        "toy/SPLIT, files, hub names",
-    )
-    place = "a directory or a file, instead of the hub"
-    parser.add_argument("--data_dir", type=path, help=place)
-    some = ranged(int, 1)
-    k = "k, responses to each problem [the paper's]"
-    parser.add_argument("--samples", type=ranged(int, 1, 1e4), help=k)
+    add, some = parser.add_argument, ranged(int, 1)
+    add("--model", type=filled, help="a directory or a hub name; with --url, as it is served")
+    add("--url", type=filled, help="of an OpenAI-compatible server that samples, up to /v1")
+    add("--paper", choices=SYSTEMS, help="a system of the paper: model and prompt")
+    add("--template", type=filled, help=f"{', '.join(TEMPLATES)}, or a jinja file [own]")
+    ours = f"A,B of {', '.join(BENCHMARKS)}; {' or '.join(GROUPS)} of them"
+    add("--bench", type=filled, required=True, help=f"{ours}; or toy/SPLIT, files, hub names")
+    add("--data_dir", type=path, help="a directory or a file, instead of the hub")
+    add("--samples", type=ranged(int, 1, 1e4), help="k, responses to each problem [the paper's]")
     greedy = "A,B; 0 is greedy, and k = 1 [the paper's, 0.6]"
-    parser.add_argument("--temperature", type=temperatures, default=[], help=greedy)
-    parser.add_argument("--limit", type=some, help="problems of each benchmark, spread evenly")
-    parser.add_argument("--max_prompt_tokens", type=some, default=1024)
-    parser.add_argument("--max_response_tokens", type=some, help="[the paper's, 8192]")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--sampler", choices=["auto", "vllm", "torch"], default="auto")
-    parser.add_argument("--seed", type=ranged(int, 0), default=0)
-    parser.add_argument("--out", type=path, help="[runs/eval/MODEL]")
-    parser.add_argument("--traces", type=path, help="write right responses to this file: distil")
-    parser.add_argument("--traces_per_problem", type=some, default=1, help="at most [1]")
-    parser.add_argument("--max_trace_tokens", type=some, help="the model's, with EOS [no limit]")
-    requests = "requests to --url [16]"
-    parser.add_argument("--concurrency", type=ranged(int, 1, 256), default=16, help=requests)
+    add("--temperature", type=temperatures, default=[], help=greedy)
+    add("--limit", type=some, help="problems of each benchmark, spread evenly")
+    add("--max_prompt_tokens", type=some, default=1024)
+    add("--max_response_tokens", type=some, help="[the paper's, 8192]")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    add("--sampler", choices=["auto", "vllm", "torch"], default="auto")
+    add("--seed", type=ranged(int, 0), default=0)
+    add("--out", type=path, help="[runs/eval/MODEL]")
+    add("--traces", type=path, help="write right responses to this file: distil")
+    add("--traces_per_problem", type=some, default=1, help="at most [1]")
+    add("--max_trace_tokens", type=some, help="the model's, with EOS [no limit]")
+    add("--concurrency", type=ranged(int, 1, 256), default=16, help="requests to --url [16]")
     args = parser.parse_args()
     system = SYSTEMS.get(args.paper)
     args.model = args.model or (system.model if system else "")
     args.template = args.template or (system.template if system else "own")
     if args.template not in TEMPLATES and not os.path.isfile(args.template):
-        raise InputError(
-            f"--template {args.template}: expected a file, or one of {', '.join(TEMPLATES)}"
-        )
+        expected = f"a file, or one of {', '.join(TEMPLATES)}"
+        raise InputError(f"--template {args.template}: expected {expected}")
     if not args.model:
         raise InputError(
             f"--paper {args.paper}: no checkpoint of it was published, so --model DIR "

@@ -24,7 +24,8 @@ import math
 import os
 import random
 import shutil
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -77,9 +78,8 @@ class Chain:
 
     def question(self, mark: str = "?") -> str:
         x, y, *_ = self.terms
-        return (
-            f"{self.letter(0)}{x},{self.letter(1)}{y},{self.op};{self.letter(self.steps + 1)}{mark}"
-        )
+        goal = self.letter(self.steps + 1)
+        return f"{self.letter(0)}{x},{self.letter(1)}{y},{self.op};{goal}{mark}"
 
     def answer(self, steps: int) -> str:
         return "".join(map(str, self.terms[steps - 1 : steps + 2]))
@@ -119,15 +119,12 @@ def response(chain: Chain, steps: int, rng: random.Random, check: float, wait: f
 def splits() -> dict[str, list[tuple[str, Chain]]]:
     """split -> [(kind, chain), ...]: all fair problems in one fixed shuffle, dealt out in turn."""
     decks = {kind: [] for kind in ("easy", "hard", "ood")}
-    for op in OPERATORS:
-        for start in range(len(LETTERS)):
-            for x in range(MODULUS):
-                for y in range(MODULUS):
-                    for steps in EASY + HARD:
-                        chain = Chain(start, x, y, op, steps)
-                        if chain.is_fair() and (op != "*" or steps in HARD):
-                            kind = "ood" if op == "*" else "easy" if steps in EASY else "hard"
-                            decks[kind].append(chain)
+    starts, values = range(len(LETTERS)), range(MODULUS)
+    for op, start, x, y, steps in product(OPERATORS, starts, values, values, EASY + HARD):
+        chain = Chain(start, x, y, op, steps)
+        if chain.is_fair() and (op != "*" or steps in HARD):
+            kind = "ood" if op == "*" else "easy" if steps in EASY else "hard"
+            decks[kind].append(chain)
     for kind, deck in decks.items():
         random.Random(f"toy {kind}").shuffle(deck)
     return {
@@ -143,14 +140,12 @@ def rows(split: str = "train") -> list[dict]:
     """
     if split not in SIZES:
         raise InputError(f"toy/{split}: the toy's splits are {', '.join(SIZES)}")
-    rng = random.Random(f"toy teacher {split}")
+    solve = partial(response, rng=random.Random(f"toy teacher {split}"), check=0.2, wait=0.1)
     return [
         {
             "data_source": kind,
             "prompt": [{"role": "user", "content": chain.question()}],
-            "target": [
-                {"role": "assistant", "content": response(chain, chain.steps, rng, 0.2, 0.1)}
-            ],
+            "target": [{"role": "assistant", "content": solve(chain, chain.steps)}],
             "reward_model": {"ground_truth": chain.answer(chain.steps)},
         }
         for kind, chain in splits()[split]
@@ -196,15 +191,10 @@ def make_tokenizer() -> Tokenizer:
     special = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>"]
     words = ["\\boxed{", "check", "wait"]
     characters = list("0123456789abcdefghijklmnopqrstuvwxyz=+-*,;?.{}")
-    tokenizer = Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(special + words + characters)},
-        merges=[],
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        bos_token=None,
-        additional_special_tokens=["<user>", "<assistant>"],
-    )
+    vocab = {token: i for i, token in enumerate(special + words + characters)}
+    named = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token=None)
+    named |= dict(additional_special_tokens=["<user>", "<assistant>"])
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], **named)
     tokenizer.add_tokens([AddedToken(w, normalized=False, special=False) for w in words])
     tokenizer.chat_template = (
         "{# boxed, without being asked #}"
@@ -223,15 +213,9 @@ def make_model(tokenizer: Tokenizer, seed: int) -> Qwen2ForCausalLM:
     sizes = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
     sizes |= dict(num_key_value_heads=2, max_position_embeddings=256, vocab_size=len(tokenizer))
     tokens = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    config = Qwen2Config(
-        **sizes,
-        **tokens,
-        bos_token_id=None,
-        initializer_range=0.08,
-        tie_word_embeddings=False,
-        luffy_recipe=RECIPE,  # not Qwen2's: see machinery.model.recipe
-    )
-    return Qwen2ForCausalLM(config)
+    more = dict(bos_token_id=None, initializer_range=0.08, tie_word_embeddings=False)
+    more |= dict(luffy_recipe=RECIPE)  # not Qwen2's: see machinery.model.recipe
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, **tokens, **more))
 
 
 def train_base(
@@ -299,9 +283,8 @@ def made_before() -> Path:
     documents = [document(rng, GOALS) for _ in range(1000)]
     shapes = [(name, *p.shape) for name, p in make_model(tokenizer, 0).named_parameters()]
     facts = json.dumps([documents, tokenizer.get_vocab(), shapes, CONFIDENCE], sort_keys=True)
-    return Path(__file__).with_name(
-        f"toy-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.safetensors"
-    )
+    name = hashlib.sha256(facts.encode()).hexdigest()[:12]
+    return Path(__file__).with_name(f"toy-{name}.safetensors")
 
 
 def base_model() -> Path:
@@ -321,12 +304,8 @@ def base_model() -> Path:
 if __name__ == "__main__":
     parser = Parser(description="Train a base model.")
     parser.add_argument("--out", type=path, required=True, help="a directory that does not exist")
-    parser.add_argument(
-        "--goals",
-        type=ranged(float, 0, 1),
-        default=GOALS,
-        help=f"share of listings that stop at the letter they name ({GOALS})",
-    )
+    goals = f"share of listings that stop at the letter they name ({GOALS})"
+    parser.add_argument("--goals", type=ranged(float, 0, 1), default=GOALS, help=goals)
     parser.add_argument("--seed", type=ranged(int, 0), default=0)
     args = parser.parse_args()
     if args.out.exists():
