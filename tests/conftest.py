@@ -1,8 +1,14 @@
 """What tests share: a tiny untrained model of the toy, and the program as a user starts it."""
 
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,11 +69,81 @@ def command(*args, ranks: int = 1) -> list[str]:
     return [*launcher, *map(str, args)]
 
 
+@cache
+def forks() -> subprocess.Popen:
+    """The process that forks programs, one for all tests of this one."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "tests/forks.py"], cwd=ROOT, text=True, **pipes)
+
+
+class Forked:
+    """FILE.py ARGS or -m MODULE ARGS, as `python` would run it; one at a time. Ranks: by gloo."""
+
+    def __init__(self, *args, ranks: int = 1):
+        self.args, self.returncode = [str(x) for x in args], None
+        directory = Path(tempfile.mkdtemp())
+        jobs = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(ranks):
+            env = dict(os.environ)
+            if ranks > 1:  # as on nodes of one process each
+                env |= dict(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_PORT=str(port))
+                env |= dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+            jobs.append([self.args, env, *(str(directory / f"{x}{rank}") for x in ("out", "err"))])
+        self.files = [Path(job[2]) for job in jobs], [Path(job[3]) for job in jobs]
+        print(json.dumps(jobs), file=forks().stdin, flush=True)
+        self.pids = json.loads(forks().stdout.readline())
+
+    def text(self, error: bool = False) -> str:
+        return "".join(f.read_text("utf-8") for f in self.files[error] if f.exists())
+
+    def wait_for(self, printed: str) -> None:
+        while printed not in self.text():
+            assert all(Path(f"/proc/{pid}").exists() for pid in self.pids), self.text(error=True)
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        statuses = json.loads(forks().stdout.readline())
+        self.returncode = next(filter(None, statuses), 0)
+        return self.returncode
+
+
 def run(*args, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """python (or torchrun) ARGS in the project's directory."""
+    if ranks == 1 and str(args[0]) not in ("-X", "-c"):
+        return forked(*args, check=check)
     result = subprocess.run(
         command(*args, ranks=ranks), cwd=ROOT, text=True, capture_output=True, timeout=280
     )
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def forked(*args, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """As run, but ranks have no torchrun."""
+    program = Forked(*args, ranks=ranks)
+    status, out, err = program.wait(), program.text(), program.text(error=True)
+    assert not (check and status), out + err
+    return subprocess.CompletedProcess(program.args, status, out, err)
+
+
+def few(directory: Path, problems: int = 1) -> tuple[str, Path]:
+    """A flag: problems to evaluate on."""
+    file = directory / "few.jsonl"
+    rows = [
+        {
+            "data_source": "hard",
+            "prompt": [{"role": "user", "content": f"b{n},c5,-;e?"}],
+            "reward_model": {"ground_truth": "5"},
+        }
+        for n in range(problems)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "--eval_data", file
