@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ ALL_ROWS = tuple(ALGORITHMS)  # a fork adds its own when a test imports it
 
 def pytest_collection_modifyitems(items: list) -> None:
     """The longest files first, so that the last process to finish is not alone for long."""
-    longest = "test_toy", "test_distributed", "test_resume", "test_rivals"
+    longest = "test_resume", "test_page", "test_algorithms", "test_grader", "test_preflight"
     items.sort(key=lambda item: not item.path.stem.startswith(longest))
 
 
@@ -73,26 +74,27 @@ def command(*args, ranks: int = 1) -> list[str]:
 def forks() -> subprocess.Popen:
     """The process that forks programs, one for all tests of this one."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    return subprocess.Popen([sys.executable, "tests/forks.py"], cwd=ROOT, text=True, **pipes)
+    return subprocess.Popen([sys.executable, "tests/preloaded.py"], cwd=ROOT, text=True, **pipes)
 
 
 class Forked:
-    """FILE.py ARGS or -m MODULE ARGS, as `python` would run it; one at a time. Ranks: by gloo."""
+    """FILE.py ARGS or -m MODULE ARGS, as `python` would run it; one at a time."""
 
     def __init__(self, *args, ranks: int = 1):
-        self.args, self.returncode = [str(x) for x in args], None
-        directory = Path(tempfile.mkdtemp())
-        jobs = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank in range(ranks):
-            env = dict(os.environ)
-            if ranks > 1:  # as on nodes of one process each
-                env |= dict(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_PORT=str(port))
-                env |= dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-            jobs.append([self.args, env, *(str(directory / f"{x}{rank}") for x in ("out", "err"))])
-        self.files = [Path(job[2]) for job in jobs], [Path(job[3]) for job in jobs]
+        """ranks: as on nodes with one process each, without torchrun."""
+        self.args, self.directory, envs = list(map(str, args)), tempfile.TemporaryDirectory(), [{}]
+        if ranks > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                alike = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+            alike |= dict(WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+            envs = [alike | dict(RANK=str(rank)) for rank in range(ranks)]
+        where = Path(self.directory.name)
+        self.files = [[where / f"{x}{rank}" for rank in range(ranks)] for x in ("out", "err")]
+        jobs = [
+            [self.args, os.environ | env, str(out), str(err)]
+            for env, out, err in zip(envs, *self.files)
+        ]
         print(json.dumps(jobs), file=forks().stdin, flush=True)
         self.pids = json.loads(forks().stdout.readline())
 
@@ -101,7 +103,8 @@ class Forked:
 
     def wait_for(self, printed: str) -> None:
         while printed not in self.text():
-            assert all(Path(f"/proc/{pid}").exists() for pid in self.pids), self.text(error=True)
+            alive = all(Path(f"/proc/{pid}").exists() for pid in self.pids)
+            assert alive, (self.wait(), self.text(error=True))
             time.sleep(0.05)
 
     def kill(self) -> None:
@@ -109,14 +112,13 @@ class Forked:
             os.kill(pid, signal.SIGKILL)
 
     def wait(self) -> int:
-        statuses = json.loads(forks().stdout.readline())
-        self.returncode = next(filter(None, statuses), 0)
-        return self.returncode
+        """-> the status of the first rank that failed, or 0."""
+        return next(filter(None, json.loads(forks().stdout.readline())), 0)
 
 
 def run(*args, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """python (or torchrun) ARGS in the project's directory."""
-    if ranks == 1 and str(args[0]) not in ("-X", "-c"):
+    if ranks == 1 and args[0] not in ("-X", "-c") and not find_spec("vllm"):  # it has processes
         return forked(*args, check=check)
     result = subprocess.run(
         command(*args, ranks=ranks), cwd=ROOT, text=True, capture_output=True, timeout=280

@@ -62,7 +62,9 @@ def wait_for_step(process, n: int) -> None:
 def args(tiny_model, tmp_path_factory):
     """What they say but for --out, without pictures, and with few evaluations."""
     evaluated = few(tmp_path_factory.mktemp("few"), problems=3)
-    return lambda out, *more: luffy(tiny_model, out, *evaluated, *more, program="tests/no_pictures.py")
+    return lambda out, *more: luffy(
+        tiny_model, out, *evaluated, *more, program="tests/no_pictures.py"
+    )
 
 
 @pytest.fixture(scope="module")

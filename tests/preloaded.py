@@ -1,4 +1,4 @@
-"""Programs without the seconds of their imports: a process that has them forks for each; see conftest.
+"""Programs without the seconds of their imports: this process has them, and forks for each.
 
 A line of JSON in, a list for each rank: arguments, environment, files of stdout and stderr. Two
 lines out: the processes' numbers at once, and in the end their statuses.
