@@ -7,10 +7,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, few, forked, run
 from safetensors.torch import load_file
 
 
@@ -43,7 +44,7 @@ def luffy(model, out, *more):
     ]
 
 
-def two_nodes(*args) -> str:
+def two_nodes(*args) -> subprocess.CompletedProcess:
     """torchrun --nnodes=2: two agents that meet at a port of this machine -> what both print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -72,22 +73,27 @@ def two_nodes(*args) -> str:
     try:
         printed = [node.communicate(timeout=200) for node in nodes]
         assert all(node.returncode == 0 for node in nodes), printed
-        return "".join(out for out, _ in printed)
+        return subprocess.CompletedProcess(command, 0, "".join(out for out, _ in printed))
     finally:
         for node in nodes:
             node.kill()
 
 
+LAUNCHERS = dict(fork=partial(forked, ranks=2), torchrun=partial(run, ranks=2), nodes=two_nodes)
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "algo, nodes", [("luffy", 2), pytest.param("rl_sft", 1, marks=pytest.mark.slow)]
+    "algo, by", [("luffy", "fork"), slow("luffy", "nodes"), slow("rl_sft", "torchrun")]
 )
-def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo, nodes):
-    run(*luffy(tiny_model, tmp_path / "1", "--algo", algo))
-    if nodes == 2:
-        printed = two_nodes(*luffy(tiny_model, tmp_path / "2", "--algo", algo))
-        assert printed.count("step 2 | reward") == 1 and printed.count("luffy on") == 1
-    else:
-        run(*luffy(tiny_model, tmp_path / "2", "--algo", algo, "--checkpointing", "true"), ranks=2)
+def test_one_and_two_processes_make_the_same_run(tiny_model, tmp_path, algo, by):
+    """Of two nodes, where the process's number on its node is 0 twice, one speaks."""
+    args = ["tests/no_pictures.py", *luffy(tiny_model, tmp_path / "1")[1:], "--algo", algo]
+    args += few(tmp_path, problems=5)
+    run(*args)
+    args += ["--out", tmp_path / "2", "--checkpointing", "true"]
+    printed = LAUNCHERS[by](*args).stdout
+    assert printed.count("step 2 | reward") == 1 and printed.count(f"{algo} on") == 1
     one, two = (rows(tmp_path / n / "metrics.jsonl") for n in "12")
     assert len(one) == len(two) == 2
     for a, b in zip(one, two):
@@ -147,7 +153,7 @@ SHARDED = textwrap.dedent("""
 def test_sharded_adamw_equals_replicated_masters_bit_for_bit(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text("import sys; sys.path.insert(0, '.')\n" + SHARDED)
-    out = run(script, ranks=2).stdout
+    out = forked(script, ranks=2).stdout
     assert out.count("share") == 4, out
 
 

@@ -38,17 +38,29 @@ def patient(monkeypatch):
     monkeypatch.setattr(Worker, "ask", patiently)
 
 
-def test_a_hang_costs_its_own_job_only(patient):
+@pytest.fixture(scope="module")
+def two_workers():
     with Grader(workers=2, timeout=50.0) as grader:
-        grader([RIGHT, WRONG])
-        jobs = [(rf"\boxed{{x+{i}}}", "x+7") for i in range(100)]
-        rewards = grader([HANG, RIGHT, HANG_2, WRONG, *jobs])
-        assert rewards == [0.0, 1.0, 0.0, 0.0] + [float(i == 7) for i in range(100)]
-        assert grader.failures == {"timeout": 2}
-        assert grader([WRONG, RIGHT]) == [0.0, 1.0]  # the pool is whole again
+        yield grader
 
 
-@pytest.mark.parametrize("lenient", [False, True])
+@pytest.fixture
+def grader(two_workers):
+    """Of several tests, for each worker takes a second to start."""
+    two_workers.failures.clear()
+    return two_workers
+
+
+def test_a_hang_costs_its_own_job_only(patient, grader):
+    grader([RIGHT, WRONG])
+    jobs = [(rf"\boxed{{x+{i}}}", "x+7") for i in range(100)]
+    rewards = grader([HANG, RIGHT, HANG_2, WRONG, *jobs])
+    assert rewards == [0.0, 1.0, 0.0, 0.0] + [float(i == 7) for i in range(100)]
+    assert grader.failures == {"timeout": 2}
+    assert grader([WRONG, RIGHT]) == [0.0, 1.0]  # the pool is whole again
+
+
+@pytest.mark.parametrize("lenient", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_after_two_timeouts_the_rest_of_a_gold_is_compared_as_text(patient, lenient):
     gold = r"\binom{n}{2}"
     hangs = [(rf"\boxed{{\binom{{10^9}}{{5*10^{i}}}}}", gold) for i in (8, 7, 6)]
@@ -84,22 +96,24 @@ def test_a_crash_is_tried_again_and_is_no_verdict(monkeypatch):
     ask, crashes = Worker.ask, []
 
     def crash(worker, job, timeout):
-        if crashes:
+        how = crashes.pop() if crashes else None
+        if how == "told":  # a new worker takes seconds
+            return None, "crash"
+        if how == "killed":
             worker.process.kill()
-            crashes.pop()
         return ask(worker, job, timeout)
 
     monkeypatch.setattr(Worker, "ask", crash)
     with Grader(workers=1, timeout=50.0) as grader:
-        crashes += [1]
+        crashes += ["killed"]
         assert grader.judged([RIGHT, WRONG]) == [1.0, 0.0] and not grader.failures
-        crashes += [1, 1]
+        crashes += ["killed"] * 2
         assert grader.judged([RIGHT, WRONG]) == [None, 0.0] and grader.failures == {"crash": 1}
-        crashes += [1, 1]
+        crashes += ["told"] * 2
         assert grader.right_and_reward([RIGHT]) == [(0.0, 0.0)]  # of a rollout
-        crashes += [1, 1]
+        crashes += ["told"] * 2
         assert grader.right_and_reward([RIGHT], failed=None) == [(None, None)]
-        crashes += [1, 1]
+        crashes += ["told"] * 2
         assert grader.unread(["x+1", "y+1"]) == [None, False]
 
 
@@ -185,12 +199,11 @@ def test_workers_that_do_not_start():
     dead.close()
 
 
-def test_exceptions_are_counted_by_kind():
-    with Grader(workers=1) as grader:
-        rewards = grader([(r"\boxed{x<2}", r"x\ne 2"), RIGHT])
-        assert rewards == [0.0, 1.0] and sum(grader.failures.values()) == 1
-        [kind] = grader.failures
-        assert kind.endswith("Error")
+def test_exceptions_are_counted_by_kind(grader):
+    rewards = grader([(r"\boxed{x<2}", r"x\ne 2"), RIGHT])
+    assert rewards == [0.0, 1.0] and sum(grader.failures.values()) == 1
+    [kind] = grader.failures
+    assert kind.endswith("Error")
 
 
 def test_a_worker_has_little_memory_and_does_not_outlive_its_parent(tmp_path):
@@ -220,19 +233,18 @@ def test_a_worker_has_little_memory_and_does_not_outlive_its_parent(tmp_path):
         time.sleep(0.1)
 
 
-def test_any_thread_may_grade():
-    with Grader(workers=2) as grader:
-        rewards = {}
-        threads = [
-            threading.Thread(
-                target=lambda i=i: rewards.update(
-                    {i: grader([(rf"\boxed{{x+{j}}}", f"{i}+x") for j in range(4)])}
-                )
+def test_any_thread_may_grade(grader):
+    rewards = {}
+    threads = [
+        threading.Thread(
+            target=lambda i=i: rewards.update(
+                {i: grader([(rf"\boxed{{x+{j}}}", f"{i}+x") for j in range(4)])}
             )
-            for i in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        )
+        for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert rewards == {i: [float(i == j) for j in range(4)] for i in range(4)}

@@ -82,7 +82,10 @@ def test_the_script_loads_each_module_once(tiny_model, tmp_path):
     assert not {"tensorboard", "trackio", "wandb"} & set(loaded)  # unless --track asks for it
 
 
-@pytest.mark.parametrize("program", ["luffy.py", "data.py"])
+@pytest.mark.parametrize(
+    "program",
+    ["luffy.py", pytest.param("data.py", marks=pytest.mark.slow)],  # luffy.py imports it
+)
 def test_help_comes_before_what_is_slow_to_import(program):
     loaded = run("-X", "importtime", program, "--help").stderr
     slow = {"datasets", "matplotlib", "plotly", "sympy", "torch._dynamo", "transformers"}

@@ -9,13 +9,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, run
+from conftest import ROOT, Forked, command, few, run
 from safetensors.torch import load_file
 
 
-def luffy(model, out, *more):
+def luffy(model, out, *more, program="luffy.py"):
     return (
-        "luffy.py",
+        program,
         "--model",
         model,
         "--out",
@@ -59,9 +59,18 @@ def wait_for_step(process, n: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model, tmp_path_factory):
+def args(tiny_model, tmp_path_factory):
+    """What they say but for --out, without pictures, and with few evaluations."""
+    evaluated = few(tmp_path_factory.mktemp("few"), problems=3)
+    return lambda out, *more: luffy(
+        tiny_model, out, *evaluated, *more, program="tests/no_pictures.py"
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(args, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    run(*luffy(tiny_model, out))
+    run(*args(out))
     return out
 
 
@@ -72,10 +81,10 @@ def assert_same_run(a, b):
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_kill_9_in_mid_step_and_again(tiny_model, tmp_path, whole):
+def test_kill_9_in_mid_step_and_again(args, tmp_path, whole):
     out = tmp_path / "run"
-    process = start(*luffy(tiny_model, out, "--steps", 1000))
-    wait_for_step(process, 5)  # checkpoints 2 and 4 are there, step 6 or its saving is under way
+    process = Forked(*args(out, "--steps", 1000))
+    process.wait_for("step 5 ")  # checkpoints 2 and 4 are there, step 6 or its saving is under way
     time.sleep(0.05)
     process.kill()
     process.wait()
@@ -87,18 +96,19 @@ def test_kill_9_in_mid_step_and_again(tiny_model, tmp_path, whole):
     (half_written / "model.safetensors").write_bytes(b"half")
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')
-    result = run(*luffy(tiny_model, out))
+    result = run(*args(out))
     assert "after step 4" in result.stdout
     assert_same_run(out, whole)
     # a second start finds everything done, and changes nothing
-    run(*luffy(tiny_model, out))
+    run(*args(out))
     assert_same_run(out, whole)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_a_checkpoint_and_the_curves(tiny_model, tmp_path, ranks):
     out = tmp_path / "run"
-    process = start(*luffy(tiny_model, out, "--steps", 1000, "--save_every", 1000), ranks=ranks)
+    more = "--steps", 1000, "--save_every", 1000, *few(tmp_path)
+    process = start(*luffy(tiny_model, out, *more), ranks=ranks)
     wait_for_step(process, 3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does; torchrun then sends another
     rest, errors = process.communicate(timeout=60)
@@ -108,9 +118,9 @@ def test_ctrl_c_saves_a_checkpoint_and_the_curves(tiny_model, tmp_path, ranks):
     assert (out / "curves.png").stat().st_size > 10_000
 
 
-def test_another_configuration_is_refused(tiny_model, whole):
+def test_another_configuration_is_refused(args, whole):
     before = time.time()
-    result = run(*luffy(tiny_model, whole, "--gamma", 0.2, "--lr", 1e-4), check=False)
+    result = run(*args(whole, "--gamma", 0.2, "--lr", 1e-4), check=False)
     assert result.returncode != 0
     for words in ("gamma was 0.1, now 0.2", "lr was 0.01, now 0.0001", "--out"):
         assert words in result.stderr
@@ -118,13 +128,13 @@ def test_another_configuration_is_refused(tiny_model, whole):
 
 
 @pytest.mark.slow
-def test_more_steps_continue_a_finished_run_by_one_rank_or_two(tiny_model, tmp_path, whole):
+def test_more_steps_continue_a_finished_run_by_one_rank_or_two(args, tmp_path, whole):
     """The optimizer's shards do not depend on how many ranks wrote them."""
-    run(*luffy(tiny_model, tmp_path / "1", "--steps", 4))
+    run(*args(tmp_path / "1", "--steps", 4))
     shutil.copytree(tmp_path / "1", tmp_path / "2")
-    run(*luffy(tiny_model, tmp_path / "1"))  # its end at step 4 was evaluated, too
+    run(*args(tmp_path / "1"))  # its end at step 4 was evaluated, too
     assert (tmp_path / "1" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    run(*luffy(tiny_model, tmp_path / "2"), ranks=2)
+    run(*args(tmp_path / "2"), ranks=2)
     one, two = (
         load_file(d / "checkpoint-000006" / "model.safetensors") for d in (tmp_path / "2", whole)
     )

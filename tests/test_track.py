@@ -8,7 +8,7 @@ from collections import defaultdict
 from importlib.util import find_spec
 
 import pytest
-from conftest import run
+from conftest import few, run
 from test_resume import luffy, start, wait_for_step
 
 from machinery import processes, track
@@ -98,14 +98,6 @@ def logged(out):
 def nowhere_else(monkeypatch, tmp_path):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("WANDB_MODE", "offline")
-
-
-def few(directory):
-    """A flag: one problem to evaluate on."""
-    prompt = [{"role": "user", "content": "b2,c5,-;e?"}]
-    row = {"data_source": "hard", "prompt": prompt, "reward_model": {"ground_truth": "5"}}
-    write(directory / "few.jsonl", to_jsonl([row]))
-    return "--eval_data", directory / "few.jsonl"
 
 
 @pytest.mark.slow  # its quicker relatives: the next two
