@@ -19,7 +19,7 @@ with π_θ the policy, π_old the policy that sampled the rollouts, π_φ the te
 An SFT loss is Σ_t log π_θ of the traces, with a Z of its own: their number of tokens.
 
 Notation: P problems, G trajectories in a group (rollouts, then the trace), N response tokens of a
-micro-batch, S tokens of its packed row (prompts too), B its trajectories, D width, V vocabulary.
+micro-batch, S tokens of its packed row (and each group's prompt, once), D width, V vocabulary.
 
 Read down to the line "that was the method": the algorithm as functions of tensors, then the loop,
 `train`, and the functions of a step in the order of its calls. Elsewhere: prompts and traces as

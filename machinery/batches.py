@@ -82,22 +82,25 @@ class Trajectory:
 
 
 class Packing(NamedTuple):
-    """Who sees whom in a row: it is cut into segments, and each sees keys of its own.
+    """Who sees whom in a row: it is cut into pieces, and each sees keys of its own.
 
-    A segment is a prompt, a response, or both where a prompt has but one. It sees itself and what
-    is before it in its trajectory: its keys, whose last ones are its own tokens'.
+    A piece is a prompt, a response, or both where a prompt has but one. It sees what comes before
+    it in its trajectory, and itself, causally. With responses a and b to a prompt p, and c alone:
+
+        row   p p p | a a | b b b | c c c c                lengths 3, 2, 3, 4; S = 12
+        keys  p p p | p p p a a | p p p b b b | c c c c    key_lengths 3, 5, 6, 4; K = 18
     """
 
-    lengths: list[int]  # tokens of the segments; sum S
-    key_lengths: list[int]  # of their keys; sum K
-    keys: Tensor | None  # (K,), where those stand in the row; None: each segment sees itself alone
+    lengths: list[int]  # tokens of the pieces; sum S
+    key_lengths: list[int]  # of their keys, the last of which are their own; sum K
+    keys: Tensor | None  # (K,), where those stand in the row; None: each piece sees itself alone
     ends: Tensor  # int32, cumulative sums of lengths from 0 on
     key_ends: Tensor  # and of key_lengths
 
     @classmethod
-    def of(cls, segments: list[tuple[int, Sequence[int]]]) -> "Packing":
+    def of(cls, pieces: list[tuple[int, Sequence[int]]]) -> "Packing":
         """From the length of each, and where its keys stand in the row."""
-        lengths, keys = [n for n, _ in segments], [list(k) for _, k in segments]
+        lengths, keys = [n for n, _ in pieces], [list(k) for _, k in pieces]
         key_lengths, where = list(map(len, keys)), None
         if key_lengths != lengths:
             where = torch.tensor(sum(keys, []), device=device())
@@ -110,14 +113,14 @@ class Packing(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Trajectories in a single row."""
+    """Trajectories in a single row, where a prompt that several of them have stands once."""
 
     trajectories: list[Trajectory]
     input_ids: Tensor  # (1, S)
-    position_ids: Tensor  # (1, S), in the token's trajectory
+    position_ids: Tensor  # (1, S), in the token's trajectory: each response goes on from its prompt
     packing: Packing
     response_index: Tensor  # (N,), where the response tokens stand in the row
-    before: Tensor  # (N,), and where the tokens before them do
+    before: Tensor  # (N,), and the tokens before them, which predict them: at first a prompt's last
     segment: Tensor  # (N,) int, the trajectory that a response token belongs to
     off_policy: Tensor  # (N,) bool: the trace's tokens
     advantage: Tensor  # (N,)
@@ -216,23 +219,24 @@ def fill(parts: list[list[Trajectory]], token_budget: int) -> list[list[Trajecto
 
 
 def collate(trajectories: list[Trajectory]) -> MicroBatch:
+    """Their row: a prompt stands before the first response to it, and serves the others, too."""
     uses, prompts = Counter(map(shared, trajectories)), {}
-    row, positions, responses, before, segments = [], [], [], [], []
+    row, positions, responses, before, pieces = [], [], [], [], []
     for t in trajectories:
         key, prompt, start = shared(t), t.problem.prompt_ids, len(row)
         if key not in prompts:
             prompts[key] = range(start, start + len(prompt))
             row.extend(prompt)
             positions.append(range(len(prompt)))
-            if uses[key] > 1:
-                segments.append((len(prompt), prompts[key]))
+            if uses[key] > 1:  # else it is one piece with its response
+                pieces.append((len(prompt), prompts[key]))
                 start = len(row)
         responses.append(range(len(row), len(row) + len(t.response)))
         row.extend(t.response)
         positions.append(range(len(prompt), len(prompt) + len(t.response)))
         keys = [*prompts[key], *responses[-1]]
         before.append(keys[len(prompt) - 1 : -1])
-        segments.append((len(row) - start, keys))
+        pieces.append((len(row) - start, keys))
 
     def tensor(rows: list, dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor([x for row in rows for x in row], dtype=dtype, device=device())
@@ -251,7 +255,7 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
         trajectories=trajectories,
         input_ids=tensor([row])[None],
         position_ids=tensor(positions)[None],
-        packing=Packing.of(segments),
+        packing=Packing.of(pieces),
         response_index=tensor(responses),
         before=tensor(before),
         segment=per_token(list(range(len(trajectories)))),

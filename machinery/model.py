@@ -499,6 +499,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each trajectory of a row: (1, H, S, D/H) -> (1, S, H, D/H).
 
+    The prompt's keys and values are copied for each response that sees them: see Packing.
     sliding_window: a token sees so many, itself included; None: all before it.
     """
     options |= dict(mask=attention_mask)
@@ -512,7 +513,7 @@ def packed_attention(
         from torch.nn.attention.varlen import varlen_attn  # slow to import
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        window = (sliding_window or 0) - 1, 0  # (-1, 0): causal; the last sees all keys
+        window = (sliding_window or 0) - 1, 0  # (-1, 0): causal; a last query sees all keys
         how = dict(scale=scaling, window_size=window, enable_gqa=True)
         ends = packing.ends, packing.key_ends, max(lengths), max(seen)
         return varlen_attn(q, k, v, *ends, **how)[None], None

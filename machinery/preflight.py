@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from machinery import checkpoints, plan, processes, samplers
-from machinery.batches import Packing, Trajectory, length, pack
+from machinery.batches import Trajectory, collate, length, pack
 from machinery.files import lock
 from machinery.flags import Config
 from machinery.model import load_config, packed_attention, token_logprobs
@@ -274,29 +274,25 @@ def kernels(model: Any) -> None:
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    prompt, *responses, alone = (1200, 300, 1, 200) if on_gpu else (120, 30, 1, 20)
-    ends = itertools.accumulate((*responses, alone), initial=prompt)
-    places = [range(prompt), *(range(a, b) for a, b in itertools.pairwise(ends))]
-    seen = [[*places[0], *place] for place in places[1:-1]]  # a response sees the prompt
-    seen = [[*places[0]], *seen, [*places[-1]]]
+    long, short = (1200, 300) if on_gpu else (120, 30)
+    some = (long, short), (long, 1), (1, short)  # a prompt with two responses, another with one
+    made = [Trajectory(0, SimpleNamespace(prompt_ids=[n] * n), [0] * m) for n, m in some]
+    packing = collate(made).packing
     weight = model.get_output_embeddings().weight.detach()
     seed = torch.Generator(device()).manual_seed(0)
     how: Any = dict(device=device(), dtype=weight.dtype, generator=seed)
-    tokens, scale = places[-1].stop, width**-0.5
+    tokens, scale = length(made), width**-0.5
     inputs = [torch.randn(1, n, tokens, width, **how) for n in (heads, groups, groups)]
-    packing = Packing.of([(len(place), some) for place, some in zip(places, seen)])
 
     def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(model, q, k, v, None, scale, packing)[0]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = []
-        for place, some in zip(places, seen):
-            a, b, c = q[:, :, place], k[:, :, some], v[:, :, some]
-            b, c = (x.repeat_interleave(heads // groups, dim=1) for x in (b, c))
-            later = (
-                torch.tensor(some, device=a.device) > torch.tensor(place, device=a.device)[:, None]
-            )
+        parts, seen = [], packing.keys.split(packing.key_lengths)
+        for a, keys in zip(q.split(packing.lengths, dim=2), seen):
+            b, c = (x[:, :, keys].repeat_interleave(heads // groups, dim=1) for x in (k, v))
+            later = torch.ones(a.shape[2], len(keys), device=a.device, dtype=bool)
+            later = later.triu(len(keys) - a.shape[2] + 1)
             scores = (a @ b.transpose(2, 3) * scale).masked_fill(later, -torch.inf)
             parts.append(scores.softmax(-1) @ c)
         return torch.cat(parts, dim=2).transpose(1, 2)

@@ -130,7 +130,7 @@ def choose_attention(policy: nn.Module, path: Any) -> None:
     """Packed rows, or one trajectory at a time where they differ. InputError if that does, too."""
     model = policy.model
     (one, other), own = random_sequences(model), model.config._attn_implementation
-    sequences = [one, other, other[:PROMPT] + one[PROMPT:]]
+    sequences = [one, other, other[:PROMPT] + one[PROMPT:]]  # the last two share a prompt
 
     def pairs(attention: str) -> Iterator[tuple[Tensor, Tensor]]:
         # Not in train mode: what is random there, or routes otherwise, would agree with itself.
@@ -146,10 +146,10 @@ def choose_attention(policy: nn.Module, path: Any) -> None:
         packed = differs(model, partial(pairs, "packed"))
         if not packed and model.config._attn_implementation == "packed":
             return
-        for one in dict.fromkeys((own, "eager")):
-            if not (alone := differs(model, partial(pairs, one))):
+        for attention in dict.fromkeys((own, "eager")):
+            if not (alone := differs(model, partial(pairs, attention))):
                 break
-    model.train().set_attn_implementation(one)
+    model.train().set_attn_implementation(attention)
     if alone:
         raise refused(model, path, alone)
     say(f"attention   one trajectory at a time; packed ones: {packed or 'not for this model'}")

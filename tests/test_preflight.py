@@ -29,10 +29,10 @@ FAULTS = textwrap.dedent("""
             super().push([])
 
     class WrongRoPE(luffy.TorchSampler):
-        def __init__(self, path, config, ends, of):
+        def __init__(self, path, config, ends, **how):
             config = copy.deepcopy(config)
             config.rope_parameters["rope_theta"] *= 4
-            super().__init__(path, config, ends, of=of)
+            super().__init__(path, config, ends, **how)
 
     def vllm_options(*args, of=samplers.vllm_options):
         options = of(*args)
