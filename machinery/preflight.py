@@ -29,7 +29,7 @@ from machinery import checkpoints, plan, processes, samplers
 from machinery.batches import Trajectory, collate, length, pack
 from machinery.files import lock
 from machinery.flags import Config
-from machinery.model import load_config, packed_attention, token_logprobs
+from machinery.model import load_config, logits_logprobs, packed_attention, token_logprobs
 from machinery.plan import GIB
 from machinery.processes import InputError, OwnInputError, barrier, device, gather, my_share
 from machinery.processes import rank, say, world_size
@@ -257,9 +257,8 @@ def collectives(gradients: int) -> None:
             _, seconds = timed(work)
             seconds = max(gather(seconds))
             of_gradients = gradients / x.nbytes * seconds
-            value = (
-                f"{factor * x.nbytes / seconds / 1e9:.1f} GB/s, the model in {of_gradients:.1f} s"
-            )
+            speed = factor * x.nbytes / seconds / 1e9
+            value = f"{speed:.1f} GB/s, the model in {of_gradients:.1f} s"
             check(f"{name}, speed", value, of_gradients < 60, "< 60 s", fix)
 
 
@@ -302,13 +301,13 @@ def kernels(model: Any) -> None:
     targets = torch.randint(len(weight), (n,), device=device(), generator=seed)
     hidden = torch.randn(n, weight.shape[1], **how)
 
-    def naive(hidden: Tensor, weight: Tensor) -> Tensor:
-        log_p = (hidden @ weight.T).log_softmax(-1)
-        return log_p.gather(1, targets[:, None])[:, 0] - (log_p.exp() * log_p).sum(1)
+    def chunked(hidden: Tensor, weight: Tensor) -> Tensor:
+        return sum(token_logprobs(hidden, weight, targets))
 
-    compare(
-        "head, in chunks", lambda h, w: sum(token_logprobs(h, w, targets)), naive, [hidden, weight]
-    )
+    def naive(hidden: Tensor, weight: Tensor) -> Tensor:
+        return sum(logits_logprobs(hidden @ weight.T, targets, 1.0))
+
+    compare("head, in chunks", chunked, naive, [hidden, weight])
 
 
 def compare(what: str, ours: Callable, plain: Callable, inputs: list[Tensor]) -> None:
