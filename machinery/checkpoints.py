@@ -7,8 +7,6 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -198,7 +196,7 @@ def try_model(scratch: Path, model: PreTrainedModel, tokenizer: Tokenizer, text:
         some[name], size = tensor, size + tensor.nbytes
         if size > TRIED:
             break
-    with explained(model):
+    try:
         save_model(scratch, model, tokenizer, state_dict=some)
         for file in scratch.iterdir():
             with writing(file):
@@ -213,6 +211,13 @@ def try_model(scratch: Path, model: PreTrainedModel, tokenizer: Tokenizer, text:
                 raise ValueError(f"{name} is {was} and is read as {now}")
         if loaded(text)["input_ids"] != tokenizer(text)["input_ids"]:
             raise ValueError(f"its tokenizer gives other tokens for {text!r:.60}")
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise InputError(
+            f"--model {model.config.name_or_path}: a checkpoint of it would not be one that "
+            f"transformers reads as it was ({error}). Mend it in the model's directory"
+        ) from error
     shutil.rmtree(scratch)
 
 
@@ -223,16 +228,3 @@ def make_savable(generation: GenerationConfig | None) -> None:
             generation.validate(strict=True)
         except ValueError:
             generation.do_sample = True
-
-
-@contextmanager
-def explained(model: PreTrainedModel) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(
-            f"--model {model.config.name_or_path}: a checkpoint of it would not be one that "
-            f"transformers reads as it was ({error}). Mend it in the model's directory"
-        ) from error
