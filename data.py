@@ -322,36 +322,27 @@ def tokenize(
             "Set eos_token in its tokenizer_config.json"
         )
 
-    def some(problems: list[Problem]) -> list[tuple]:  # without the texts: every rank has them
+    def some(problems: list[Problem]) -> list[tuple[dict, str]]:
         limits = eos, max_prompt_tokens, max_trace_tokens
-        filled = with_tokens(problems, tokenizer)
-        return [(p.prompt_ids, p.trace_ids, p.opened, unfit(p, *limits)) for p in filled]
+        found = zip(problems, token_fields(problems, tokenizer))
+        return [(fields, unfit(replace(p, **fields), *limits)) for p, fields in found]
 
-    return [
-        (replace(p, prompt_ids=prompt_ids, trace_ids=trace_ids, opened=opened), reason)
-        for p, (prompt_ids, trace_ids, opened, reason) in zip(
-            problems, share("tokens", some, problems, TEXTS)
-        )
-    ]
+    found = share("tokens", some, problems, TEXTS)  # without the texts: every rank has them
+    return [(replace(p, **fields), reason) for p, (fields, reason) in zip(problems, found)]
 
 
-def with_tokens(problems: list[Problem], tokenizer: Tokenizer) -> list[Problem]:
+def token_fields(problems: list[Problem], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """What a problem gets by its tokens."""
     texts = [prompt_of(p, tokenizer) for p in problems]
     opened = [THINK if text.rstrip().endswith(THINK.rstrip()) else "" for text in texts]
-    found = zip(
-        problems,
-        token_ids(texts, tokenizer),
-        trace_tokens([p.trace or "" for p in problems], opened, tokenizer),
-        opened,
-    )
+    traces = trace_tokens([p.trace or "" for p in problems], opened, tokenizer)
     return [
-        replace(
-            p,
+        dict(
             prompt_ids=array("i", prompt),  # 4 bytes a token
             trace_ids=array("i", trace if p.trace is not None else ()),
             opened=thought,
         )
-        for p, prompt, trace, thought in found
+        for p, prompt, trace, thought in zip(problems, token_ids(texts, tokenizer), traces, opened)
     ]
 
 
