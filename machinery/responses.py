@@ -33,6 +33,7 @@ PICKLES = (".bin",)  # of older models
 FIELDS: dict[str, Any] = dict(key=str, graded=str, block=str, of=int, sample=int, tokens=int)
 FIELDS |= dict(truncated=bool, response=str)  # of a row
 FIELDS |= dict.fromkeys(("reward", "lenient"), int | float | None)
+ASKED = "question", "key", "graded", "source"  # of a problem
 Rows = dict[tuple[str, float, int], list[dict]]  # (benchmark, temperature, k) -> its responses
 
 
@@ -204,15 +205,9 @@ class Responses:
     def begin(self) -> None:
         """By all ranks. Note what is asked, and drop what a killed run left of a block."""
         label = Path(self.benchmark).name if os.path.isfile(self.benchmark) else self.benchmark
-        asked = [
-            dict(
-                question=self.questions[i],
-                key=self.keys[i],
-                graded=self.graded[i],
-                source=self.problems[i].source,
-            )
-            for i in self.numbers
-        ]
+        sources = [p.source for p in self.problems]
+        found = list(zip(self.questions, self.keys, self.graded, sources))
+        asked = [dict(zip(ASKED, found[i])) for i in self.numbers]
         what = dict(benchmark=label, temperature=self.temperature, k=self.k, problems=asked)
         by_rank_0(lambda: write(self.out / f"{self.stem}-asked.json", json.dumps(what)))
         write(self.mine, to_jsonl(whole_blocks(self.mine)))
@@ -283,8 +278,7 @@ def read_asked(file: Path) -> dict[str, Any]:
     found = read_json(file)
     try:
         temperature, k = float(found["temperature"]), int(found["k"])
-        names = "question", "key", "graded", "source"
-        problems = [{name: str(p[name]) for name in names} for p in found["problems"]]
+        problems = [{name: str(p[name]) for name in ASKED} for p in found["problems"]]
         benchmark = str(found["benchmark"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
