@@ -10,7 +10,7 @@ from machinery.batches import Trajectory
 from machinery.flags import Config
 from machinery.processes import gather, rank, seed_of
 from machinery.rivals import PREFIXES, most_uncertain
-from machinery.samplers import Sampler
+from machinery.samplers import Sample, Sampler
 
 
 def prefix_of(trace: Sequence[int], ratio: float) -> Sequence[int]:
@@ -35,8 +35,8 @@ def continue_prefixes(
         return more | continue_from(sampler, untraced, nothing, seeds, cfg.traces, cfg)
     if not cfg.continuations:
         return more
-    draw, progress = PREFIXES[cfg.prefix], step / cfg.steps
-    ratios = {i: draw(progress, random.Random(seeds[i])) for i in batch}
+    draw = PREFIXES[cfg.prefix]
+    ratios = {i: draw(step / cfg.steps, random.Random(seeds[i])) for i in batch}
     return continue_from(sampler, batch, ratios, seeds, cfg.continuations, cfg)
 
 
@@ -51,27 +51,18 @@ def continue_from(
     """Position -> n rollouts that go on from this ratio of the trace of its problem."""
     heads = {i: list(prefix_of(p.trace_ids, ratios[i])) for i, p in batch.items()}
     length = cfg.max_response_tokens
-    samples = sampler.generate(
-        [[*p.prompt_ids, *heads[i]] for i, p in batch.items()],
-        n,
-        seeds=[seeds[i] for i in batch],
-        temperature=cfg.temperature,
-        max_tokens=length,  # not less: samples may not depend on the other problems' prefixes
-    )
-    return {
-        i: [
-            Trajectory(
-                i,
-                problem,
-                [*heads[i], *s.tokens][:length],
-                prefix=len(heads[i]),
-                logp_sampler=[*[0.0] * len(heads[i]), *s.logps][:length],
-                truncated=s.truncated or len(heads[i]) + len(s.tokens) > length,
-            )
-            for s in group
-        ]
-        for (i, problem), group in zip(batch.items(), samples)
-    }
+    prompts = [[*p.prompt_ids, *heads[i]] for i, p in batch.items()]
+    # Not less than `length`: samples may not depend on the other problems' prefixes.
+    how: Any = dict(temperature=cfg.temperature, max_tokens=length)
+    samples = sampler.generate(prompts, n, seeds=[seeds[i] for i in batch], **how)
+
+    def whole(i: int, sample: Sample) -> Trajectory:
+        tokens, given = [*heads[i], *sample.tokens], len(heads[i])
+        logps = [*[0.0] * given, *sample.logps][:length]
+        rest = dict(prefix=given, truncated=sample.truncated or len(tokens) > length)
+        return Trajectory(i, batch[i], tokens[:length], logp_sampler=logps, **rest)
+
+    return {i: [whole(i, sample) for sample in group] for i, group in zip(batch, samples)}
 
 
 def keep_uncertain(mini_batch: list[Trajectory], share: float) -> None:
