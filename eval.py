@@ -69,9 +69,8 @@ def load_benchmark(name: str, data_dir: str | Path = "") -> tuple[Benchmark, lis
             files = [Path(data_dir, file) for file in names]
         where = next((str(file) for file in files if file.is_file()), "")
         if not where:
-            raise InputError(
-                f"--data_dir {data_dir}: no {' or '.join(f.name for f in files)} for --bench {name}"
-            )
+            known = " or ".join(file.name for file in files)
+            raise InputError(f"--data_dir {data_dir}: no {known} for --bench {name}")
     problems = load_problems(where, split="test")
     if len({p.source for p in problems}) > 1 and bench.source:
         problems = [p for p in problems if p.source == bench.source]
@@ -310,12 +309,9 @@ def parse_args() -> argparse.Namespace:
         expected = f"a file, or one of {', '.join(TEMPLATES)}"
         raise InputError(f"--template {args.template}: expected {expected}")
     if not args.model:
-        raise InputError(
-            f"--paper {args.paper}: no checkpoint of it was published, so --model DIR "
-            "has to name one"
-            if system
-            else "--model or --paper has to say what"
-        )
+        lost = "no checkpoint of it was published, so --model DIR has to name one"
+        missing = "--model or --paper has to say what"
+        raise InputError(f"--paper {args.paper}: {lost}" if system else missing)
     if args.url and args.template != "own":
         raise InputError(f"--template {args.template}: a server has its own; leave it out")
     if args.traces:

@@ -58,11 +58,8 @@ class Trajectory:
     def signal(self) -> bool:
         """Has it an advantage that counts, or an SFT part? After set_normaliser()."""
         inv_z, advantage = torch.as_tensor(self.inv_z), torch.as_tensor(self.advantage)
-        return (
-            bool((inv_z * advantage).any())
-            or self.learns
-            and self.sft_ratio * self.trace_tokens > 0
-        )
+        by_sft = self.learns and self.sft_ratio * self.trace_tokens > 0
+        return bool((inv_z * advantage).any()) or by_sft
 
     @property
     def has_gradient(self) -> bool:
@@ -75,9 +72,8 @@ class Trajectory:
     def by_token(self, own: float, of_trace: float) -> float | Tensor:
         """One value for its own tokens, another for the trace's; (response,) if it has both."""
         if 0 < self.prefix < len(self.response) and of_trace != own:
-            return torch.tensor(
-                [of_trace] * self.prefix + [own] * (len(self.response) - self.prefix)
-            )
+            rest = len(self.response) - self.prefix
+            return torch.tensor([of_trace] * self.prefix + [own] * rest)
         return of_trace if self.trace_tokens else own
 
 
@@ -250,6 +246,7 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
         known = list(getattr(t.problem, "trace_logps", ()))[: t.trace_tokens]
         return known + [math.nan] * (len(t.response) - len(known))
 
+    is_trace = [[i < t.trace_tokens for i in range(len(t.response))] for t in trajectories]
     logp_old = [math.nan if t.logp_old is None else t.logp_old for t in trajectories]
     return MicroBatch(
         trajectories=trajectories,
@@ -259,9 +256,7 @@ def collate(trajectories: list[Trajectory]) -> MicroBatch:
         response_index=tensor(responses),
         before=tensor(before),
         segment=per_token(list(range(len(trajectories)))),
-        off_policy=tensor(
-            [[i < t.trace_tokens for i in range(len(t.response))] for t in trajectories]
-        ),
+        off_policy=tensor(is_trace),
         advantage=per_token([t.advantage for t in trajectories]),
         inv_z=per_token([t.inv_z for t in trajectories]),
         bonus=per_token([t.bonus for t in trajectories]),

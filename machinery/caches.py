@@ -37,13 +37,7 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def grouped_attention(
-    module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **options,
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float, **options
 ) -> tuple[Tensor, None]:
     """transformers' sdpa, but query heads that share a key read it; there, each gets a copy."""
     if unknown := [k for k in ("softcap", "s_aux", "position_bias") if options.get(k) is not None]:

@@ -81,9 +81,7 @@ def make(
     """
     by_name = {f.name: f for f in fields(config)}
     wrong = [f"--{name}: no such flag" for name in sorted(recipe.keys() - by_name.keys())]
-    wrong += [
-        words for n, v in recipe.items() if n in by_name and (words := no_kind(by_name[n], v))
-    ]
+    wrong += filter(None, (no_kind(by_name[n], v) for n, v in recipe.items() if n in by_name))
     if wrong:
         raise InputError(
             f"--model {given.get('model')}: the luffy_recipe in its config.json has {wrong[0]}"

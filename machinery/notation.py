@@ -174,10 +174,8 @@ def number(text: str) -> Fraction | None:
         return Fraction(10) ** int(match[1])
     if match := REPEATING.fullmatch(text):
         sign, whole, start, cycle = match.groups()
-        value = Fraction(
-            int(whole + start + cycle) - int(whole + start or 0),
-            10 ** len(start) * (10 ** len(cycle) - 1),
-        )
+        nines = 10 ** len(start) * (10 ** len(cycle) - 1)
+        value = Fraction(int(whole + start + cycle) - int(whole + start or 0), nines)
     elif match := FRACTION.fullmatch(text):
         sign, whole, top, bottom = match.groups()
         if int(bottom) == 0 or whole and not 0 <= int(top) < int(bottom):

@@ -307,19 +307,14 @@ def show(cfg: Config, check: Callable[[int], None], differences: str) -> None:
     unit, name, size = (2**20, "process, MiB", 4) if capacity is None else (GIB, "GPU, GiB", 2)
     if capacity is not None:
         saved = number_saved(cfg)
-        weights, state, copies = (
-            x / GIB for x in (size * parameters, 12 * parameters, 12 * max(sizes))
-        )
-        say(
-            f"disk        {saved} checkpoints of {weights:.1f} GiB, and {state:.1f} GiB of "
-            "optimizer state, twice"
-        )
+        needed = size * parameters, 12 * parameters, 12 * max(sizes)
+        weights, state, copies = (x / GIB for x in needed)
+        twice = f"{state:.1f} GiB of optimizer state, twice"
+        say(f"disk        {saved} checkpoints of {weights:.1f} GiB, and {twice}")
         say(f"host        {weights:.1f} GiB for each GPU while the model is loaded")
         if cfg.offload_optimizer:
-            say(
-                f"            {state:.1f} GiB for masters and Adam's state of all GPUs, up to "
-                f"{copies:.1f} for the copies of each"
-            )
+            of_all = f"{state:.1f} GiB for masters and Adam's state of all GPUs"
+            say(f"            {of_all}, up to {copies:.1f} for the copies of each")
     table = memory(cfg, config, ranks, capacity)
     say(f"memory      of each {name}")
     show_memory(table, unit)
@@ -342,14 +337,10 @@ def show_batches(cfg: Config, ranks: int) -> None:
         f"step        {cfg.problems_per_step} problems x ({cfg.rollouts} rollouts + {cfg.traces} "
         f"trace) = {cfg.problems_per_step * group:,} trajectories, {cfg.updates_per_step} updates"
     )
-    say(
-        f"each rank   samples {rollouts} rollouts a step: at most "
-        f"{rollouts * cfg.max_response_tokens:,} tokens"
-    )
-    say(
-        f"            trains on {share} trajectories an update: at most {most:,} tokens in "
-        f"{micro_batches} micro-batches"
-    )
+    longest_ones = f"at most {rollouts * cfg.max_response_tokens:,} tokens"
+    say(f"each rank   samples {rollouts} rollouts a step: {longest_ones}")
+    rows = f"at most {most:,} tokens in {micro_batches} micro-batches"
+    say(f"            trains on {share} trajectories an update: {rows}")
     if cfg.max_response_tokens > MEAN_TOKENS["rollout"]:
         (tokens_sampled, tokens, rows), mean = expected(cfg, ranks), mean_tokens(cfg)
         say(

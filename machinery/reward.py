@@ -91,10 +91,8 @@ def place(function: Callable, path: Path) -> str:
 def where(error: BaseException, path: Path) -> str:
     """FILE, line N: exception. The last line of this file or of those beside it."""
     found = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    found = [frame for frame in found if Path(frame[0]).parent == path.parent] or [
-        (str(path), None)
-    ]
-    file, line = found[-1]
+    found = [frame for frame in found if Path(frame[0]).parent == path.parent]
+    file, line = found[-1] if found else (str(path), None)
     if isinstance(error, SyntaxError):  # of this file or of one that it imports
         file, line = error.filename or file, error.lineno
     at = f"{file}, line {line}" if line else file

@@ -64,16 +64,14 @@ def summarize(rows: list[dict]) -> dict:
     rewards = list(by_problem(rows).values())
     k, means = len(rewards[0]), [mean(r) for r in rewards]
     right = [int(sum(r)) for r in rewards]
-    lenient = (
-        {"lenient": mean(row["lenient"] or 0.0 for row in rows)} if "lenient" in rows[0] else {}
-    )
+    lenient = [row["lenient"] or 0.0 for row in rows if "lenient" in row]
     failed = sum(not has_verdict(row) for row in rows)
     return {
         "problems": len(rewards),
         "k": k,
         "avg": mean(means),
         "avg_se": standard_error(means),
-        **lenient,
+        **({"lenient": mean(lenient)} if lenient else {}),
         "pass_at": [mean(pass_at_k(k, c, i) for c in right) for i in range(1, k + 1)],
         "length": mean(row["tokens"] for row in rows),
         "truncated": mean(row["truncated"] for row in rows),

@@ -75,9 +75,8 @@ def parse_line(line: bytes, where: str) -> dict:
             json.dumps(row, ensure_ascii=False).encode()
     # not JSON, or a number or nesting without end
     except (ValueError, ArithmeticError, RecursionError) as error:
-        raise InputError(
-            f"{where}: not JSON in UTF-8 ({error}); expected one object a line"
-        ) from None
+        words = f"not JSON in UTF-8 ({error}); expected one object a line"
+        raise InputError(f"{where}: {words}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
