@@ -4,5 +4,6 @@ import luffy
 from machinery import run_directory, scores
 from machinery.processes import launch
 
-run_directory.draw = scores.draw = lambda directory: None
-launch(luffy.main)
+if __name__ == "__main__":
+    run_directory.draw = scores.draw = lambda directory: None
+    launch(luffy.main)

@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parent.parent)
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import matplotlib.pyplot  # noqa: E402, F401
 import transformers.models.qwen2.modeling_qwen2  # noqa: E402, F401
@@ -49,9 +49,10 @@ def fork(job: list) -> int:
         os._exit(status)
 
 
-gc.freeze()
-for line in sys.stdin:
-    pids = [fork(job) for job in json.loads(line)]
-    print(json.dumps(pids), flush=True)
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]), flush=True)
+if __name__ == "__main__":
+    gc.freeze()
+    for line in sys.stdin:
+        pids = [fork(job) for job in json.loads(line)]
+        print(json.dumps(pids), flush=True)
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+        print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]), flush=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import rows
+from conftest import few, rows
 
 import luffy
 from data import Problem
@@ -134,16 +134,16 @@ def test_the_loop_pushes_samples_sleeps_and_only_then_updates(tiny_model, tmp_pa
             "4",
             "--max_response_tokens",
             "64",
-            "--eval_data",
-            "toy/dev",
             "--eval_samples",
             "1",
+            *map(str, few(tmp_path)),
         ]
     )
     luffy.train(cfg, cfg.model)
     sampled = ["push", "generate", "sleep"]
-    assert calls == [*sampled, *(sampled + ["update"]) * 2, *sampled]  # evaluation before and after
-    assert pushed[0] == pushed[1] and len(set(pushed)) == 3
+    # First it takes the trainer's weights, to share them; evaluation is before and after.
+    assert calls == ["push", *sampled, *(sampled + ["update"]) * 2, *sampled]
+    assert pushed[0] == pushed[1] == pushed[2] and len(set(pushed)) == 3
     timing = [
         json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()
     ]
