@@ -142,8 +142,9 @@ def test_the_loop_pushes_samples_sleeps_and_only_then_updates(tiny_model, tmp_pa
     )
     luffy.train(cfg, cfg.model)
     sampled = ["push", "generate", "sleep"]
-    assert calls == [*sampled, *(sampled + ["update"]) * 2, *sampled]  # evaluation before and after
-    assert pushed[0] == pushed[1] and len(set(pushed)) == 3
+    # at the start, and evaluation before and after
+    assert calls == ["push", *sampled, *(sampled + ["update"]) * 2, *sampled]
+    assert pushed[0] == pushed[1] == pushed[2] and len(set(pushed)) == 3
     timing = [
         json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()
     ]
