@@ -1,6 +1,6 @@
-"""Kinds of transformers' objects, for annotations: to import it takes longer than to print help.
+"""Classes of transformers for annotations alone: to import it takes longer than to print help.
 
-It is imported by the functions that load or make something of its.
+Functions that load or make one of its objects import it themselves.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -262,7 +262,7 @@ def trained(
 
 
 def longest_row(cfg: Config, ranks: int) -> list[int]:
-    """Lengths of the trajectories in the largest micro-batch that `pack` could make."""
+    """Lengths of trajectories that fill the largest micro-batch, if none shared its prompt."""
     tokens = max(longest(cfg), min(cfg.token_budget, int(trained(cfg, ranks)[1])))
     whole, rest = divmod(tokens, longest(cfg))
     return [longest(cfg)] * whole + [rest] * (rest > 0)

@@ -78,7 +78,7 @@ class Run:
         self.track: track.Log = lambda metrics, step: None
         self.asked_to_stop = 0.0  # when
         self.stopped = False  # agreed upon by all ranks
-        self.is_due = Due(show=False, evaluate=False, save=False)  # after the last step
+        self.was_due = Due(show=False, evaluate=False, save=False)  # after the step before
         by_rank_0(self.take)
         if all_reduce(not (self.out / "config.json").exists()):
             raise InputError(
@@ -226,9 +226,10 @@ class Run:
                 signal.signal(number, handler)
 
     def draw(self, step: int) -> None:
-        """Something to look at while the run goes on. A run of few steps is over before that."""
-        due, first = self.is_due, step == self.first_step + 1
-        if (first or due.save or due.evaluate) and self.cfg.sample_every < self.cfg.steps != step:
+        """Something to look at while the run goes on; `report` draws the last, and all of few."""
+        due, first, last = self.was_due, step == self.first_step + 1, step == self.cfg.steps
+        few = self.cfg.steps <= self.cfg.sample_every
+        if (first or due.save or due.evaluate) and not (few or last):
             draw(self.out)
             if first:
                 print(f"look inside {self.out / 'report.html'}, made anew at each checkpoint")
@@ -247,12 +248,12 @@ class Run:
         """After `step` steps. It all-reduces, so that all ranks stop together."""
         cfg, last = self.cfg, step == self.cfg.steps
         self.stopped = all_reduce(self.asked_to_stop, dist.ReduceOp.MAX) > 0
-        self.is_due = Due(
+        self.was_due = Due(
             show=last or self.stopped or step <= 1 or step % cfg.sample_every == 0,
             evaluate=last or step == 0 or cfg.eval_every > 0 and step % cfg.eval_every == 0,
             save=last or self.stopped or step % cfg.save_every == 0,
         )
-        return self.is_due
+        return self.was_due
 
     # -------------------------------------------------------------- the log
     @contextmanager

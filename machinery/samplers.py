@@ -105,7 +105,7 @@ class TorchSampler:
         self.awake = True  # with the weights that it has loaded itself
         self.cached = True
         self.check(path)
-        if of is not None:  # now, for the trainer's gradients need the memory of a second copy
+        if of is not None:  # now, not before the first step: until then there would be a copy more
             self.push(of.named_parameters())
 
     @torch.no_grad()
@@ -228,6 +228,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
     p = (logits.float() / temperature).softmax(-1)
+    # first the block that it falls in, then the word in there: float64 sums over all words are slow
     blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     cdf = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     goal = (uniform * cdf[:, -1])[:, None]

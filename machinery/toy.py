@@ -288,7 +288,7 @@ def made_before() -> Path:
 
 
 def base_model() -> Path:
-    """The default base model, in a directory: made before, or trained if this file has changed."""
+    """The default base model, in a directory: made before, or trained if the toy is another now."""
     fingerprint = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     directory = Path(os.environ.get("LUFFY_CACHE", "runs")) / f"toy-base-{fingerprint}"
     if directory.exists():

@@ -1,6 +1,6 @@
 """A step of luffy.py from its command line on tiny models, held against transformers alone.
 
-    python tests/every_model.py [NAME ...]      # all architectures, or these: a line each
+    PYTHONPATH=. python tests/every_model.py [NAME ...]  # all architectures, or these: a line each
 
 "right": log-probs of rollouts and traces, and the gradient, are those of a plain model that has
 transformers' eager attention and one unpadded sequence at a time; so are the sampler's log-probs.

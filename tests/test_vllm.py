@@ -46,8 +46,8 @@ WATCHED = textwrap.dedent("""
 
     def watched(kind):
         class Watched(kind):
-            def __init__(self, path, config, ends, *engine):
-                super().__init__(path, config, ends, *engine)
+            def __init__(self, path, config, ends, *engine, of=None):
+                super().__init__(path, config, ends, *engine)  # so all pushes are the loop's
                 self.reference = TorchSampler(path, config, ends)
                 self.policy = Policy(from_pretrained(path, config=config,
                                                      attn_implementation="packed"), 1.0)
