@@ -46,12 +46,14 @@ def draw_curves(directory: Path) -> None:
             if found:
                 (line,) = axis.plot(*zip(*found), alpha=0.25, linewidth=1)
                 means, color = smooth([row.get(key) for row in rows]), line.get_color()
-                axis.plot(steps, means, label=label, color=color, linewidth=2)
+                form = "o" if len(rows) == 1 else "-"  # a line of one point shows nothing
+                axis.plot(steps, means, form, label=label, color=color, linewidth=2)
         axis.set_title(title, fontsize=10, loc="left")
         if axis.lines:
             axis.legend(frameon=False, fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     low, high = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(min(low, -0.03), max(high, 1.03))  # --reward may give more than 1
     axes[0, 1].set_ylim(-0.03, 1.03)

@@ -185,3 +185,17 @@ def test_labels_may_have_dollars_and_names_brackets(tmp_path):
     (out / "config.json").write_text(json.dumps(config), "utf-8")
     draw_curves(out)
     assert (out / "curves.png").stat().st_size
+
+
+def test_a_run_of_one_step_is_seen_in_its_curves(tmp_path):
+    """A line of one point shows nothing, and the first picture has one step."""
+    from machinery.plots import draw_curves
+
+    (tmp_path / "config.json").write_text('{"algo": "luffy", "model": "toy", "seed": 0}')
+    pictures = set()
+    for share in 0.2, 0.8:
+        row = {"step": 1, "groups/none": share}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        draw_curves(tmp_path)
+        pictures.add((tmp_path / "curves.png").read_bytes())
+    assert len(pictures) == 2
