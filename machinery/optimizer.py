@@ -66,8 +66,9 @@ class ShardedAdamW:
         self.optimizers = {i: self.optimizer_of(master) for i, master in self.mine.items()}
 
     def optimizer_of(self, master: Tensor) -> torch.optim.Optimizer:
-        """Of one parameter's master alone: its temporary tensors are then no larger."""
-        optimizer = torch.optim.AdamW([master], **self.settings)
+        """Of one parameter's master alone: temporary tensors are no larger; on a CPU none."""
+        fused = True if master.device.type == "cpu" else None
+        optimizer = torch.optim.AdamW([master], **self.settings, fused=fused)
         # Made in the first step they would take the activations' cached memory apart.
         moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[master] = {"step": torch.tensor(0.0), **moments}

@@ -415,7 +415,7 @@ def test_one_rank_is_plain_adamw_bit_for_bit():
     torch.manual_seed(0)
     mine, theirs = (torch.nn.Parameter(torch.arange(6.0)) for _ in range(2))
     settings = dict(lr=0.1, betas=(0.9, 0.95), weight_decay=0.01, eps=1e-8)
-    a, b = ShardedAdamW([mine], **settings), torch.optim.AdamW([theirs], **settings)
+    a, b = ShardedAdamW([mine], **settings), torch.optim.AdamW([theirs], **settings, fused=True)
     for _ in range(5):
         gradient = torch.randn(6) * 10
         mine.grad, theirs.grad = gradient.clone(), gradient.clone()
