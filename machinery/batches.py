@@ -96,10 +96,10 @@ class Packing(NamedTuple):
     @classmethod
     def of(cls, pieces: list[tuple[int, Sequence[int]]]) -> "Packing":
         """From the length of each, and where its keys stand in the row."""
-        lengths, keys = [n for n, _ in pieces], [list(k) for _, k in pieces]
+        lengths, keys = map(list, zip(*pieces))
         key_lengths, where = list(map(len, keys)), None
         if key_lengths != lengths:
-            where = torch.tensor(sum(keys, []), device=device())
+            where = torch.tensor([i for k in keys for i in k], device=device())
         ends = (
             torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device())
             for n in (lengths, key_lengths)
