@@ -122,7 +122,7 @@ SHARDED = textwrap.dedent("""
         settings = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, eps=1e-8)
         sharded = ShardedAdamW(mine.parameters(), **settings, offload=offload)
         masters = [p.detach().float().clone() for p in theirs.parameters()]
-        replicated = torch.optim.AdamW(masters, **settings)
+        replicated = torch.optim.AdamW(masters, **settings, fused=True)
         for step in range(20):
             g = torch.Generator().manual_seed(100 * step + rank())
             x, y = torch.randint(64, (2, 16), generator=g)
