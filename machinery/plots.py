@@ -60,7 +60,9 @@ def draw_curves(directory: Path) -> None:
     config = read_json(directory / "config.json")
     run = f"{config['algo']} on {Path(config['model']).name}, seed {config['seed']}"
     figure.suptitle(f"{run} (thick: mean of 10 steps)", fontsize=11)
-    figure.savefig(directory / "curves.png", dpi=130)
+    half_written = directory / "curves.png.tmp"  # it may be looked at while the run goes on
+    figure.savefig(half_written, dpi=130, format="png")
+    half_written.replace(directory / "curves.png")
     plt.close(figure)
 
 

@@ -282,7 +282,8 @@ def made_before() -> Path:
     rng, tokenizer = random.Random("toy base 0"), make_tokenizer()
     documents = [document(rng, GOALS) for _ in range(1000)]
     shapes = [(name, *p.shape) for name, p in make_model(tokenizer, 0).named_parameters()]
-    facts = json.dumps([documents, tokenizer.get_vocab(), shapes, CONFIDENCE], sort_keys=True)
+    facts = [documents, tokenizer.get_vocab(), shapes, CONFIDENCE, train_base.__defaults__]
+    facts = json.dumps(facts, sort_keys=True)
     name = hashlib.sha256(facts.encode()).hexdigest()[:12]
     return Path(__file__).with_name(f"toy-{name}.safetensors")
 
