@@ -33,7 +33,7 @@ def test_two_adamws_on_bfloat16_parameters_see_each_others_steps():
     sft.share_masters(rl)
     sft.set_lr(3e-4)
     sft.queue = [3, 1]
-    theirs = [torch.optim.AdamW([master], lr, weight_decay=0.01) for lr in (1e-4, 3e-4)]
+    theirs = [torch.optim.AdamW([master], lr, weight_decay=0.01, fused=True) for lr in (1e-4, 3e-4)]
     for step in range(12):
         if step == 6:  # killed and resumed
             saved, p = [kept.state_dict() for kept in (rl, sft)], torch.nn.Parameter(p.detach())
