@@ -213,11 +213,17 @@ def test_logs_are_whole_if_the_restore_fails(trained, model, monkeypatch):
 # ------------------------------------------------------------------ checkpoints
 @pytest.mark.parametrize("steps, at", [(20, [1, 6, 9, 12, 18]), (5, [])])
 def test_there_is_something_to_look_at_while_a_run_goes_on(tmp_path, model, monkeypatch, steps, at):
-    """After the first step, evaluations and checkpoints, but the last ones: then `report` draws."""
+    """After the first step, evaluations and checkpoints, but the last ones: then `report` draws.
+
+    A run goes on without.
+    """
     drawn = []
-    monkeypatch.setattr(
-        "machinery.run_directory.draw", lambda out: drawn.append(read_jsonl(out / LOGS[0])[-1])
-    )
+
+    def draw(out):
+        drawn.append(read_jsonl(out / LOGS[0])[-1])
+        raise OSError("no space left")
+
+    monkeypatch.setattr("machinery.run_directory.draw", draw)
     every = dict(save_every=6, eval_every=9, sample_every=5)
     run = begin(tmp_path / "run", model, steps=steps, **every)
     for step in run.steps():
