@@ -197,20 +197,26 @@ def pack(trajectories: list[Trajectory], token_budget: int) -> list[MicroBatch]:
 
     A group is in one row if it has room there, else in parts, each with the prompt.
     """
-    groups: dict[Hashable, list[list[Trajectory]]] = defaultdict(list)
+    groups: dict[Hashable, list[Trajectory]] = defaultdict(list)
     for t in trajectories:
-        groups[shared(t)].append([t])
-    parts = sum((fill(group, token_budget) for group in groups.values()), [])
-    return [collate(row) for row in fill(parts, token_budget)]
+        groups[shared(t)].append(t)
+    parts = []
+    for group in groups.values():
+        room = token_budget - len(group[0].problem.prompt_ids)
+        parts += fill([(len(t.response), [t]) for t in group], room)
+    return [collate(row) for row in fill([(length(x), x) for x in parts], token_budget)]
 
 
-def fill(parts: list[list[Trajectory]], token_budget: int) -> list[list[Trajectory]]:
-    """Parts, each left whole, one after the other in rows of up to `token_budget` tokens."""
+def fill(parts: list[tuple[int, list[Trajectory]]], room: int) -> list[list[Trajectory]]:
+    """Parts of so many tokens, each left whole, one after the other in rows with such room."""
     rows: list[list[Trajectory]] = []
-    for part in sorted(parts, key=length, reverse=True):
-        if not rows or length(rows[-1] + part) > token_budget:
+    left = 0
+    for tokens, part in sorted(parts, key=lambda x: x[0], reverse=True):
+        if tokens > left or not rows:
             rows.append([])
+            left = room
         rows[-1].extend(part)
+        left -= tokens
     return rows
 
 
