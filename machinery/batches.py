@@ -195,7 +195,8 @@ def length(trajectories: list[Trajectory]) -> int:
 def pack(trajectories: list[Trajectory], token_budget: int) -> list[MicroBatch]:
     """Rows of up to `token_budget` tokens, longest groups first; a longer trajectory is alone.
 
-    A group is in one row if it has room there, else in parts, each with the prompt.
+    A group is in one row if it has room there, else in parts, each with the prompt. A row's pieces
+    have twice as many keys at most, but for a part alone: they are copied, and take memory.
     """
     groups: dict[Hashable, list[Trajectory]] = defaultdict(list)
     for t in trajectories:
@@ -204,13 +205,14 @@ def pack(trajectories: list[Trajectory], token_budget: int) -> list[MicroBatch]:
     for group in groups.values():
         room = token_budget - len(group[0].problem.prompt_ids)
         parts += fill([(len(t.response), [t]) for t in group], room)
-    return [collate(row) for row in fill([(length(x), x) for x in parts], token_budget)]
+    keys = [sum(length([t]) for t in part) for part in parts]
+    sizes = [max(length(part), n // 2) for part, n in zip(parts, keys)]
+    return [collate(row) for row in fill(list(zip(sizes, parts)), token_budget)]
 
 
 def fill(parts: list[tuple[int, list[Trajectory]]], room: int) -> list[list[Trajectory]]:
     """Parts of so many tokens, each left whole, one after the other in rows with such room."""
-    rows: list[list[Trajectory]] = []
-    left = 0
+    rows, left = [], 0
     for tokens, part in sorted(parts, key=lambda x: x[0], reverse=True):
         if tokens > left or not rows:
             rows.append([])

@@ -230,14 +230,12 @@ class Run:
         due, first, last = self.was_due, step == self.first_step + 1, step == self.cfg.steps
         few = self.cfg.steps <= self.cfg.sample_every
         if (first or due.save or due.evaluate) and not (few or last):
-            page = self.out / "report.html"
             try:
                 draw(self.out)
-                print(f"look inside {page}, made anew at each checkpoint
-" * first, end="")
+                if first:
+                    print(f"look inside {self.out / 'report.html'}, made anew at each checkpoint")
             except Exception as error:  # it ends no run
-                print(f"no {page} yet: {type(error).__name__}: {error}".split("
-")[0])
+                print(f"no report.html yet: {type(error).__name__}: {error}"[:300])
 
     def ask_to_stop(self, number: int, _frame: Any) -> None:
         """A second Ctrl-C stops at once, but torchrun's echo of the first one does not."""
