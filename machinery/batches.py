@@ -205,8 +205,7 @@ def pack(trajectories: list[Trajectory], token_budget: int) -> list[MicroBatch]:
     for group in groups.values():
         room = token_budget - len(group[0].problem.prompt_ids)
         parts += fill([(len(t.response), [t]) for t in group], room)
-    keys = [sum(length([t]) for t in part) for part in parts]
-    sizes = [max(length(part), n // 2) for part, n in zip(parts, keys)]
+    sizes = [max(length(part), sum(length([t]) for t in part) // 2) for part in parts]
     return [collate(row) for row in fill(list(zip(sizes, parts)), token_budget)]
 
 

@@ -245,10 +245,8 @@ def sampled(cfg: Config, ranks: int) -> int:
     return cfg.problems_per_step // ranks * cfg.rollouts
 
 
-def trained(
-    cfg: Config, ranks: int, prompt: float | None = None, response: float | None = None
-) -> tuple[int, float, int]:
-    """Of a rank in an update: trajectories, tokens, micro-batches. None: as long as can be."""
+def trained(cfg: Config, ranks: int, prompt: float = 0, response: float = 0) -> tuple:
+    """Of a rank in an update: trajectories, tokens, micro-batches. 0: as long as can be."""
     prompt = prompt or cfg.max_prompt_tokens
     response = response or longest(cfg) - cfg.max_prompt_tokens
     problems = cfg.problems_per_step // cfg.updates_per_step // ranks

@@ -227,9 +227,8 @@ class Run:
 
     def draw(self, step: int) -> None:
         """Something to look at while the run goes on; `report` draws the last, and all of few."""
-        due, first, last = self.was_due, step == self.first_step + 1, step == self.cfg.steps
-        few = self.cfg.steps <= self.cfg.sample_every
-        if (first or due.save or due.evaluate) and not (few or last):
+        due, first, steps = self.was_due, step == self.first_step + 1, self.cfg.steps
+        if (first or due.save or due.evaluate) and self.cfg.sample_every < steps != step:
             try:
                 draw(self.out)
                 if first:

@@ -283,8 +283,7 @@ def made_before() -> Path:
     documents = [document(rng, GOALS) for _ in range(1000)]
     shapes = [(name, *p.shape) for name, p in make_model(tokenizer, 0).named_parameters()]
     facts = [documents, tokenizer.get_vocab(), shapes, CONFIDENCE, train_base.__defaults__]
-    facts = json.dumps(facts, sort_keys=True)
-    name = hashlib.sha256(facts.encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     return Path(__file__).with_name(f"toy-{name}.safetensors")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -337,6 +338,8 @@ def test_groups_stay_whole_where_a_row_has_room():
     rows = {budget: pack(trajectories, budget) for budget in (5, 30, 46, 100)}
     sizes = {budget: [b.input_ids.shape[1] for b in found] for budget, found in rows.items()}
     assert sizes == {5: [19] * 12, 30: [28] * 6, 46: [46] * 3, 100: [92, 46]}
+    short = [replace(t, response=[5]) for t in trajectories]  # 44 keys of a row's 14 tokens
+    assert [b.input_ids.shape[1] for b in pack(short, 44)] == [28, 14]
 
 
 def test_old_logprobs_are_recorded_before_the_policy_moves(policy):
