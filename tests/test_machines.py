@@ -72,7 +72,8 @@ def test_a_run_goes_on_and_says_so_in_a_file(tiny_model, tmp_path, both):
     assert (out / "checkpoint-000001").is_dir() and (out / "report.html").exists()
     printed = (out / "printed.txt").read_text("utf-8")
     words = "No space left" if both else "Broken pipe"
-    assert printed.count("The run goes on") == 1 and words in printed, printed
+    # once a stream; on stderr there is a bar if the machine is slow
+    assert printed.count("The run goes on") in (1, 1 + both) and words in printed, printed
     assert "step 1 | reward" in printed and "\r" not in printed
 
 
