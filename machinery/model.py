@@ -81,7 +81,7 @@ def find(name: str, device: str = "auto") -> str:
         if device != "cpu" and not torch.cuda.is_available():
             check_size_on_cpu(name)
         return full_name(name)
-    library()  # else it has a bar for what takes no time
+    library()  # transformers without its own bars
     if rank() == 0:
         toy.base_model()
     barrier()
