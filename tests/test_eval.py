@@ -445,11 +445,12 @@ DEALT = textwrap.dedent("""
     from machinery.responses import Responses
 
     PROBLEMS = [Problem(str(i), "") for i in range(20)]
+    ROW = dict(response="", source="", tokens=1, truncated=False, lenient=1.0)
     HOW = dict(k=2, temperature=1.0, room=range(20), seed=0, model=0, verifier=0)
 
     def respond(problems, blocks, grader, samples, **_):
         for block in blocks:
-            yield [dict(problem=i, sample=j, reward=(i + j) % 3, response="", source="")
+            yield [ROW | dict(problem=i, sample=j, reward=(i + j) % 3)
                    for i in block for j in range(samples)]
 
     def collected(out, rows_at_once):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import run
-from transformers import Phi3Config, Qwen2Config
+from transformers import Phi3Config, Qwen2Config, Qwen2ForCausalLM
 
 from data import Problem
 from luffy import Trajectory
@@ -70,7 +70,7 @@ def test_a_run_saves_the_longer_context_and_the_template(tiny_model, tmp_path):
     tokenizer.add_tokens(["<think>", "</think>", "\n", " ", ":", "A", "P", "U", "T", "R"])
     config = toy.make_model(tokenizer, seed=0).config
     config.max_position_embeddings = 4096
-    toy.Qwen2ForCausalLM(config).save_pretrained(model)
+    Qwen2ForCausalLM(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
     rows = [
         {
