@@ -51,6 +51,16 @@ GAMMAS = {
     0.5: "luffy, γ 0.5",
 }
 DRAWS = 4000
+MAJOR = ("luffy","on_policy","sft","sft_then_on_policy")
+def chosen(rows):
+    best={}
+    for r in rows:
+        if r["split"]=="val":
+            v=sum(sum(r["right"][s])/len(r["right"][s])/r["k"] for s in ("easy","medium","hard"))/3
+            key=(r["kind"],r["arm"])
+            if key not in best or v>best[key][0]+1.5/1024: best[key]=(v,r["choice"])
+    return {k:c for k,(v,c) in best.items()}
+
 STUDENT = {
     2: 12.71,
     3: 4.30,

@@ -1,45 +1,46 @@
-"""The study: every arm, five seeds, two kinds of base model; everything that results/ says.
+"""The study: every row of ALGORITHMS and every fork, on two kinds of base models, several seeds.
 
-    python results/toy/study.py            # all of it; killed and started again, it goes on
-    python results/toy/study.py --quick    # one seed, with the learning rates of the full study
-    python results/toy/study.py --report   # only tables and pictures, from the committed data/
+    python results/toy/study.py            # all that is not in data/ yet; hours, it may be killed
+    python results/toy/study.py --quick    # one seed, with the choices of the full study
+    python results/toy/study.py --report   # only tables and pictures, from data/
 
-A seed is a base model and all that is trained on it. A run's learning rate (for SFT also its
-length, for `rl_sft` also the coefficient of the SFT loss) is chosen per arm and kind of base model,
-on seed 0, by the mean of avg@8 over the easy and the hard problems of `val`. Final numbers are of
-`test`, which nothing was chosen on. Runs are kept in runs/study, what the report needs in data/.
+A seed is a base model and all that is trained on it. An arm has six candidates: three learning
+rates, then, at the best of them, three values more of what is its own (OWN). The best on `val`,
+seed 0, by the mean of avg@8 over easy, medium and hard problems, is then run with all seeds.
+Final numbers are of `test`, which nothing was chosen on.
+
+A job is a run and its evaluations, in a process of its own. It ends with rows in data/runs.jsonl
+and data/scores.jsonl, and what has its row there is not run again: to repeat all, remove data/.
+Models and logs are in runs/study; a first stage that is gone from there is trained anew.
 """
 
 import argparse
 import asyncio
-import contextlib
 import json
-import math
-import multiprocessing
 import os
 import random
+import runpy
+import shutil
 import sys
 import threading
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean as mean
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import luffy  # noqa: E402
-from data import encode, load_benchmarks, load_problems  # noqa: E402
-from machinery import toy  # noqa: E402
-from machinery.batches import collate  # noqa: E402
-from machinery.files import read_jsonl, write  # noqa: E402
-from machinery.model import Policy, from_pretrained, load_config, load_tokenizer  # noqa: E402
-from machinery.processes import init_processes, seed_of  # noqa: E402
+from data import load_benchmarks, load_problems  # noqa: E402
+from machinery import processes, toy  # noqa: E402
+from machinery.files import append, read_jsonl, write  # noqa: E402
+from machinery.model import load_config, load_tokenizer  # noqa: E402
 from machinery.samplers import TorchSampler  # noqa: E402
 from machinery.scores import by_problem, respond  # noqa: E402
 from verify import Grader  # noqa: E402
@@ -48,423 +49,116 @@ import report  # noqa: E402  isort: skip
 
 # ------------------------------------------------------------------ what is run
 KINDS = report.KINDS  # name -> GOALS, the toy's knob: nothing else differs
-SEEDS = range(5)
 COMMON = dict(eval_data="", save_every=50, sample_every=1000, graders=1)  # of every run
-# Tried on val: three values from the third on, and the next one while that at an edge is best
-LRS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-COEFFICIENTS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the SFT loss in rl_sft; the row has 0.1
-SFT_STEPS, SFT_CHOICE = 400, (50, 100, 200, 400)  # 3, 6, 12 and 25 epochs
-TIE = 1.5 / 1024  # one response more or less is no difference: then what is nearest to the defaults
-SWEPT = ("rare",)  # bases for the sweep over γ
-# label -> (row of ALGORITHMS, what else is changed). SFT + RL differs from on_policy in its base.
-ARMS = {
-    name: (name, {})
-    for name in (
-        "on_policy",
-        "on_policy_noclip",
-        "grpo",
-        "mixed",
-        "mixed_shaped",
-        "luffy",
-        "rl_sft",
-    )
+W = {f"w_{name}": name for name in ("none", "trsft", "phi", "rl_plus", "log")}  # else as luffy
+FORKS = dict(trapo="trapo", relift="relift", exgrpo="exgrpo", opd="opd", prime="prime", orz="orz")
+FORKS |= dict(dapo_refill="dapo")  # arm -> module
+FIRST = dict(sft_then_on_policy="sft", rl_2604="sft_2604", opd="sft")  # arm -> its first stage
+ROWS = {"sft_then_on_policy": "on_policy"}  # arm -> row of ALGORITHMS, where names differ
+ARMS = (*luffy.ALGORITHMS, *ROWS, *FORKS, *W)
+RATES = (3e-4, 1e-4, 1e-3)  # the toy's recipe has the first one
+# What is an arm's own: flag -> the arms, and three values beside their row's
+OWN: dict[str, tuple[str, tuple]] = {
+    "gamma": ("luffy mixed_shaped sft_shaped trsft trapo w_trsft", (0.03, 0.3, 1.0)),
+    "clip": (
+        "on_policy on_policy_shaped grpo mixed sft_then_on_policy reinforce_pp opd prime orz",
+        (0.05, 0.1, 0.4),
+    ),
+    "clip_high": ("dapo dapo_refill cispo rl_2604", (0.2, 0.4, 1.0)),
+    "steps": ("sft sft_2604 dft", (50, 100, 400)),
+    "prefix_learns": ("prefix_rft", (0.05, 0.5, 1.0)),
+    "sft_lr": ("relift", (3e-5, 1e-4, 1e-3)),
+    "sft_coef": (
+        "rl_sft hpt hpt_2 chord_phi srft srft_plus uft",
+        (0.1, 0.3, 3.0),
+    ),  # times its row's
+    "lr": ("", (0.32, 0.56, 1.8)),  # times the best rate: of arms that have nothing else
 }
-ARMS["sft"] = ("sft", {"steps": SFT_STEPS})
-ARMS["sft_then_on_policy"] = ("on_policy", {})
-SWEEP = {arm: ("luffy", {"gamma": g}) for g, arm in report.GAMMAS.items() if arm != "luffy"}
-BASE_SECONDS, RUN_SECONDS = 60, 4  # to train a base model; around a run: measured, to estimate
-TRACED = ("mixed", "mixed_shaped", "luffy")  # question (b)
-FINAL = dict(split="test", temperature=0.6, samples=8, problems=600)
-EXPLORED = ("base", "sft", "on_policy", "luffy", "sft_then_on_policy")  # question (e)
-EXPLORE = [
-    dict(split="test", temperature=t, samples=32 if t == 1 else 8, problems=150)
-    for t in (0.2, 1.0, 1.4)
-]  # every fourth problem of FINAL
-VAL = dict(split="val", temperature=0.6, samples=8, problems=192)
-
-
-# ------------------------------------------------------------------ jobs, in processes of their own
-def start_worker() -> None:
-    """One thread; and a worker does not outlive a study that is killed."""
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    torch.set_num_threads(1)
-    init_processes()
-
-
-def make_base(directory: Path, goals: float, seed: int) -> Path:
-    if not directory.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
-            toy.save_base(directory, goals, seed)
-    return directory
-
-
-def configure(out: Path, arm: str, base: Path, seed: int, **tuned) -> luffy.Config:
-    algo, changes = (ARMS | SWEEP)[arm]
-    flags = COMMON | changes | tuned | dict(model=base, algo=algo, seed=seed, out=out)
-    return luffy.parse_args([f"--{name}={value}" for name, value in flags.items()])
-
-
-def train(cfg: luffy.Config) -> Path:
-    """-> the last checkpoint. What is printed goes to the run's log."""
-    out = Path(cfg.out)
-    config, last = out / "config.json", out / f"checkpoint-{cfg.steps:06d}"
-    if config.exists() and json.loads(config.read_text())["model"] != cfg.model:
-        raise RuntimeError(f"{out} did not begin with {cfg.model}: remove it")
-    if not last.exists() and not interrupted:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            open(f"{out}.log", "a") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            luffy.check(cfg, 1)
-            luffy.train(cfg, cfg.model)
-    if not last.exists():  # Ctrl-C: the run was stopped, and this worker starts no other
-        interrupted.append(out)
-        raise RuntimeError(f"{out} was stopped; the same command goes on")
-    return last
-
-
-interrupted: list[Path] = []
-
-
-def evaluate(
-    checkpoint: Path, file: Path, split: str, temperature: float, samples: int, problems: int
-) -> dict:
-    """avg@samples, as counts of right responses for each problem."""
-    if not file.exists():
-        start = time.perf_counter()
-        tokenizer, config = load_tokenizer(checkpoint), load_config(checkpoint)
-        with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), Grader(1) as grader:
-            asked = load_benchmarks([f"toy/{split}"], tokenizer, max_prompt_tokens=32)
-            numbers = range(0, len(asked), len(asked) // problems)
-            rows = respond(
-                TorchSampler(checkpoint, config, [tokenizer.eos_token_id]),
-                asked,
-                numbers,
-                grader,
-                tokenizer,
-                samples=samples,
-                temperature=temperature,
-                max_tokens=96,
-                seeds=[seed_of("evaluation", 0, i) for i in range(len(asked))],
-            )
-        sources = defaultdict(list)
-        for row in rows:
-            sources[row["source"]].append(row)
-        found = {
-            "split": split,
-            "temperature": temperature,
-            "k": samples,
-            "right": {
-                s: [int(sum(r)) for r in by_problem(these).values()] for s, these in sources.items()
-            },
-            "length": {
-                s: round(mean(r["tokens"] for r in these), 2) for s, these in sources.items()
-            },
-            "truncated": round(mean(r["truncated"] for r in rows), 4),
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, json.dumps(found))
-    return json.loads(file.read_text())
-
-
-def trace_probabilities(checkpoints: list[Path], base: Path, file: Path) -> None:
-    """What each checkpoint gives to the hard training problems' traces, and at their forks.
-
-    unlikely: mean π of the trace tokens that had π < 0.1 under the base model, always the same
-    ones; go_on and stop: π of a third step, and of the box after the last step, in solutions
-    without detours; solution: their mean log-prob.
-    """
-    if not file.exists():
-        tokenizer = load_tokenizer(base)
-        hard = [i for i, p in enumerate(load_problems("toy")) if p.source == "hard"]
-        traces, _ = encode(
-            load_problems("toy"), tokenizer, max_prompt_tokens=32, max_trace_tokens=96
-        )
-        chains = [chain for _, chain in toy.splits()["train"]]
-        assert len(traces) == len(chains)  # none was dropped
-        plain = [
-            tokenizer.encode(toy.response(chain, chain.steps, random.Random(0), 0, 0))
-            for chain in chains
-        ]
-        step = len("d=5-2=3;")
-
-        def log_probs(path: Path, responses: list) -> list[torch.Tensor]:
-            model = from_pretrained(path, config=load_config(path), attn_implementation="packed")
-            rows = [luffy.Trajectory(i, traces[i], responses[i], off_policy=True) for i in hard]
-            with torch.no_grad():
-                batch = collate(rows)
-                logps = Policy(model, 1.0)(batch)[0]
-            return list(logps.split([len(t.response) for t in rows]))
-
-        before = torch.cat(log_probs(base, [p.trace_ids for p in traces]))
-        unlikely = before < torch.tensor(0.1).log()
-        found = {"share_unlikely": unlikely.float().mean().item()}
-        for path in [base, *checkpoints]:
-            logp = torch.cat(log_probs(path, [p.trace_ids for p in traces]))
-            solutions = log_probs(path, plain)
-            key = path.name.split("-")[1].lstrip("0") if path in checkpoints else "0"
-            found[key] = {
-                "unlikely": logp[unlikely].exp().mean().item(),
-                "go_on": mean(s[2 * step].exp().item() for s in solutions),
-                "stop": mean(
-                    s[chains[i].steps * step].exp().item() for i, s in zip(hard, solutions)
-                ),
-                "solution": mean(s.sum().item() for s in solutions),
-            }
-        write(file, json.dumps(found))
-
-
-# ------------------------------------------------------------------ the order of the jobs
-class Study:
-    """Jobs by name, each done once; what needs another waits for it.
-
-    A choice is what was tuned of an arm: its `lr`, for SFT also the `steps` after which to take its
-    checkpoint, for rl_sft also its `sft_coef`.
-    """
-
-    def __init__(self, pool: ProcessPoolExecutor, root: Path, bar: tqdm, choices: dict):
-        self.pool, self.root, self.bar, self.tasks = pool, root, bar, {}
-        self.choices = choices  # of (kind, arm), where they are known already
-        self.runs, self.finals, self.bases = {}, {}, {}  # directories -> what is in them
-
-    def once(self, name, coroutine) -> asyncio.Task:
-        """The task of this name, started at the first call."""
-        if name in self.tasks:
-            coroutine.close()
-        else:
-            self.tasks[name] = asyncio.ensure_future(coroutine)
-        return self.tasks[name]
-
-    async def job(self, function, *arguments):
-        self.bar.total += 1
-        result = await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
-        self.bar.update()
-        return result
-
-    def base(self, kind: str, seed: int) -> asyncio.Task:
-        name = f"base-{KINDS[kind]:g}-{seed}"
-        return self.once(name, self.job(make_base, self.root / name, KINDS[kind], seed))
-
-    def run(self, kind: str, arm: str, seed: int, choice: dict) -> asyncio.Task:
-        """-> the checkpoint of a run that counts"""
-        flags = {k: v for k, v in choice.items() if k != "steps"}
-        name = "-".join([arm, *(f"{k}{v:g}" for k, v in flags.items()), f"seed{seed}"])
-        out = self.root / kind / name
-        run = self.once(out, self.train(out, kind, arm, seed, flags))
-        return self.once((out, choice.get("steps")), checkpoint(run, choice.get("steps")))
-
-    async def train(self, out: Path, kind: str, arm: str, seed: int, flags: dict) -> Path:
-        base = await self.base(kind, seed)
-        if arm == "sft_then_on_policy":
-            base = await self.run(kind, "sft", seed, await self.choice(kind, "sft"))
-        self.runs[out] = kind, arm, seed, flags, base
-        return await self.job(train, configure(out, arm, base, seed, **flags))
-
-    def scores(self, model: Path, how: dict, out: Path | None = None) -> asyncio.Task:
-        name = f"{model.name}-{how['split']}-t{how['temperature']:g}-k{how['samples']}.json"
-        file = (out or model.parent) / name
-        return self.once(file, self.job(evaluate, model, file, *how.values()))
-
-    # -------------------------------------------------------------- choices, on val and seed 0
-    def choice(self, kind: str, arm: str) -> asyncio.Task:
-        return self.once(("choice", kind, arm), self.choose(kind, arm))
-
-    async def choose(self, kind: str, arm: str) -> dict:
-        if arm in SWEEP:  # luffy's
-            return await self.choice(kind, "luffy")
-        if (kind, arm) in self.choices:
-            return self.choices[kind, arm]
-        steps = [{"steps": n} for n in SFT_CHOICE] if arm == "sft" else [{}]
-        choice = await self.climb(kind, arm, LRS, lambda lr: [{"lr": lr} | n for n in steps])
-        if arm == "rl_sft":
-            choice = await self.climb(
-                kind,
-                arm,
-                COEFFICIENTS,
-                lambda c: [
-                    choice | ({"sft_coef": c} if c != luffy.ALGORITHMS[arm]["sft_coef"] else {})
-                ],
-            )
-        return choice
-
-    async def climb(self, kind: str, arm: str, ladder: tuple, choices) -> dict:
-        """The best of choices(value) for the values tried."""
-        low, high = 2, 5
-        while True:
-            tried = [choices(value) for value in ladder[low:high]]
-            best = await self.best(kind, arm, sum(tried, []))
-            if best in tried[0] and low > 0:
-                low -= 1
-            elif best in tried[-1] and high < len(ladder):
-                high += 1
-            else:
-                return best
-
-    async def best(self, kind: str, arm: str, choices: list[dict]) -> dict:
-        values = await asyncio.gather(*(self.value(kind, arm, choice) for choice in choices))
-        ties = [c for c, value in zip(choices, values) if value > max(values) - TIE]
-        return min(
-            ties,
-            key=lambda c: (
-                abs(math.log(c["lr"] / toy.RECIPE["lr"])),
-                abs(math.log(c.get("sft_coef", 0.1) / 0.1)),
-                c.get("steps", 0),
-            ),
-        )
-
-    async def value(self, kind: str, arm: str, choice: dict) -> float:
-        try:
-            found = await self.scores(await self.run(kind, arm, 0, choice), VAL)
-        except FloatingPointError:  # this learning rate is too high
-            return -math.inf
-        return mean(mean(found["right"][s]) / found["k"] for s in ("easy", "hard"))
-
-    # -------------------------------------------------------------- the runs that are reported
-    async def final(self, kind: str, arm: str, seed: int) -> None:
-        out = None
-        if arm == "base":
-            model = await self.base(kind, seed)
-            out = self.bases[kind, seed] = self.root / kind / model.name
-        else:
-            model = await self.run(kind, arm, seed, await self.choice(kind, arm))
-            self.finals[model.parent] = int(model.name[-6:])
-            if arm in TRACED:
-                await self.job(
-                    trace_probabilities,
-                    checkpoints(model.parent),
-                    await self.base(kind, seed),
-                    model.parent / "traces.json",
-                )
-        hows = [(model, FINAL)]
-        if arm in EXPLORED:
-            hows += [(model, how) for how in EXPLORE]
-        if arm in ("luffy", "sft_then_on_policy"):  # question (h): scores along the way
-            hows += [(path, FINAL) for path in checkpoints(model.parent)[:-1]]
-        await asyncio.gather(*(self.scores(path, how, out) for path, how in hows))
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """Without those that an interrupted run saved in between."""
-    found = sorted(out.glob("checkpoint-??????"))
-    return [path for path in found if int(path.name[-6:]) % COMMON["save_every"] == 0]
-
-
-async def checkpoint(run: asyncio.Task, steps: int | None) -> Path:
-    """Of a run: the one after so many steps, or the last."""
-    last = await run
-    return last.with_name(f"checkpoint-{steps:06d}") if steps else last
-
-
-async def everything(study: Study, seeds: list, *parts: tuple) -> None:
-    """What is reported, one part after another: (arms, kinds of bases)."""
-    for arms, kinds in parts:
-        await asyncio.gather(
-            *(study.final(kind, arm, seed) for arm in arms for seed in seeds for kind in kinds)
-        )
-
-
-# ------------------------------------------------------------------ what is kept
-CURVES = (
-    "reward/easy",
-    "reward/hard",
-    "entropy",
-    "trace_prob",
-    "trace_unlikely",
-    "trace_f",
-    "length",
-    "grad_norm",
-    "ratio_far",
-    "groups/none",
-    "skipped_updates",
-)
+EXPLORED = ("base", "sft", "on_policy", "luffy", "sft_then_on_policy")
+CURVES = "reward reward/easy reward/medium reward/hard entropy length trace_prob trace_unlikely"
+CURVES += " ratio_far groups/none grad_norm"
 PHASES = ("sample", "score", "update", "sync")
 WINDOW = 5  # steps that are averaged for a point of a curve
 
 
-def collect(study: Study, data: Path) -> None:
-    """From the runs' directories to data/: runs, scores and probabilities of traces, a row each."""
-    runs, scores, traces = [], [], []
-    for out, (kind, arm, seed, flags, base) in sorted(study.runs.items()):
-        cfg = json.loads((out / "config.json").read_text())
-        differ = check_switches(arm, cfg, str(base), flags)
-        what = {"kind": kind, "arm": arm, "seed": seed, "choice": flags}
-        metrics = read_jsonl(out / "metrics.jsonl")
-        timing = read_jsonl(out / "timing.jsonl")
-        groups = cfg["problems_per_step"]
-        runs.append(
-            what
-            | {
-                "final": study.finals.get(out),
-                "differs": differ,
-                # summed up to each checkpoint: seconds on one core, and response tokens
-                "seconds": {
-                    n: round(sum(row[phase] for row in timing[:n] for phase in PHASES), 1)
-                    for n in marks(cfg)
-                },
-                "sampled": {
-                    n: sum(
-                        round(row.get("length", 0) * cfg["rollouts"] * groups)
-                        for row in metrics[:n]
-                    )
-                    for n in marks(cfg)
-                },
-                "updated": {
-                    n: sum(
-                        round(
-                            row.get("length", 0) * cfg["rollouts"] * groups
-                            + row.get("trace_length", 0) * cfg["traces"] * groups
-                        )
-                        for row in metrics[:n]
-                    )
-                    for n in marks(cfg)
-                },
-                "curves": {name: smooth(metrics, name) for name in CURVES if name in metrics[-1]}
-                if out in study.finals
-                else {},
-            }
-        )
-        if arm in TRACED and out in study.finals:
-            traces.append(what | json.loads((out / "traces.json").read_text()))
-        scores += [
-            what | {"step": int(file.name[11:17])} | json.loads(file.read_text())
-            for file in sorted(out.glob("checkpoint-*-t*.json"))
-        ]
-    for (kind, seed), directory in sorted(study.bases.items()):
-        scores += [
-            {"kind": kind, "arm": "base", "seed": seed, "choice": {}, "step": 0}
-            | json.loads(file.read_text())
-            for file in sorted(directory.glob("*-t*.json"))
-        ]
-    chains = [chain for kind, chain in toy.splits()["test"] if kind == "hard"]
-    tokenizer, hard = (
-        toy.make_tokenizer(),
-        [p for p in load_problems("toy/test") if p.source == "hard"],
-    )
-    plain = [toy.response(chain, chain.steps, random.Random(0), 0, 0) for chain in chains]
-    teacher = {
-        "tokens": mean(len(tokenizer.encode(p.trace)) + 1 for p in hard),  # with EOS
-        "plain": mean(len(tokenizer.encode(text)) + 1 for text in plain),
+def row_of(arm: str) -> dict:
+    """An arm's row of ALGORITHMS. Those of w differ from luffy's in w alone, its Z included."""
+    if arm in W:
+        shaping = luffy.SHAPINGS[W[arm]]
+        luffy.SHAPINGS[arm] = shaping._replace(is_sft=False)
+        luffy.ALGORITHMS[arm] = luffy.ALGORITHMS["luffy"] | dict(shaping=arm)
+    if arm in FORKS:
+        __import__(f"forks.{FORKS[arm]}")
+    return luffy.ALGORITHMS[ROWS.get(arm, arm)]
+
+
+def more(arm: str, rate: float) -> list[dict]:
+    """Three candidates beside the three rates, at the best of those."""
+    flag = next((flag for flag, (arms, _) in OWN.items() if arm in arms.split()), "lr")
+    times = {"lr": rate, "sft_coef": row_of(arm).get("sft_coef", 1.0)}.get(flag, 1)
+    return [
+        {"lr": rate} | {flag: float(f"{x * times:.3g}") if times != 1 else x} for x in OWN[flag][1]
+    ]
+
+
+# ------------------------------------------------------------------ a job, in a process of its own
+def flags_of(arm: str, base: Path, seed: int, out: Path, choice: dict, **more: Any) -> list[str]:
+    flags = COMMON | choice | dict(model=base, seed=seed, out=out, algo=ROWS.get(arm, arm)) | more
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def train(arm: str, argv: list[str]) -> None:
+    """By the same main as the command's; a fork's module is run as if it were the command."""
+    row_of(arm)
+    luffy.report = lambda out: None  # no pages
+    processes.launch = luffy.launch = lambda main: main()  # which would end this process
+    sys.argv = ["luffy.py", *argv]
+    if arm in FORKS:
+        runpy.run_module(f"forks.{FORKS[arm]}", run_name="__main__")
+    else:
+        luffy.main()
+
+
+def evaluate(model: Path, split: str, temperature: float, k: int, every: int) -> dict:
+    """avg@k of every n-th problem, as counts of right responses for each."""
+    tokenizer, config = load_tokenizer(model), load_config(model)
+    asked = load_benchmarks(f"toy/{split}", tokenizer, max_prompt_tokens=32)
+    sampler = TorchSampler(str(model), config, [tokenizer.eos_token_id])
+    how: Any = dict(samples=k, temperature=temperature, max_tokens=96)
+    how |= dict(seeds=[processes.seed_of("evaluation", 0, i) for i in range(len(asked))])
+    with Grader(1) as grader:
+        rows = respond(sampler, asked, range(0, len(asked), every), grader, tokenizer, **how)
+    sources = defaultdict(list)
+    for row in rows:
+        sources[row["source"]].append(row)
+    return {
+        **dict(split=split, temperature=temperature, k=k, every=every),
+        "right": {s: [round(sum(r)) for r in by_problem(x).values()] for s, x in sources.items()},
+        "length": {s: round(mean(r["tokens"] for r in x), 2) for s, x in sources.items()},
+        "truncated": round(mean(r["truncated"] for r in rows), 4),
     }
-    data.mkdir(parents=True, exist_ok=True)
-    write(data / "teacher.json", json.dumps(teacher))
-    for name, rows in (("runs", runs), ("scores", scores), ("traces", traces)):
-        write(
-            data / f"{name}.jsonl",
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        )
 
 
-def marks(cfg: dict) -> range:
-    return range(cfg["save_every"], cfg["steps"] + 1, cfg["save_every"])
+def run_row(out: Path, seconds: float) -> dict:
+    """What is kept of a run."""
+    cfg = json.loads((out / "config.json").read_text())
+    metrics, timing = (read_jsonl(out / f"{name}.jsonl") for name in ("metrics", "timing"))
+    marks = range(cfg["save_every"], cfg["steps"] + 1, cfg["save_every"])
+    took = [sum(row.get(phase, 0) for phase in PHASES) for row in timing]
+    sampled = [row.get("length", 0) * cfg["rollouts"] * cfg["problems_per_step"] for row in metrics]
+    traces = [
+        row.get("trace_length", 0) * cfg["traces"] * cfg["problems_per_step"] for row in metrics
+    ]
+    updated = [sum(both) for both in zip(sampled, traces)]
+    return {
+        "differs": differences(cfg),
+        "steps": cfg["steps"],
+        # The processor's, and no more than the clock's while other programs run.
+        "seconds": {n: round(seconds * sum(took[:n]) / sum(took), 1) for n in marks},
+        "sampled": {n: round(sum(sampled[:n])) for n in marks},
+        "updated": {n: round(sum(updated[:n])) for n in marks},
+        "curves": {name: smooth(metrics, name) for name in CURVES.split()},
+    }
 
 
 def smooth(metrics: list[dict], name: str) -> list[float | None]:
@@ -473,94 +167,221 @@ def smooth(metrics: list[dict], name: str) -> list[float | None]:
     return [float(f"{mean(v):.4g}") if v else None for v in values]
 
 
-def check_switches(arm: str, cfg: dict, base: str, tuned: dict) -> dict:
-    """-> the fields in which a run's config differs from luffy's on the same base model and seed.
-
-    RuntimeError unless these are the fields of its row of ALGORITHMS and what was tuned, with their
-    values, and nothing else. (The toy's RECIPE has the last word on sizes.)
-    """
-    algo, changes = (ARMS | SWEEP)[arm]
-    row, other = (luffy.ALGORITHMS[name] for name in (algo, "luffy"))
-    default = asdict(luffy.Config())
-    switches = {k: row.get(k, default[k]) for k in row | other if k not in toy.RECIPE}
-    luffys = asdict(configure(Path(cfg["out"]), "luffy", Path(base), cfg["seed"]))
-    expected = luffys | switches | changes | tuned | {"algo": algo}
-    if wrong := {k for k in expected if cfg[k] != expected[k]}:
-        raise RuntimeError(
-            f"{cfg['out']}: "
-            + ", ".join(f"{k} is {cfg[k]!r}, should be {expected[k]!r}" for k in sorted(wrong))
-        )
-    return {k: v for k, v in cfg.items() if k != "algo" and v != luffys[k]}
+def differences(cfg: dict) -> dict:
+    """The fields in which a run's config differs from luffy's on the same base model and seed."""
+    same = {f"--{name}={cfg[name]}" for name in (*COMMON, "model", "seed", "out")}
+    luffys = asdict(luffy.parse_args(sorted(same)))
+    names = (k for k in luffys if k != "algo")
+    return {k: cfg[k] for k in names if cfg[k] != luffys[k]}
 
 
-# ------------------------------------------------------------------ the command line
-def estimate(data: Path, quick: bool) -> str:
-    """From the seconds of the committed study."""
-    runs, scores = (read_jsonl(data / f"{name}.jsonl") for name in ("runs", "scores"))
-    if not runs:
-        return "no earlier study to estimate from"
-    if quick:
-        runs = [r for r in runs if r["final"] and r["seed"] == 0 and r["arm"] not in SWEEP]
-        scores = [
-            r for r in scores if r["split"] == "test" and r["seed"] == 0 and r["arm"] not in SWEEP
-        ]
-    seconds = sum(max(r["seconds"].values()) for r in runs) + sum(r["seconds"] for r in scores)
-    seconds += RUN_SECONDS * len(runs) + BASE_SECONDS * len(KINDS) * (1 if quick else len(SEEDS))
-    return (
-        f"about {seconds / cores() / 60:.0f} minutes from the start, if these {cores()} cores "
-        "are as fast as those of the committed study"
-    )
+def do(job: dict) -> None:
+    """A job: writes its rows to job["rows"], complete or not at all."""
+    arm, out, model = job["arm"], Path(job["out"]), Path(job["base"])
+    rows: dict[str, list] = {"runs": [], "scores": []}
+    if arm == "base":
+        if not model.exists():
+            model.parent.mkdir(parents=True, exist_ok=True)
+            toy.save_base(model, KINDS[job["kind"]], job["seed"])
+        processes.init_processes()
+        finals = [model]
+    else:
+        start, teacher = sum(os.times()[:4]), {"teacher": job["teacher"]} if job["teacher"] else {}
+        argv = flags_of(arm, model, job["seed"], out, job["choice"], **teacher)
+        try:
+            train(arm, argv)
+        except FloatingPointError as error:  # this learning rate is too high
+            rows["runs"].append({"failed": str(error)[:200]})
+        else:
+            rows["runs"].append(run_row(out, sum(os.times()[:4]) - start))
+            finals = sorted(out.glob("checkpoint-??????"))
+        if rows["runs"][0].get("failed"):
+            finals = []
+    for path in finals:
+        step, last = 0 if arm == "base" else int(path.name[-6:]), path is finals[-1]
+        hows = [("test", 0.6, 8, 1)] if last else [("test", 0.6, 4, 2)]
+        if last and job["seed"] == 0 and arm != "base":
+            hows += [("val", 0.6, 8, 1)]
+        if last and arm in EXPLORED and (job["seed"] or arm == "base"):
+            hows += [("test", 0.2, 8, 4), ("test", 1.0, 16, 4), ("test", 1.4, 8, 4)]
+        rows["scores"] += [{"step": step} | evaluate(path, *how) for how in hows]
+    write(Path(job["rows"]), json.dumps(rows))
+
+
+def end_with(parent: int) -> None:
+    """A job does not outlive a study that is killed."""
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+# ------------------------------------------------------------------ the order of the jobs
+class Study:
+    """Jobs by name, each done once; what needs another's model waits for it."""
+
+    def __init__(self, root: Path, data: Path, bar: tqdm, choices: dict):
+        self.root, self.data, self.bar, self.choices = root, data, bar, choices
+        self.tasks: dict[Any, asyncio.Task] = {}
+        self.slots = asyncio.Semaphore(cores())
+        self.runs, self.scores = (read_jsonl(data / f"{n}.jsonl") for n in ("runs", "scores"))
+
+    def once(self, name: Any, coroutine: Any) -> asyncio.Task:
+        """The task of this name, started at the first call."""
+        if name in self.tasks:
+            coroutine.close()
+        else:
+            self.tasks[name] = asyncio.ensure_future(coroutine)
+        return self.tasks[name]
+
+    def out(self, kind: str, arm: str, seed: int, choice: dict) -> Path:
+        flags = [f"{k}{v:g}" for k, v in choice.items()]
+        return self.root / kind / "-".join([arm, *flags, f"seed{seed}"])
+
+    def model(self, kind: str, arm: str, seed: int, choice: dict) -> asyncio.Task:
+        """-> the directory of a base model, or of a run's last checkpoint"""
+        what = dict(kind=kind, arm=arm, seed=seed, choice=choice)
+        return self.once(str(("model", what)), self.made(what))
+
+    async def made(self, what: dict) -> Path:
+        out = self.out(**what)
+        if what["arm"] == "base":
+            if not out.exists():
+                await self.job(what)
+            return out
+        steps = what["choice"].get("steps", toy.RECIPE["steps"])
+        if not (checkpoint := out / f"checkpoint-{steps:06d}").exists():
+            await self.job(what)
+        return checkpoint
+
+    def result(self, kind: str, arm: str, seed: int, choice: dict) -> asyncio.Task:
+        """Its rows are in data/ when this is done."""
+        what = dict(kind=kind, arm=arm, seed=seed, choice=choice)
+        return self.once(str(("rows", what)), self.known(what))
+
+    async def known(self, what: dict) -> None:
+        if not any(what.items() <= row.items() for row in self.runs + self.scores):
+            await self.job(what)
+
+    def job(self, what: dict) -> asyncio.Task:
+        return self.once(str(("job", what)), self.do(what))
+
+    async def do(self, what: dict) -> None:
+        kind, arm, seed = what["kind"], what["arm"], what["seed"]
+        self.bar.total += 1
+        self.bar.refresh()
+        out = self.out(**what)
+        base = out if arm == "base" else await self.model(kind, "base", seed, {})
+        teacher = None
+        if first := FIRST.get(arm):
+            stage = await self.model(kind, first, seed, await self.choice(kind, first))
+            base, teacher = (base, stage) if arm == "opd" else (stage, None)
+        job = what | dict(base=str(base), out=str(out), teacher=teacher and str(teacher))
+        rows = out.with_name(f"{out.name}.rows.json")
+        job["rows"] = str(rows)
+        if not rows.exists():
+            async with self.slots:
+                await self.process(job, out.with_name(f"{out.name}.log"))
+        found = json.loads(rows.read_text())
+        for name, known in (("runs", self.runs), ("scores", self.scores)):
+            old = [row for row in known if what.items() <= row.items()]
+            for row in [] if old else found[name]:
+                known.append(what | row)
+                append(self.data / f"{name}.jsonl", what | row)
+        rows.unlink()
+        if arm != "base" and arm not in FIRST.values():
+            shutil.rmtree(out, ignore_errors=True)  # what nobody begins with
+        self.bar.update()
+
+    async def process(self, job: dict, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, "--job", json.dumps(job)]
+        env = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+        with log.open("a") as file:
+            running = await asyncio.create_subprocess_exec(
+                *command, stdout=file, stderr=file, env=env, cwd=ROOT
+            )
+            if await running.wait():
+                raise RuntimeError(f"a job failed: see the end of {log}")
+
+    # -------------------------------------------------------------- choices, on val and seed 0
+    def choice(self, kind: str, arm: str) -> asyncio.Task:
+        return self.once(("choice", kind, arm), self.choose(kind, arm))
+
+    async def choose(self, kind: str, arm: str) -> dict:
+        if arm == "base":
+            return {}
+        if (kind, arm) in self.choices:
+            return self.choices[kind, arm]
+        rates = [{"lr": rate} for rate in RATES]
+        await asyncio.gather(*(self.result(kind, arm, 0, choice) for choice in rates))
+        own = more(arm, report.chosen(self.scores)[kind, arm]["lr"])
+        await asyncio.gather(*(self.result(kind, arm, 0, choice) for choice in own))
+        return report.chosen(self.scores)[kind, arm]
+
+    async def final(self, kind: str, arm: str, seed: int) -> None:
+        await self.result(kind, arm, seed, await self.choice(kind, arm))
+
+
+async def everything(study: Study, waves: list[tuple[tuple, range]]) -> None:
+    """What matters more first: (arms, seeds)."""
+    for arms, seeds in waves:
+        every = ((kind, arm, seed) for seed in seeds for arm in arms for kind in KINDS)
+        await asyncio.gather(*(study.final(*what) for what in every))
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_teacher(data: Path) -> None:
+    """Tokens of its traces of hard test problems, and how many of them are needed."""
+    chains = [chain for kind, chain in toy.splits()["test"] if kind == "hard"]
+    hard = [p for p in load_problems("toy/test") if p.source == "hard"]
+    plain = [toy.response(chain, chain.steps, random.Random(0), 0, 0) for chain in chains]
+    texts, encode = {"tokens": [p.trace for p in hard], "plain": plain}, toy.make_tokenizer().encode
+    found = {name: mean(len(encode(t)) + 1 for t in some) for name, some in texts.items()}
+    write(data / "teacher.json", json.dumps(found))  # with EOS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="one seed, without the sweep over γ, with the committed choices",
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    quick = "one seed, with the choices of the full study where it has made them, else the recipe's"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--report", action="store_true", help="only what is made from data/")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="[runs/study]")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/study", help="[runs/study]")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.job:
+        end_with(os.getppid())
+        do(args.job)
+        os._exit(0)  # at the usual exit gloo aborts, now and then
     data = HERE / "data"
     if not args.report:
-        print(estimate(data, args.quick), flush=True)
-        all_arms = (["base", *ARMS], KINDS)
-        study = run_study(
-            args.runs,
-            *(
-                ([0], report.Report(data).choices(), all_arms)
-                if args.quick
-                else (SEEDS, {}, all_arms, (SWEEP, SWEPT))
-            ),
-        )
-        collect(study, args.runs / "quick" if args.quick else data)
+        major, minor = report.MAJOR, tuple(arm for arm in ARMS if arm not in report.MAJOR)
+        waves = [(("base", *major), range(1)), (major, range(1, 3)), (minor, range(1))]
+        waves += [(("base", *major), range(5)), (minor, range(3))]
+        choices: dict = {}
+        root = args.runs
+        if args.quick:
+            known = report.chosen(read_jsonl(data / "scores.jsonl"))
+            choices = {(kind, arm): {"lr": RATES[0]} for kind in KINDS for arm in ARMS} | known
+            data, root = args.runs / "quick", args.runs / "quick"
+            waves = [(("base", *ARMS), range(1))]
+        data.mkdir(parents=True, exist_ok=True)
+        write_teacher(data)
+        with tqdm(total=0, desc="jobs so far known", smoothing=0) as bar:
+            study = Study(root, data, bar, choices)
+            asyncio.run(everything(study, waves))
     if args.quick:
-        found = report.Report(args.runs / "quick")
+        found = report.Report(data)
         for kind in KINDS:
             print(f"\n{kind} bases\n\n{found.arms_table(kind)}")
     else:
         report.write_all()
-
-
-def run_study(root: Path, seeds: list, choices: dict, *parts: tuple) -> Study:
-    """By as many processes as there are cores, of one thread each."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with (
-        ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn"), start_worker) as pool,
-        tqdm(total=0, desc="jobs so far known", smoothing=0) as bar,
-    ):
-        study = Study(pool, root, bar, choices)
-        try:
-            asyncio.run(everything(study, seeds, *parts))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return study
 
 
 if __name__ == "__main__":
