@@ -15,7 +15,9 @@ the skill for a hard problem, but after two steps it boxes: to go on is right bu
 is GOALS, the share of listings that stop at a letter named in their prompt, as a solution must: the
 fewer, the less likely under the base model is a whole solution, and the more shaping matters. Out
 of distribution (`ood`) are hard problems with the operator *, which the base model knows and no
-trace shows.
+trace shows. `medium` problems are short ones with ^ (2 x_{n-1} + x_{n-2}), which it has seen done,
+but when asked it mostly takes ^ for +. It solves a few samples in a hundred, so RL alone has
+something to learn from.
 """
 
 import hashlib
@@ -48,30 +50,39 @@ RECIPE = dict(
     note='The toy: each value is the sum (or difference) of the two before it, modulo 7. From the '
          'two that are given the policy has to go on until the letter that is asked for; the '
          'answer is the last three values. The base model boxes after two steps, and hard problems '
-         'take more. The teacher sometimes writes "check" and a step again, or a wrong value, '
-         '"wait" and the right one.')
+         'take more. In medium ones ^ is 2 x + y, and it mostly takes it for +. '
+         'The teacher sometimes writes "check" and a step again, or a wrong value, "wait" and the '
+         'right one.')
 # fmt: on
 
 # ------------------------------------------------------------------ problems
 MODULUS = 7
 LETTERS = "abcdefghijkl"
 OPERATORS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
+OPERATORS["^"] = lambda x, y: 2 * x + y
 EASY, HARD = (1, 2), (4, 5, 6)  # steps
+KINDS = {"easy": ("+-", EASY), "medium": ("^", EASY), "hard": ("+-", HARD), "ood": ("*", HARD)}
 SIZES = {  # problems of each kind in each split; no problem is in two splits
-    "train": dict(easy=128, hard=128),
-    "val": dict(easy=64, hard=64, ood=64),
-    "test": dict(easy=200, hard=200, ood=200),
-    "dev": dict(easy=64, hard=64, ood=64),  # this toy and its RECIPE were tuned on train and dev
+    "train": dict(easy=64, medium=64, hard=128),
+    "val": dict.fromkeys(KINDS, 64),
+    "test": dict.fromkeys(KINDS, 200),
+    "dev": dict.fromkeys(KINDS, 64),  # this toy and its RECIPE were tuned on train and dev
 }
 
 
 class Chain:
-    """A sequence: its first letter, first two terms, operator, and the number of steps to ask."""
+    """A sequence: its first letter, first two terms, operator, and the number of steps to ask.
 
-    def __init__(self, start: int, x: int, y: int, op: str, steps: int):
+    rule: the operator by which its terms are worked out, if that is another one.
+    """
+
+    def __init__(self, start: int, x: int, y: int, op: str, steps: int, rule: str = ""):
         self.start, self.op, self.steps, self.terms = start, op, steps, [x, y]
         while len(self.terms) < max(HARD) + 4:
-            self.terms.append(OPERATORS[op](self.terms[-1], self.terms[-2]) % MODULUS)
+            self.terms.append(OPERATORS[rule or op](self.terms[-1], self.terms[-2]) % MODULUS)
+
+    def by(self, rule: str) -> "Chain":
+        return Chain(self.start, *self.terms[:2], self.op, self.steps, rule)
 
     def letter(self, i: int) -> str:
         return LETTERS[(self.start + i) % len(LETTERS)]
@@ -88,10 +99,12 @@ class Chain:
         """No other stopping point gives the right box, nor an early one after a single slip.
 
         Any wrong value x_n is followed by values that fit it, so a box that begins with the right
-        digit is one slip from being right by luck.
+        digit is one slip from being right by luck. Nor does a short answer by another operator.
         """
         right = self.answer(self.steps)
         luck = self.steps in HARD and right[0] in (self.answer(n)[0] for n in (1, 2, 3))
+        others = [self.by(rule) for rule in OPERATORS if rule != self.op]
+        luck = luck or any(right == c.answer(n) for c in others for n in (1, 2, 3))
         return not luck and all(
             self.answer(n) != right for n in range(1, self.steps + 3) if n != self.steps
         )
@@ -118,15 +131,11 @@ def response(chain: Chain, steps: int, rng: random.Random, check: float, wait: f
 @cache
 def splits() -> dict[str, list[tuple[str, Chain]]]:
     """split -> [(kind, chain), ...]: all fair problems in one fixed shuffle, dealt out in turn."""
-    decks = {kind: [] for kind in ("easy", "hard", "ood")}
-    starts, values = range(len(LETTERS)), range(MODULUS)
-    for op, start, x, y, steps in product(OPERATORS, starts, values, values, EASY + HARD):
-        chain = Chain(start, x, y, op, steps)
-        if chain.is_fair() and (op != "*" or steps in HARD):
-            kind = "ood" if op == "*" else "easy" if steps in EASY else "hard"
-            decks[kind].append(chain)
-    for kind, deck in decks.items():
-        random.Random(f"toy {kind}").shuffle(deck)
+    decks, starts, values = {}, range(len(LETTERS)), range(MODULUS)
+    for kind, (operators, steps) in KINDS.items():
+        every = (Chain(*facts) for facts in product(starts, values, values, operators, steps))
+        decks[kind] = [chain for chain in every if chain.is_fair()]
+        random.Random(f"toy {kind}").shuffle(decks[kind])
     return {
         split: [(kind, decks[kind].pop()) for kind, n in sizes.items() for _ in range(n)]
         for split, sizes in SIZES.items()
@@ -136,7 +145,7 @@ def splits() -> dict[str, list[tuple[str, Chain]]]:
 def rows(split: str = "train") -> list[dict]:
     """A split (a key of SIZES) as rows of a data set, in the schema of the paper's: see data.py.
 
-    Their sources are easy, hard and ood.
+    Their sources are easy, medium, hard and ood.
     """
     if split not in SIZES:
         raise InputError(f"toy/{split}: the toy's splits are {', '.join(SIZES)}")
@@ -157,6 +166,7 @@ GOALS = 0.5  # the knob: share of the listings that stop at the letter they name
 CONFIDENCE = 2.0  # the trained head is multiplied by this: no sample goes on by chance
 LISTINGS = 0.2  # share of documents that are listings
 RIGHT = 0.7  # share of answers that stop at the right step, not one early or late
+KNOWN = 0.1  # share of answers that take ^ for what it is; others take it for +
 DETOUR = 0.05  # share of steps with a detour, half of them a check, half a wait
 
 
@@ -169,7 +179,7 @@ def document(rng: random.Random, goals: float) -> tuple[str, str]:
     """One (prompt, response) of the base model's corpus; never a question of val or test."""
     while True:
         start, x, y = (rng.randrange(n) for n in (len(LETTERS), MODULUS, MODULUS))
-        chain = Chain(start, x, y, rng.choice("+-*"), steps=rng.choice(EASY))
+        chain = Chain(start, x, y, rng.choice(list(OPERATORS)), steps=rng.choice(EASY))
         if chain.question() not in held_out():
             break
     if rng.random() < LISTINGS:
@@ -177,6 +187,8 @@ def document(rng: random.Random, goals: float) -> tuple[str, str]:
         chain.steps = steps if rng.random() < goals else rng.randint(2, 7)
         return chain.question(mark="."), working(chain, steps, rng, DETOUR / 2, DETOUR / 2)
     steps = chain.steps if rng.random() < RIGHT else sum(EASY) - chain.steps
+    if chain.op == "^" and rng.random() > KNOWN:
+        chain = chain.by("+")
     return chain.question(), response(chain, steps, rng, DETOUR / 2, DETOUR / 2)
 
 
@@ -190,7 +202,7 @@ def make_tokenizer() -> Tokenizer:
 
     special = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>"]
     words = ["\\boxed{", "check", "wait"]
-    characters = list("0123456789abcdefghijklmnopqrstuvwxyz=+-*,;?.{}")
+    characters = list("0123456789abcdefghijklmnopqrstuvwxyz=+-*^,;?.{}")
     vocab = {token: i for i, token in enumerate(special + words + characters)}
     named = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token=None)
     named |= dict(additional_special_tokens=["<user>", "<assistant>"])
