@@ -1,195 +1,260 @@
-"""results/: the documents say what the data say, and the study does what they say of it."""
+"""results/: the documents say what the data say, of a study that is done, begun, or not there."""
 
-import asyncio
 import json
 import re
 import sys
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
-
-import luffy
-from machinery import toy
+from conftest import ALL_ROWS, ROOT
 
 sys.path.insert(0, str(ROOT / "results/toy"))
+import intervals  # noqa: E402
 import report  # noqa: E402
-import study  # noqa: E402
+
+TEMPLATE = (ROOT / "results/README.template.md").read_text()
+first_edition = pytest.mark.skipif(
+    report.is_first_edition(), reason="data/ holds the first edition: the study was not run again"
+)
 
 
+@first_edition
 def test_documents_are_what_the_data_make_of_them():
     """Whoever changes data, template or code has to run `study.py --report`."""
     for file, text in report.texts(report.Report()).items():
         assert file.read_text() == text, f"{file.name}: run python results/toy/study.py --report"
 
 
-def test_no_score_is_typed_by_hand():
-    template = (ROOT / "results/README.template.md").read_text()
+def test_no_score_and_no_verdict_is_typed_by_hand():
+    by_hand = re.sub(r"{{.+?}}|`[^`]*`|\]\(.*?\)", "", TEMPLATE)
     # scores are written .12, settings 0.12
-    by_hand = re.sub(r"{{.+?}}|`[^`]*`|\]\(.*?\)", "", template)
     assert not re.findall(r"(?<![\w.])\.\d|1\.00|TEXT|SUMMARY|CLAIMS", by_hand)
-    assert template.count("{{") > 50
+    claims = [line for line in TEMPLATE.splitlines() if "{{claim(" in line]
+    assert len(claims) >= 30
+    for line in claims:  # the last two cells are the script's
+        assert re.fullmatch(r"\| [^|]*[^| ] \| {{claim\([^|{}]*\)}} \|", line), line
 
 
-def test_every_arm_has_five_seeds_on_both_kinds_of_bases():
-    found = report.Report()
-    for kind in report.KINDS:
-        for arm in report.ARMS:
-            assert found._right(kind, arm).shape == (5, 200), (kind, arm)
-    for kind in study.SWEPT:
-        for arm in study.SWEEP:
-            assert found._right(kind, arm).shape == (5, 200), (kind, arm)
-    assert set(study.ARMS) | {"base"} == set(report.ARMS)
-    assert sum(file.stat().st_size for file in (ROOT / "results").rglob("*")) < 5e6
+def test_every_row_and_fork_is_an_arm():
+    forks = {file.stem for file in (ROOT / "forks").glob("[a-z]*.py")} - {"dapo", "second_model"}
+    assert set(ALL_ROWS) | forks <= set(report.ARMS)
+    assert len(set(report.ARMS)) == len(report.ARMS) and set(report.MAJOR) < set(report.ARMS)
+    assert set(report.SHORT) | set(report.FIRST.values()) | set(report.STYLES) < set(report.ARMS)
+    assert sum(file.stat().st_size for file in (ROOT / "results").rglob("*")) < 20e6  # about 10
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    """Five seeds that differ by about what they do here, 200 problems, 8 responses."""
-    rng, inside = np.random.default_rng(0), 0
-    for _ in range(200):
-        seeds, problems = rng.normal(0, 0.06, (5, 1)), rng.normal(0, 0.2, 200)
-        rates = rng.binomial(8, np.clip(0.6 + seeds + problems, 0, 1)) / 8
-        _, low, high = report.bootstrap(rates)
-        inside += low <= 0.6 <= high
-    assert 0.90 <= inside / 200 <= 0.99
-    assert report.bootstrap(np.ones((5, 200))) == (1.0, 1.0, 1.0)
-    assert report.bootstrap(np.array([[0.9], [1.0]]), 0, 1)[2] == 1.0
+# ------------------------------------------------------------------ made-up data
+def score_row(what: dict, rng, level: float, split: str, step: int, **how) -> dict:
+    how = dict(temperature=0.6, k=8, every=1) | how
+    n = (64 if split == "val" else 200) // how["every"]
+    levels = {s: level - 0.1 * i for i, s in enumerate(report.SOURCES)}
+    right = {s: rng.binomial(how["k"], np.clip(p, 0, 1), n).tolist() for s, p in levels.items()}
+    length = {s: 20.0 + 5 * i for i, s in enumerate(report.SOURCES)}
+    return what | dict(step=step, split=split, right=right, length=length, truncated=0.0) | how
 
 
-@pytest.fixture
-def base(tmp_path):
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text(json.dumps({"luffy_recipe": toy.RECIPE}))
-    return tmp_path / "base"
+def make_up(directory, arms=report.ARMS, seeds=(0, 1, 2, 3, 4), kinds=tuple(report.KINDS)):
+    """runs.jsonl and scores.jsonl as study.py would write them. The n-th arm is at .5 + n/100."""
+    rng, runs, scores = np.random.default_rng(0), [], []
+    explored = ("base", "sft", "on_policy", "luffy", "sft_then_on_policy")
+    for kind in kinds:
+        for n, arm in enumerate(arms):
+            level = 0.5 + n / 100
+            minor = arm not in (*report.MAJOR, "base")
+            for seed in seeds[: 3 if minor else 5]:
+                what = dict(kind=kind, arm=arm, seed=seed)
+                for worse, choice in enumerate(({"lr": 3e-4}, {"lr": 1e-3, "clip": 0.4})):
+                    if arm == "base" or (worse and seed):
+                        continue
+                    row = what | {"choice": choice}
+                    marks = [str(step) for step in (50, 100, 150, 200)]
+                    speed = 0.1 if arm.startswith("sft") and "then" not in arm else 1.0
+                    spent = {mark: speed * int(mark) + n for mark in marks}
+                    curve = [None, *(level * i / 40 for i in range(1, 40))]
+                    curves = {m: curve for m in ("reward/easy", "reward/medium", "reward/hard")}
+                    curves |= {m: curve for m in ("entropy", "length", "trace_unlikely")}
+                    differs = dict(differs={"lr": choice["lr"], "shaping": "none"}, curves=curves)
+                    tokens = {mark: 1e6 for mark in marks}
+                    tokens = dict(seconds=spent, sampled=tokens, updated=tokens)
+                    runs.append(row | dict(steps=200) | differs | tokens)
+                    for step in (50, 100, 150):
+                        part = level * step / 200
+                        scores.append(score_row(row, rng, part, "test", step, every=2, k=4))
+                    shift = rng.normal(0, 0.02) - 0.2 * worse
+                    scores.append(score_row(row, rng, level + shift, "test", 200))
+                    if seed == 0:
+                        scores.append(score_row(row, rng, level - 0.2 * worse, "val", 200))
+                row, step = what | {"choice": {"lr": 3e-4} if arm != "base" else {}}, 200
+                if arm == "base":
+                    step = 0
+                    scores.append(score_row(row, rng, level, "test", 0))
+                for t, k in ((0.2, 8), (1.0, 16), (1.4, 8)) if arm in explored else ():
+                    how = dict(temperature=t, k=k, every=4)
+                    scores.append(score_row(row, rng, level, "test", step, **how))
+    runs.append(dict(kind=kinds[0], arm="luffy", seed=0, choice={"lr": 0.01}, failed="NaN"))
+    directory.mkdir(exist_ok=True)
+    for name, rows in (("runs", runs), ("scores", scores)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (directory / "teacher.json").write_text('{"tokens": 56.5, "plain": 45.4}')
+    return report.Report(directory)
 
 
-def test_a_switch_too_many_or_too_few_is_found(base):
-    def config(arm, base=base, **tuned):
-        return asdict(study.configure(base.parent / arm, arm, base, 0, **tuned))
-
-    for arm in (*study.ARMS, *study.SWEEP):
-        tuned = {"lr": 1e-3} | ({"sft_coef": 0.3} if arm == "rl_sft" else {})
-        assert "lr" in study.check_switches(arm, config(arm, **tuned), str(base), tuned)
-    assert study.check_switches("mixed_shaped", config("mixed_shaped"), str(base), {}) == {
-        "clip": 0.2
-    }
-    for arm, cfg, tuned, field in (
-        ("mixed", config("mixed", problems_per_step=32), {}, "problems_per_step"),
-        ("mixed", config("mixed", shaping="luffy"), {}, "shaping"),
-        ("mixed", config("mixed", clip=0.3), {}, "clip"),
-        ("mixed", config("mixed_shaped"), {}, "algo"),
-        ("luffy", config("luffy", lr=1e-3), {"lr": 1e-4}, "lr"),
-        ("luffy", config("luffy"), {"lr": 1e-4}, "lr"),
-    ):
-        with pytest.raises(RuntimeError, match=f"{field} is "):
-            study.check_switches(arm, cfg, str(base), tuned)
-    with pytest.raises(RuntimeError, match="model is "):
-        study.check_switches("luffy", config("luffy"), str(base) + "2", {})
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    return make_up(tmp_path_factory.mktemp("full"))
 
 
-def test_what_is_kept_of_a_run(base):
-    """By hand: tokens, seconds and curves, up to the checkpoint that counts."""
-    out = base.parent / "frequent" / "mixed-lr0.001-seed3"
-    out.mkdir(parents=True)
-    cfg = asdict(study.configure(out, "mixed", base, 3, lr=1e-3, steps=100))
-    cfg["steps"] = 200
-    (out / "config.json").write_text(json.dumps(cfg))
-    rows = [
-        {
-            "step": n,
-            "length": 10.0 if n <= 50 else 20.0,
-            "trace_length": 40.0,
-            "reward/hard": n / 100,
-        }
-        for n in range(1, 101)
-    ]
-    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "timing.jsonl").write_text(
-        "".join(
-            json.dumps({"step": n, "sample": 0.5, "score": 0.0, "update": 0.25, "sync": 0.25})
-            + "\n"
-            for n in range(1, 101)
-        )
-    )
-    (out / "traces.json").write_text('{"share_unlikely": 0.1}')
-    for n in (50, 73, 100):  # 73: where an interrupted run was stopped
-        (out / f"checkpoint-{n:06d}").mkdir()
-    assert [path.name[-3:] for path in study.checkpoints(out)] == ["050", "100"]
-    plan = study.Study(None, base.parent, None, {})
-    plan.runs[out] = "frequent", "mixed", 3, {"lr": 1e-3}, base
-    plan.finals[out] = 100
-    study.collect(plan, base.parent / "data")
-    [row] = map(json.loads, (base.parent / "data" / "runs.jsonl").read_text().splitlines())
-    groups = 16
-    assert row["sampled"]["50"] == 50 * 7 * groups * 10
-    assert row["sampled"]["100"] == row["sampled"]["50"] + 50 * 7 * groups * 20
-    assert row["updated"]["50"] == row["sampled"]["50"] + 50 * groups * 40
-    assert row["seconds"]["50"] == 50 and row["final"] == 100
-    assert row["curves"]["reward/hard"][:2] == [0.03, 0.08]  # means of 5 steps
-    assert row["differs"] == {"shaping": "none", "clip": 0.2, "lr": 1e-3}
+def check_documents(found, tmp_path) -> tuple[str, str]:
+    results, tried, readme = report.texts(found).values()
+    for text in (results, tried, readme):
+        assert "{{" not in text and "nan" not in text.lower().replace("finan", "")
+    assert len(results.splitlines()) <= 250
+    section = re.search(r"^## Results on the toy\n.*?(?=^## )", readme, re.M | re.S)[0]
+    assert max(len(line) for line in section.splitlines() if line[:1] != "|") <= 120
+    assert len(section.splitlines()) <= 25 and len(readme.splitlines()) <= 200
+    found._draw_all(tmp_path)
+    assert len(list(tmp_path.glob("?.png"))) == 5
+    return results, section
 
 
-class Planned(study.Study):
-    """A study whose jobs only tell that they would be run, with made-up values on val."""
-
-    def __init__(self, value):
-        super().__init__(None, Path("runs"), None, {})
-        self.made_up, self.trained = value, []
-
-    async def job(self, function, *arguments):
-        if function is study.train:
-            self.trained.append(arguments[0])
-            return Path(arguments[0].out) / "checkpoint-000400"
-        return Path("base")
-
-    async def value(self, kind, arm, choice):
-        await self.run(kind, arm, 0, choice)
-        return self.made_up(choice)
+def test_documents_of_a_whole_study(full, tmp_path):
+    results, section = check_documents(full, tmp_path)
+    assert intervals.NOT_RUN not in results and "not run |" not in results + section
+    assert "(3 seeds)" in results and "**reproduced**" in results
+    tables = re.findall(r"^\|.*\n\| ---.*\n(?:\|.*\n)+", results, re.M)
+    for table in tables:
+        assert len({line.count(" | ") for line in table.splitlines()}) == 1, table[:200]
 
 
 @pytest.mark.parametrize(
-    "best, tried",
+    "arms, seeds, kinds",
     [
-        (3e-4, {1e-4, 3e-4, 1e-3}),
-        (1e-3, {1e-4, 3e-4, 1e-3, 3e-3}),  # at the edge: the grid grows
-        (3e-3, {1e-4, 3e-4, 1e-3, 3e-3}),
-        (0.0, {1e-5, 3e-5, 1e-4, 3e-4, 1e-3}),
-        (3e-5, {1e-5, 3e-5, 1e-4, 3e-4, 1e-3}),
+        ((), (0,), ("frequent",)),
+        (("base", "luffy"), (0,), ("rare",)),
+        (("base", "on_policy", "luffy", "mixed", "rl_2604"), (0, 1), ("frequent",)),
+        (report.ARMS[:12], (0, 2, 3), ("frequent", "rare")),
     ],
 )
-def test_learning_rates_are_tried_until_the_best_is_inside(best, tried):
-    plan = Planned(lambda choice: -abs(choice["lr"] - best) * 1e6)
-    choice = asyncio.run(as_task(plan.choice, "frequent", "luffy"))
-    assert {cfg.lr for cfg in plan.trained} == tried
-    assert choice["lr"] == max(1e-5, best)
+def test_documents_of_a_study_that_has_begun(arms, seeds, kinds, tmp_path):
+    found = make_up(tmp_path / "data", arms, seeds, kinds)
+    results, _ = check_documents(found, tmp_path)
+    assert intervals.NOT_RUN in results and "not run |" in results
+    if len(seeds) < 3:
+        assert "reproduced |" not in results and "**" + "reproduced" not in results
 
 
-def test_sft_then_rl_starts_from_the_checkpoint_that_val_chose():
-    plan = Planned(lambda choice: choice.get("steps") == 100 and choice["lr"] == 3e-4)
-    asyncio.run(as_task(plan.run, "rare", "sft_then_on_policy", 3, {"lr": 1e-4}))
-    start = plan.trained[-1].model
-    assert start == "runs/rare/sft-lr0.0003-seed3/checkpoint-000100"
-    assert plan.trained[-1].algo == "on_policy" and plan.trained[-1].seed == 3
+def test_the_first_edition_is_told_apart(tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"kind": "rare", "arm": "luffy", "final": 200}\n')
+    assert report.is_first_edition(tmp_path)
+    with pytest.raises(SystemExit, match="first edition"):
+        report.Report(tmp_path)
+    assert not report.is_first_edition(tmp_path / "nothing")
 
 
-async def as_task(function, *arguments):
-    return await function(*arguments)
+# ------------------------------------------------------------------ numbers
+def test_choices_are_by_three_kinds_on_val_and_ties_go_to_the_earliest():
+    def row(lr, right, **other):
+        right = {s: [right] * 64 for s in ("easy", "medium", "hard")} | {"ood": [8 * (lr > 1)] * 64}
+        what = dict(kind="rare", arm="luffy", seed=0, split="val", k=8, choice={"lr": lr})
+        return what | dict(right=right) | other
+
+    a, b = {"lr": 1e-4}, {"lr": 3e-4}
+    assert report.chosen([row(1e-4, 4), row(3e-4, 5)]) == {("rare", "luffy"): b}
+    assert report.chosen([row(1e-4, 5), row(3e-4, 5)]) == {("rare", "luffy"): a}
+    nearly = row(3e-4, 5)
+    nearly["right"]["hard"][0] += 1  # one response more
+    assert report.chosen([row(1e-4, 5), nearly]) == {("rare", "luffy"): a}
+    nearly["right"]["hard"][1] += 2
+    assert report.chosen([row(1e-4, 5), nearly]) == {("rare", "luffy"): b}
+    ignored = [row(2.0, 5), row(1e-4, 8, seed=1), row(1e-4, 8, split="test")]
+    assert report.chosen([row(3e-4, 5), *ignored]) == {("rare", "luffy"): b}
 
 
-def test_rl_sft_has_its_coefficient_chosen_too():
-    plan = Planned(lambda choice: (choice["lr"] == 3e-4) + (choice.get("sft_coef") == 0.3))
-    choice = asyncio.run(as_task(plan.choice, "frequent", "rl_sft"))
-    assert choice == {"lr": 3e-4, "sft_coef": 0.3}
-    assert {cfg.sft_coef for cfg in plan.trained} == {0.03, 0.1, 0.3, 1.0}  # 0.3 was at the edge
-    assert toy.RECIPE["lr"] in study.LRS and luffy.ALGORITHMS["rl_sft"]["sft_coef"] == 0.1
+def test_quantities_by_hand(full, monkeypatch):
+    assert set(full._values("rare", "luffy", "all")) == {0, 1, 2, 3, 4}
+    row = full._scores["rare", "luffy", 200, 0.6][3]
+    hard = np.array(row["right"]["hard"]) / 8
+    np.testing.assert_allclose(full._values("rare", "luffy", "hard")[3], hard)
+    of_all = np.mean([np.array(row["right"][s]) / 8 for s in report.SOURCES], 0)
+    np.testing.assert_allclose(full._values("rare", "luffy", "all")[3], of_all)
+    other = full._values("frequent", "luffy", "hard")[3]
+    np.testing.assert_allclose(full._values("both", "luffy", "hard")[3], (hard + other) / 2)
+    assert len(full._values("rare", "luffy", "hard T1.4")[3]) == 50
+    hot = np.array(full._scores["rare", "luffy", 200, 1.4][3]["right"]["hard"]) / 8
+    change = full._values("rare", "luffy", "hard T1.4 - hard")[3]
+    np.testing.assert_allclose(change, hot - hard[::4])  # the same problems
+    n = report.ARMS.index("luffy")
+    window = full._values("rare", "luffy", "reward/medium@1-50")[0]  # points 2 to 10 of 40
+    np.testing.assert_allclose(window, (0.5 + n / 100) * 5 / 40)
+    assert full._values("rare", "luffy", "seconds")[0] == 200 + n
+    both = report.ARMS.index("sft") + report.ARMS.index("sft_then_on_policy")
+    assert full._values("rare", "sft_then_on_policy", "seconds")[0] == 220 + both
+    assert full._values("rare", "sft_then_on_policy", "sampled")[0] == 2
+    assert full.equal_step("rare", "luffy") == full.equal_step("rare", "on_policy") == 200
+    assert full.equal_step("rare", "sft_then_on_policy") == 150  # a step takes as long
+    at = full._gaps("rare", "sft_then_on_policy", "luffy", "all@equal")
+    rows = [
+        full._scores["rare", a, s, 0.6][0] for a, s in (("sft_then_on_policy", 150), ("luffy", 200))
+    ]
+    ours, luffys = (np.mean([r["right"][s] for s in report.SOURCES], 0) / r["k"] for r in rows)
+    np.testing.assert_allclose(at[0], ours - luffys[::2])
+    rows = full._runs["rare", "opd"].items()
+    late = {seed: row | {"seconds": dict.fromkeys(row["seconds"], 9e9)} for seed, row in rows}
+    monkeypatch.setitem(full._runs, ("rare", "opd"), late)
+    assert full.claim("rare", "opd", "luffy", "all@equal") == f"{report.TOO_LONG} | undecided"
+    gaps = full._gaps("both", "uft", "luffy", "all@equal")  # 3 seeds and 5
+    assert gaps.shape[0] == 3 and gaps.shape[1] in (100, 200)
 
 
-def test_a_tie_goes_to_what_is_nearest_to_the_defaults():
-    """One response of 1,024 is no reason, and a tie at the edge none to go on."""
-    plan = Planned(lambda choice: {1e-4: 0.501, 3e-4: 0.5}.get(choice["lr"], 0))
-    assert asyncio.run(as_task(plan.choice, "rare", "on_policy")) == {"lr": 3e-4}
-    assert {cfg.lr for cfg in plan.trained} == {1e-4, 3e-4, 1e-3}
-    plan = Planned(lambda choice: choice["lr"] <= 1e-4)
-    assert asyncio.run(as_task(plan.choice, "rare", "on_policy")) == {"lr": 1e-4}
+def test_verdicts_are_read_off_intervals():
+    def values(mean, spread=0.01, n=5):
+        return mean + spread * np.linspace(-1, 1, n)[:, None] + np.zeros((n, 40))
+
+    assert intervals.verdict(values(0.1)) == "**reproduced**"
+    assert intervals.verdict(values(-0.1)) == "**the opposite**"
+    assert intervals.verdict(values(0.0)) == intervals.verdict(values(0.005)) == "undecided"
+    assert intervals.verdict(values(0.02), m=30) == "reproduced"  # alone, not with 29 others
+    assert intervals.verdict(values(0.0), margin=0.05, m=9) == "**reproduced**"
+    assert intervals.verdict(values(0.05), margin=0.05) == "undecided"
+    assert intervals.verdict(values(0.1), margin=0.05) == "**the opposite**"
+    assert intervals.verdict(None) == intervals.NOT_RUN
+    assert intervals.verdict(values(0.9, n=1)) == "undecided: 1 seed"
+    assert intervals.verdict(values(0.9, n=2)) == "undecided: 2 seeds"
+
+
+def test_a_best_is_named_only_above_each_other(tmp_path, full):
+    found = make_up(tmp_path, ("base", "luffy", "w_none"), (0, 1, 2, 3, 4))
+    assert "but 1 of 1 others may be as good" in found.best("rare", "luffy", "w_none")
+    for row in found._scores["rare", "w_none", 200, 0.6].values():
+        row["right"] = {s: [8] * 200 for s in report.SOURCES}
+    assert "above each of the 1 others" in found.best("rare", "luffy", "w_none")
+    assert full.best("both", "luffy", "nobody") == intervals.NOT_RUN
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_intervals_hold_the_truth_as_often_as_they_say(n):
+    """A few seeds that differ by about what they do here, 200 problems, 8 responses."""
+    rng, inside, together = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        seeds, problems = rng.normal(0, 0.06, (n, 1)), rng.normal(0, 0.2, 200)
+        rates = rng.binomial(8, np.clip(0.6 + seeds + problems, 0, 1)) / 8
+        _, low, high = intervals.bootstrap(rates)
+        inside += low <= 0.6 <= high
+        _, low, high = intervals.bootstrap(rates, m=10)
+        together += low <= 0.6 <= high
+    assert 0.90 <= inside / 200 <= 0.99 and together >= 197
+    assert intervals.bootstrap(np.ones((n, 200))) == (1.0, 1.0, 1.0)
+    assert intervals.bootstrap(np.array([[0.9], [1.0]]), 0, 1)[2] == 1.0
+
+
+def test_students_quantiles():
+    table = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262}
+    assert {n: intervals.student(n, 0.95) for n in table} == pytest.approx(table, rel=1e-3)
+    assert intervals.student(5, 0.998) == pytest.approx(7.173, rel=1e-2)
+
+
+def test_numbers_are_written_alike():
+    written = [intervals.number(x) for x in (0.5, -0.5, 1.0, 0.0, -0.001, 12.34)]
+    assert written == [".50", "-.50", "1.00", ".00", ".00", "12.34"]
+    assert intervals.number(0.5, sign=True) == "+.50" and intervals.number(0.2, 0) == "0"
+    assert report.in_words({"lr": 5.5e-5, "gamma": 0.3}) == "5.5e-5, gamma 0.3"

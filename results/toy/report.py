@@ -1,19 +1,18 @@
 """Tables, the numbers in the text and the pictures of results/, all from the files in data/.
 
 study.py calls `write_all`. In results/README.template.md `{{...}}` is a Python expression over the
-public functions of Report; results/README.md is what comes out, and so are the tables between
-`<!-- study -->` and `<!-- end -->` in the project's README.
+public functions of Report. Its parts become results/README.md, tried.md, and what stands between
+`<!-- study -->` and `<!-- end -->` in the project's README. Data may be partial: what is missing is
+"not run yet". No verdict is typed by hand: `verdict` reads them off intervals.
 
-Intervals are 95 % intervals of a bootstrap that draws seeds and problems anew, of what has no
-problems (lengths, entropies) seeds alone. They are paired: a difference of two arms is taken within
-each seed and problem.
+Differences of two arms are taken within each seed and problem. Over `both` kinds of base models a
+seed counts once, with the mean of its two.
 """
 
 import json
-import math
 import re
-from collections import defaultdict
-from functools import cache, partial
+import textwrap
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -23,677 +22,468 @@ from machinery.files import read_jsonl, write
 from machinery.plots import draw_curves
 from machinery.scores import pass_at_k
 
+from intervals import ENOUGH, NOT_RUN, align, bootstrap, interval, number, stack  # isort: skip
+from intervals import seeds_in_words, verdict  # isort: skip
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+PART = "<!-- .* -->\n"  # begins a part of the template
 KINDS = {"frequent": 0.5, "rare": 0.2}  # kinds of base models: GOALS
-SOURCES = ("easy", "hard", "ood")
-ARMS = (
-    "base",
-    "on_policy",
-    "on_policy_noclip",
-    "grpo",
-    "mixed",
-    "mixed_shaped",
-    "luffy",
-    "rl_sft",
-    "sft",
-    "sft_then_on_policy",
-)
-NAMES = {"base": "base model", "sft_then_on_policy": "sft, then on_policy"}
-GAMMAS = {
-    0.05: "luffy, γ 0.05",
-    0.1: "luffy",
-    0.2: "luffy, γ 0.2",
-    0.3: "luffy, γ 0.3",
-    0.5: "luffy, γ 0.5",
-}
-DRAWS = 4000
-MAJOR = ("luffy","on_policy","sft","sft_then_on_policy")
-def chosen(rows):
-    best={}
-    for r in rows:
-        if r["split"]=="val":
-            v=sum(sum(r["right"][s])/len(r["right"][s])/r["k"] for s in ("easy","medium","hard"))/3
-            key=(r["kind"],r["arm"])
-            if key not in best or v>best[key][0]+1.5/1024: best[key]=(v,r["choice"])
-    return {k:c for k,(v,c) in best.items()}
-
-STUDENT = {
-    2: 12.71,
-    3: 4.30,
-    4: 3.18,
-    5: 2.78,
-    6: 2.57,
-    7: 2.45,
-    8: 2.36,
-    9: 2.31,
-    10: 2.26,
-}  # t of 97.5 % for so many seeds
+SOURCES = ("easy", "medium", "hard", "ood")
+# fmt: off
+W = {"luffy": "γπ/(π+γ)²", "w_none": "π", "w_trsft": "min(1, π/γ)", "w_phi": "π(1-π)",
+     "w_rl_plus": "4π√(1-π)/(3π_old+1)", "w_log": "1"}  # arm -> w of a trace token
+RIVALS = ("hpt", "chord_phi", "chord_mu", "rl_plus", "srft", "prefix_rft", "trapo", "relift", "opd")
+STAGED = ("sft_then_on_policy", "rl_2604")  # SFT, then RL
+MAJOR = ("luffy", "mixed_shaped", "mixed", "on_policy", "grpo", "rl_sft", "sft", "sft_2604",
+         *STAGED, *RIVALS, *list(W)[1:])  # five seeds; the others have three
+ARMS = ("base", "on_policy", "on_policy_noclip", "on_policy_shaped", "grpo", "mixed",
+        "mixed_shaped", "luffy", "rl_sft", "sft", "sft_then_on_policy", "sft_2604", "rl_2604",
+        *RIVALS[:3], "hpt_2", *RIVALS[3:5], "srft_plus", *RIVALS[5:], "uft", *list(W)[1:],
+        "dft", "trsft", "sft_shaped", "dapo", "dapo_refill", "cispo", "gspo", "gmpo",
+        "reinforce_pp", "orz", "prime", "exgrpo")
+COMPARED = tuple(arm for arm in ARMS if arm in MAJOR and not arm.startswith("w_"))
+SHORT = ("base", "on_policy", "mixed", "luffy", "rl_sft", "sft", *STAGED, "hpt", "srft")  # README's
+FIRST = {"sft_then_on_policy": "sft", "rl_2604": "sft_2604", "opd": "sft"}  # arm -> its first stage
+NAMES = {"base": "base model", "sft_then_on_policy": "sft, then on_policy",
+         "rl_2604": "sft_2604, then rl_2604"}
 STYLES = {  # apart in grey, too: by dashes, by marker and by lightness
     "base": dict(color="#999999", linestyle=":", marker="x"),
     "on_policy": dict(color="#0072b2", linestyle="--", marker="v"),
-    "on_policy_noclip": dict(color="#56b4e9", linestyle=":", marker="^"),
-    "grpo": dict(color="#999999", linestyle="-.", marker="x"),
-    "mixed": dict(color="#e69f00", linestyle="--", marker="s"),
-    "mixed_shaped": dict(color="#777777", linestyle="-.", marker="D"),
+    "mixed": dict(color="#e69f00", linestyle="-.", marker="s"),
     "luffy": dict(color="black", linestyle="-", marker="o"),
-    "sft": dict(color="#e69f00", linestyle="-.", marker="s"),
+    "sft": dict(color="#e69f00", linestyle=":", marker="s"),
     "sft_then_on_policy": dict(color="#777777", linestyle="--", marker="D"),
+    "rl_2604": dict(color="#777777", linestyle=":", marker="^"),
+    "hpt": dict(color="#56b4e9", linestyle="-", marker="v"),
+    "srft": dict(color="#cc79a7", linestyle="-.", marker="P"),
 }
+# fmt: on
+TOO_LONG = "longer at its first checkpoint"  # than LUFFY as a whole
+TIE = 1.5 / 1024  # on val: one response more or less is no difference
+SLACK = 1.1  # equal seconds: at most so many times LUFFY's
+
+
+def chosen(rows: list[dict]) -> dict[tuple[str, str], dict]:
+    """(kind, arm) -> the best choice, by rows of scores.jsonl: val, seed 0, not ood.
+
+    What is within TIE of the best is a tie, which goes to the earliest row.
+    """
+    best, found = defaultdict(float), {}
+    tried = [row for row in rows if row["split"] == "val" and row["seed"] == 0]
+    for row in tried:
+        best[of(row)] = max(best[of(row)], val_score(row))
+    for row in tried:
+        if val_score(row) > best[of(row)] - TIE:
+            found.setdefault(of(row), row["choice"])
+    return found
+
+
+def of(row: dict) -> tuple[str, str]:
+    return row["kind"], row["arm"]
+
+
+def val_score(row: dict) -> float:
+    return float(np.mean([np.mean(row["right"][s]) / row["k"] for s in ("easy", "medium", "hard")]))
+
+
+def is_first_edition(data: Path = HERE / "data") -> bool:
+    """Its runs do not say how many steps they took."""
+    runs = read_jsonl(data / "runs.jsonl")
+    return bool(runs) and not any({"steps", "failed"} & set(row) for row in runs)
 
 
 def name(arm: str) -> str:
     return NAMES.get(arm, arm)
 
 
-@cache
-def drawn(shape: tuple[int, int]) -> list[np.ndarray]:
-    """How often each seed and each problem was drawn: (DRAWS, seeds), (DRAWS, problems)."""
-    rng = np.random.default_rng(0)
-    return [rng.multinomial(n, np.full(n, 1 / n), DRAWS) for n in shape]
+def code(arm: str) -> str:
+    return name(arm) if arm == "base" else f"`{name(arm)}`"
 
 
-def bootstrap(values: np.ndarray, low: float = -np.inf, high: float = np.inf) -> tuple:
-    """(seeds, problems) -> the mean and its 95 % interval, within [low, high].
-
-    A handful of seeds vary less among themselves than they should, and their quantiles are not
-    normal: so each seed's distance from the mean is widened by sqrt(n / (n - 1)) and by Student's t
-    over 1.96, which is 1.58 for five.
-    """
-    mean = values.mean()
-    n = len(values)
-    factor = STUDENT.get(n, 1.96) / 1.96 * math.sqrt(n / max(n - 1, 1))
-    wider = values + (factor - 1) * (values.mean(1, keepdims=True) - mean)
-    seeds, problems = drawn(values.shape)
-    means = np.einsum("dp,dp->d", seeds @ wider, problems) / values.size
-    ends = np.percentile(means, (2.5, 97.5))
-    return float(mean), float(np.clip(ends[0], low, mean)), float(np.clip(ends[1], mean, high))
+def in_words(choice: dict) -> str:
+    rate = f"{choice['lr']:.1e}".replace(".0e", "e").replace("e-0", "e-") if choice else "-"
+    return ", ".join([rate, *(f"{k} {v:g}" for k, v in choice.items() if k != "lr")])
 
 
-def number(value: float, digits: int = 2, sign: bool = False) -> str:
-    """0.5 -> .50"""
-    text = f"{value:{'+' if sign else ''}.{digits}f}"
-    return re.sub(r"^([+-]?)0\.", r"\1.", text) if float(text) else text.strip("+-")[-digits - 1 :]
-
-
-def with_interval(
-    values: np.ndarray, digits: int = 2, sign: bool = False, bounds: tuple = ()
-) -> str:
-    value, low, high = (number(x, digits, sign) for x in bootstrap(values, *bounds))
-    return f"{value} [{low}, {high}]"
-
-
-def spread(values: np.ndarray, digits: int) -> str:
-    """Mean and range."""
-    low, value, high = (number(x, digits) for x in (values.min(), values.mean(), values.max()))
-    return value + (f" ({low} to {high})" if low != high else "")
+def table(head: str, lines: list[list[str]]) -> str:
+    rows = [head.split(" | "), ["---"] * (head.count(" | ") + 1), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 class Report:
-    """data/ and what can be said about it. The public functions are the templates' vocabulary."""
+    """data/ in words. What is public is the template's vocabulary; `what`: see _values."""
 
     def __init__(self, data: Path = HERE / "data"):
-        self._final, self._val = {}, defaultdict(dict)  # (kind, arm) -> seed -> the run's row
-        self._scores, self._traces = defaultdict(dict), defaultdict(dict)
-        for row in read_jsonl(data / "runs.jsonl"):
-            if row["final"]:
-                self._final.setdefault((row["kind"], row["arm"]), {})[row["seed"]] = row
+        if is_first_edition(data):
+            raise SystemExit(f"{data} holds the study's first edition: run the study")
+        runs, scores = (read_jsonl(data / f"{n}.jsonl") for n in ("runs", "scores"))
+        self._choice = chosen(scores)
+        for row in runs + scores:  # what val did not choose for
+            self._choice.setdefault(of(row), row["choice"])
+        self._runs, self._scores = defaultdict(dict), defaultdict(dict)  # ... -> seed -> row
+        self._tried = defaultdict(list)  # (kind, arm) -> (choice, its score on val)
+        self._failed = Counter()
+        self.claims = 1  # in the template
+        for row in runs:
+            is_chosen = row["choice"] == self._choice[of(row)]
+            if "failed" in row:
+                self._failed[of(row)] += is_chosen
+                self._tried[of(row)] += [(row["choice"], None)] * (row["seed"] == 0)
+            elif is_chosen:
+                self._runs[of(row)][row["seed"]] = row
+        for row in scores:
+            if row["split"] == "val" and row["seed"] == 0:
+                self._tried[of(row)].append((row["choice"], val_score(row)))
+            elif row["split"] == "test" and row["choice"] == self._choice[of(row)]:
+                self._scores[*of(row), row["step"], row["temperature"]][row["seed"]] = row
+        file = data / "teacher.json"
+        self._teacher = json.loads(file.read_text()) if file.exists() else {}
 
-        def is_final(row: dict) -> bool:
-            run = self._final.get((row["kind"], row["arm"]), {}).get(row["seed"], {"choice": {}})
-            return row["choice"] == run["choice"]
+    # -------------------------------------------------------------- quantities
+    def _values(self, kind: str, arm: str, what: str) -> dict[int, np.ndarray]:
+        """Seed -> a number for each problem, or one in all. Empty if it was not run.
 
-        for row in filter(is_final, read_jsonl(data / "traces.jsonl")):
-            self._traces[row["kind"], row["arm"]][row["seed"]] = row
-        for row in read_jsonl(data / "scores.jsonl"):
-            if row["split"] == "val":
-                self._val[row["kind"], row["arm"]][str(row["choice"]), row["step"]] = row
-            elif is_final(row):
-                how = row["step"], row["temperature"], row["k"]
-                self._scores[row["kind"], row["arm"], *how][row["seed"]] = row
-        self._teacher = json.loads((data / "teacher.json").read_text())
-
-    def choices(self) -> dict[tuple[str, str], dict]:
-        """What val chose, as study.py takes it."""
-        found = {key: next(iter(runs.values())) for key, runs in self._final.items()}
-        return {
-            (kind, arm): row["choice"] | ({"steps": row["final"]} if arm == "sft" else {})
-            for (kind, arm), row in found.items()
-        }
-
-    # -------------------------------------------------------------- arrays
-    def _step(self, kind: str, arm: str) -> int:
-        """Of the checkpoint that counts."""
-        return 0 if arm == "base" else next(iter(self._final[kind, arm].values()))["final"]
-
-    def _rows(
-        self, kind: str, arm: str, step: int | None = None, temperature: float = 0.6, k: int = 8
-    ) -> list[dict]:
-        step = self._step(kind, arm) if step is None else step
-        rows = self._scores[kind, arm, step, temperature, k]
-        return [rows[seed] for seed in sorted(rows)]
-
-    def _right(self, kind: str, arm: str, source: str = "all", **how) -> np.ndarray:
-        """(seeds, problems): share of right responses.
-
-        source all: the mean of the three; kind both: the seeds of both.
+        all, easy, ...           share of right responses at the end; all: the mean of the sources
+        hard@100, all@equal      at a checkpoint; at the last one within LUFFY's seconds
+        hard T1.4, pass16 hard   at a temperature; pass@16 at temperature 1
+        tokens hard              mean length of responses
+        reward/medium@1-50       a curve's mean over these steps
+        seconds, sampled, updated  what the run took, its first stage included
+        X - Y                    one minus the other
         """
         if kind == "both":
-            return np.concatenate([self._right(k, arm, source, **how) for k in KINDS])
-        if source == "all":
-            return np.mean([self._right(kind, arm, s, **how) for s in SOURCES], axis=0)
-        rows = self._rows(kind, arm, **how)
-        return np.array([row["right"][source] for row in rows]) / how.get("k", 8)
+            each = [self._values(k, arm, what) for k in KINDS]
+            seeds = set.intersection(*map(set, each))
+            return {seed: np.mean(align(*(some[seed] for some in each)), 0) for seed in seeds}
+        if " - " in what:
+            one, two = (self._values(kind, arm, part) for part in what.split(" - "))
+            return {s: np.subtract(*align(one[s], two[s])) for s in one.keys() & two.keys()}
+        if found := re.fullmatch(rf"({'|'.join(SOURCES)}|all)(?:@(\w+))?(?: T([\d.]+))?", what):
+            source, at, temperature = found.groups()
+            step = self.equal_step(kind, arm) if at == "equal" else int(at) if at else None
+            return self._rates(kind, arm, source, step, float(temperature or 0.6))
+        if found := re.fullmatch(r"pass(\d+) (\w+)", what):
+            return self._rates(kind, arm, found[2], None, 1.0, int(found[1]))
+        if found := re.fullmatch(r"tokens (\w+)", what):
+            rows = self._scores[kind, arm, self._last(kind, arm), 0.6].items()
+            names = SOURCES if found[1] == "all" else (found[1],)
+            return {s: np.array([np.mean([row["length"][n] for n in names])]) for s, row in rows}
+        if found := re.fullmatch(r"(.+)@(\d+)-(\d+)", what):
+            points = {}
+            for seed, row in self._runs[kind, arm].items():
+                curve = np.array(row["curves"].get(found[1]) or [np.nan], float)
+                ends = row["steps"] / len(curve) * np.arange(1, len(curve) + 1)
+                inside = curve[(ends >= int(found[2])) & (ends <= int(found[3]))]
+                if np.isfinite(inside).any():
+                    points[seed] = np.array([np.nanmean(inside)])
+            return points
+        return self._spent(kind, arm, what)
 
-    def _length(self, kind: str, arm: str, source: str) -> np.ndarray:
-        return np.array([[row["length"][source]] for row in self._rows(kind, arm)])
+    def _last(self, kind: str, arm: str) -> int:
+        """The step of the checkpoint that counts."""
+        return next((row["steps"] for row in self._runs[kind, arm].values()), 0)
 
-    def _curve(self, kind: str, arm: str, metric: str) -> np.ndarray:
-        """(seeds, points), a point for every WINDOW steps; NaN where nothing was measured"""
-        runs = self._final[kind, arm]
-        return np.array([runs[seed]["curves"][metric] for seed in sorted(runs)], float)
+    def _rates(self, kind, arm, source, step, temperature, k=1) -> dict[int, np.ndarray]:
+        """pass@k of each problem; k = 1: the share of right responses"""
+        step = self._last(kind, arm) if step is None else step
+        found = {}
+        for seed, row in self._scores[kind, arm, step, temperature].items():
+            if k <= row["k"]:
+                rate = np.array([pass_at_k(row["k"], c, k) for c in range(row["k"] + 1)])
+                names = SOURCES if source == "all" else (source,)
+                found[seed] = np.mean([rate[row["right"][n]] for n in names], 0)
+        return found
 
-    def _at_forks(self, kind: str, arm: str, step: str, what: str) -> np.ndarray:
-        rows = self._traces[kind, arm]
-        return np.array([[rows[seed][step][what]] for seed in sorted(rows)])
+    def _spent(self, kind, arm, what, step=None) -> dict[int, np.ndarray]:
+        """Seconds, or million tokens, up to a checkpoint; with those of the first stage."""
+        step, unit = str(step or self._last(kind, arm)), 1 if what == "seconds" else 1e6
+        own = {s: row[what].get(step) for s, row in self._runs[kind, arm].items()}
+        own = {s: np.array([value / unit]) for s, value in own.items() if value is not None}
+        if arm in FIRST:
+            before = self._spent(kind, FIRST[arm], what)
+            own = {s: own[s] + before[s] for s in own.keys() & before.keys()}
+        return own
 
-    def _spent(self, kind: str, arm: str, what: str, step: int | None = None) -> np.ndarray:
-        """(seeds,): seconds, or million tokens sampled or in updates, up to a checkpoint.
-
-        With what the SFT took, where RL began with its checkpoint.
-        """
-        runs = self._final[kind, arm]
-        step = step or self._step(kind, arm)
-        spent = np.array([runs[seed][what][str(step)] for seed in sorted(runs)])
-        spent = spent if what == "seconds" else spent / 1e6
-        return spent + (self._spent(kind, "sft", what) if arm == "sft_then_on_policy" else 0)
-
-    @staticmethod
-    def _value(row: dict) -> float:
-        """What choices are made by: the mean over easy and hard."""
-        return np.mean([np.mean(row["right"][s]) / row["k"] for s in ("easy", "hard")])
-
-    def _at_temperature(self, kind: str, arm: str, temperature: float, source: str) -> np.ndarray:
-        """(seeds, problems), every fourth of the split"""
-        if temperature == 0.6:
-            return self._right(kind, arm, source)[:, ::4]
-        return self._right(
-            kind, arm, source, temperature=temperature, k=32 if temperature == 1 else 8
-        )
-
-    def _pass_at(self, kind: str, arm: str, k: int, source: str = "all") -> np.ndarray:
-        """(seeds, problems): unbiased pass@k from 32 responses at temperature 1"""
-        if source == "all":
-            return np.mean([self._pass_at(kind, arm, k, s) for s in SOURCES], axis=0)
-        right = np.rint(32 * self._right(kind, arm, source, temperature=1.0, k=32)).astype(int)
-        return np.array([pass_at_k(32, c, k) for c in range(33)])[right]
-
-    def _along_the_way(self, kind: str, arm: str) -> dict[int, tuple[float, np.ndarray]]:
-        """step -> (seconds, rates) at each checkpoint"""
-        steps = sorted({step for k, a, step, *_ in self._scores if (k, a) == (kind, arm)})
-        return {
-            step: (
-                self._spent(kind, arm, "seconds", step).mean(),
-                self._right(kind, arm, step=step),
-            )
-            for step in steps
-        }
-
-    def _equal_compute(self, kind: str) -> tuple[int, np.ndarray]:
-        """The last checkpoint of SFT + RL that took no more than LUFFY, and its rates."""
-        limit = self._spent(kind, "luffy", "seconds").mean()
-        found = self._along_the_way(kind, "sft_then_on_policy")
-        step = max(step for step, (seconds, _) in found.items() if seconds <= limit)
-        return step, found[step][1]
+    def _gaps(self, kind: str, arm: str, other: str, what: str) -> np.ndarray | None:
+        """arm minus other, (seeds, problems), of the seeds that both have"""
+        one, two = (self._values(kind, a, what) for a in (arm, other))
+        return stack({s: np.subtract(*align(one[s], two[s])) for s in one.keys() & two.keys()})
 
     # -------------------------------------------------------------- text
-    def score(self, kind: str, arm: str, source: str = "all") -> str:
-        return with_interval(self._right(kind, arm, source), bounds=(0, 1))
+    def _checkpoints(self, kind: str, arm: str) -> dict[int, np.ndarray]:
+        """Step -> seconds until then, of each seed."""
+        steps = sorted({step for *key, step, _ in self._scores if key == [kind, arm] and step > 0})
+        took = {step: stack(self._spent(kind, arm, "seconds", step)) for step in steps}
+        return {step: seconds for step, seconds in took.items() if seconds is not None}
 
-    def gap(
-        self, kind: str, arm: str, other: str, source: str = "all", temperature: float = 0.6
-    ) -> str:
-        """How much better `arm` is than `other`."""
-        found = (
-            self._right
-            if temperature == 0.6
-            else partial(self._at_temperature, temperature=temperature)
-        )
-        gaps = found(kind, arm, source=source) - found(kind, other, source=source)
-        return with_interval(gaps, sign=True, bounds=(-1, 1))
+    def equal_step(self, kind: str, arm: str) -> int:
+        """The last checkpoint that took at most SLACK times LUFFY's seconds; -1: none did."""
+        limit = SLACK * np.mean(list(self._spent(kind, "luffy", "seconds").values()) or np.nan)
+        took = self._checkpoints(kind, arm).items()
+        return max((step for step, seconds in took if seconds.mean() <= limit), default=-1)
 
-    def loss(self, kind: str, arm: str) -> str:
-        """On hard problems, from T = 0.2 to 1.4."""
-        cold, hot = (self._at_temperature(kind, arm, t, "hard") for t in (0.2, 1.4))
-        return with_interval(hot - cold, sign=True, bounds=(-1, 1))
+    def score(self, kind: str, arm: str, what: str = "all", digits: int = 2) -> str:
+        bounds = (0, 1) if is_share(what) else (0,)
+        return interval(stack(self._values(kind, arm, what)), digits, bounds=bounds)
 
-    def val(self, kind: str, arm: str, **choice) -> str:
-        """The score by which choices were made, of one choice."""
-        [row] = [row for row in self._val[kind, arm].values() if row["choice"] == choice]
-        return number(self._value(row), 3)
+    def gap(self, kind, arm, other, what="all", digits=2) -> str:
+        """How much more `arm` has than `other`; other "": `what` is a difference itself."""
+        gaps = self._gaps(kind, arm, other, what) if other else stack(self._values(kind, arm, what))
+        if gaps is None:
+            kinds = KINDS if kind == "both" else (kind,)
+            run = all(self._runs[k, a] for k in kinds for a in (arm, "luffy"))
+            long = any(self.equal_step(k, arm) < 0 for k in kinds)
+            return TOO_LONG if "@equal" in what and run and long else NOT_RUN
+        few = f" ({seeds_in_words(len(gaps))})" if 1 < len(gaps) < 5 else ""
+        return interval(gaps, digits, True, (-1, 1) if is_share(what) else ()) + few
 
-    def tried(self, kind: str, arm: str) -> str:
-        return str(len(self._val[kind, arm]))
+    def claim(self, kind, arm, other, what="all", margin=0.0, digits=2) -> str:
+        """Two cells: how much more `arm` has, and whether the claim holds that it has more."""
+        gaps, text = self._gaps(kind, arm, other, what), self.gap(kind, arm, other, what, digits)
+        late = "undecided" if text == TOO_LONG else ""
+        return f"{text} | {late or verdict(gaps, margin, self.claims)}"
 
-    def reward_max(self, kind: str, *arms: str) -> str:
-        """The highest reward on hard problems, of any seed, at any point of the curves."""
-        return number(max(np.nanmax(self._curve(kind, arm, "reward/hard")) for arm in arms), 3)
+    def ask(self, kind, arm, other, what="all", digits=2) -> str:
+        """The same as an answer."""
+        gaps, text = self._gaps(kind, arm, other, what), self.gap(kind, arm, other, what, digits)
+        found = verdict(gaps, 0, self.claims, ("yes", "no, the reverse"))
+        return text if gaps is None else f"{found}, {text}"
 
-    def val_max(self, source: str, *arms: str) -> str:
-        """The best avg@8 on val, over all kinds of bases, choices and these arms."""
-        rows = [row for (_, arm), rows in self._val.items() if arm in arms for row in rows.values()]
-        return number(max(np.mean(row["right"][source]) / row["k"] for row in rows), 3)
+    def best(self, kind: str, *arms: str, what: str = "all") -> str:
+        """The arm that is above each other one together, if there is one; else who may be it."""
+        found = {a: stack(self._values(kind, a, what)) for a in arms or ARMS}
+        means = {a: v.mean() for a, v in found.items() if v is not None and len(v) >= ENOUGH}
+        if len(means) < 2:
+            return NOT_RUN
+        top = max(means, key=lambda arm: means[arm])
+        near = []
+        for arm in sorted(means.keys() - {top}, key=lambda arm: -means[arm]):
+            gaps = self._gaps(kind, top, arm, what)
+            if gaps is None or not bootstrap(gaps, m=len(means) - 1)[1] > 0:
+                near.append(code(arm))
+        text = f"{code(top)} has the highest mean, {number(means[top])}"
+        if not near:
+            return f"{text}, above each of the {len(means) - 1} others"
+        listed = ", ".join(near[:12]) + " and more" * (len(near) > 12)
+        return f"{text}, but {len(near)} of {len(means) - 1} others may be as good: {listed}"
 
-    def stuck(self, kind: str, arm: str) -> str:
-        """How many seeds solve less than a twentieth of the hard problems in the end."""
-        solved = self._right(kind, arm, "hard").mean(1)
-        return f"{(solved < 0.05).sum()} of {len(solved)}"
+    def stuck(self, *arms: str) -> str:
+        """How many runs end below a twentieth on hard problems."""
+        ends = [
+            [v.mean() for k in KINDS for v in self._values(k, a, "hard").values()] for a in arms
+        ]
+        stuck = [f"{sum(end < 0.05 for end in some)} of {len(some)}" for some in ends]
+        return ", ".join(f"{code(a)} {n if e else NOT_RUN}" for a, n, e in zip(arms, stuck, ends))
 
-    def at(self, kind: str, arm: str, metric: str, step: int, digits: int = 3) -> str:
-        """A curve's point that ends with this step."""
-        curve = self._curve(kind, arm, metric)
-        point = step * curve.shape[1] // self._step(kind, arm) - 1
-        return with_interval(curve[:, [point]], digits, bounds=(0,))
-
-    def forks(self, kind: str, arm: str, step: str | int, what: str, digits: int = 2) -> str:
-        bounds = () if what == "solution" else (0, 1)
-        return with_interval(self._at_forks(kind, arm, str(step), what), digits, bounds=bounds)
-
-    def pass_at(self, kind: str, arm: str, k: int, source: str = "all") -> str:
-        return with_interval(self._pass_at(kind, arm, k, source), bounds=(0, 1))
-
-    def at_temperature(self, kind: str, arm: str, temperature: float, source: str) -> str:
-        return with_interval(self._at_temperature(kind, arm, temperature, source), bounds=(0, 1))
-
-    def length(self, kind: str, arm: str, source: str = "hard") -> str:
-        return with_interval(self._length(kind, arm, source), 0)
+    def choice(self, kind: str, arm: str) -> str:
+        return in_words(self._choice[kind, arm]) if (kind, arm) in self._choice else NOT_RUN
 
     def teacher(self, what: str = "tokens") -> str:
-        return f"{self._teacher[what]:.0f}"
+        return f"{self._teacher[what]:.0f}" if what in self._teacher else NOT_RUN
 
-    def seconds(self, kind: str, arm: str, step: int | None = None) -> str:
-        return spread(self._spent(kind, arm, "seconds", step), 0)
-
-    def times(self, arm: str, other: str) -> str:
-        """How many times the seconds, over both kinds."""
-        total = [sum(self._spent(kind, a, "seconds").sum() for kind in KINDS) for a in (arm, other)]
-        return f"{total[0] / total[1]:.1f}"
-
-    def equal_step(self, kind: str) -> int:
-        return self._equal_compute(kind)[0]
-
-    def equal_compute(self, kind: str) -> str:
-        """LUFFY minus SFT + RL, where that had no more compute."""
-        kinds = KINDS if kind == "both" else (kind,)
-        return with_interval(
-            np.concatenate([self._right(k, "luffy") - self._equal_compute(k)[1] for k in kinds]),
-            sign=True,
-            bounds=(-1, 1),
-        )
-
-    def arms_table(self, kind: str) -> str:
-        lines = ["| arm | learning rate | easy | hard | ood | tokens on hard |", "|---" * 6 + "|"]
+    # -------------------------------------------------------------- tables
+    def arms_table(self, *kinds: str) -> str:
+        """In a cell, a line for each kind."""
+        head = "arm | chosen | easy | medium | hard | ood | all | tokens | seconds | seeds"
+        lines = []
         for arm in ARMS:
-            cells = [self.score(kind, arm, source) for source in SOURCES]
-            lines.append(
-                f"| {self._code(arm)} | {self._choice(kind, arm)} | {' | '.join(cells)} | "
-                f"{with_interval(self._length(kind, arm, 'hard'), 0)} |"
-            )
-        return "\n".join(lines)
+            rows = [self._arm_cells(kind, arm) for kind in kinds]
+            lines.append([code(arm), *("<br>".join(cells) for cells in zip(*rows))])
+        return table(head, lines)
 
-    def gaps_table(self, kind: str) -> str:
-        lines = ["| luffy minus | easy | hard | ood | all |", "|---" * 5 + "|"]
-        return "\n".join(
-            lines
-            + [
-                f"| {self._code(arm)} | "
-                + " | ".join(self.gap(kind, "luffy", arm, s) for s in (*SOURCES, "all"))
-                + " |"
-                for arm in ARMS
-                if arm != "luffy"
-            ]
-        )
+    def _arm_cells(self, kind: str, arm: str) -> list[str]:
+        seeds, failed = len(self._values(kind, arm, "all")), self._failed[kind, arm]
+        count = f"{seeds}, {failed} failed" if failed else str(seeds)
+        if not seeds:
+            return ["not run", *["-"] * 7, count]
+        means = [self._mean(kind, arm, what) for what in ("tokens all", "seconds")]
+        return [in_words(self._choice[kind, arm]), *self._five(kind, arm), *means, count]
 
-    def budget_table(self, kind: str) -> str:
-        """Mean over seeds, and the range."""
+    def _five(self, kind: str, arm: str) -> list[str]:
+        return [self.score(kind, arm, what) for what in (*SOURCES, "all")]
+
+    def _mean(self, kind: str, arm: str, what: str, digits: int = 0) -> str:
+        values = stack(self._values(kind, arm, what))
+        return "-" if values is None else number(values.mean(), digits)
+
+    def _minus_luffy(self, arm: str, what: str = "all") -> list[str]:
+        kinds = (*KINDS, "both")
+        return ["-"] * 3 if arm == "luffy" else [self.gap(k, arm, "luffy", what) for k in kinds]
+
+    def short_table(self) -> str:
+        lines = [[code(a), *self._five("both", a), self._mean("both", a, "seconds")] for a in SHORT]
+        return table("arm | easy | medium | hard | ood | all | seconds", lines)
+
+    def w_table(self) -> str:
+        head = "arm | w | easy | medium | hard | ood | all | all, minus luffy's"
         lines = [
-            "| arm | steps | response tokens sampled, million | in updates, million | "
-            "seconds on one core |",
-            "|---" * 5 + "|",
+            [code(a), w, *self._five("both", a), self._minus_luffy(a)[2]] for a, w in W.items()
         ]
-        for arm in ARMS[1:]:
-            before = f"{self._step(kind, 'sft')} + " if arm == "sft_then_on_policy" else ""
-            cells = [
-                spread(self._spent(kind, arm, what), digits)
-                for what, digits in (("sampled", 2), ("updated", 2), ("seconds", 0))
-            ]
-            lines.append(
-                f"| {self._code(arm)} | {before}{self._step(kind, arm)} | {' | '.join(cells)} |"
-            )
-        return "\n".join(lines)
+        return table(head, lines)
+
+    def rollouts_table(self) -> str:
+        """Equal rollouts: each arm at its end, minus luffy."""
+        head = "arm | million sampled | in updates | minus luffy, `frequent` | `rare` | both"
+        lines = []
+        for arm in COMPARED:
+            spent = [self._mean("both", arm, what, 2) for what in ("sampled", "updated")]
+            lines.append([code(arm), *spent, *self._minus_luffy(arm)])
+        return table(head, lines)
+
+    def seconds_table(self) -> str:
+        """Equal seconds: arms that LUFFY's seconds cut short, minus luffy."""
+        head = "arm | seconds in all, by kind | at step | minus luffy, `frequent` | `rare` | both"
+        lines = []
+        for arm in COMPARED:
+            took = ", ".join(self._mean(kind, arm, "seconds") for kind in KINDS)
+            steps = [self.equal_step(kind, arm) for kind in KINDS]
+            if "-" in took or steps == [self._last(kind, arm) for kind in KINDS]:
+                continue  # not run, or as in rollouts_table
+            at = ", ".join(str(step) if step > 0 else "-" for step in steps)
+            lines.append([code(arm), took, at, *self._minus_luffy(arm, "all@equal")])
+        return table(head, lines) if lines else "No arm was cut short."
 
     def choices_table(self) -> str:
-        """What was tried for each arm on val, seed 0; the best in bold."""
-        lines = [
-            "| arm | " + " | ".join(f"{kind} bases" for kind in KINDS) + " |",
-            "|---" * (1 + len(KINDS)) + "|",
-        ]
+        """What was tried for each arm on val, seed 0, the chosen in bold; its fields of Config."""
+        head = "arm | fields that differ from luffy's | `frequent` bases | `rare` bases"
+        lines = []
         for arm in ARMS[1:]:
-            cells = []
+            differs, cells = {}, []
             for kind in KINDS:
-                final = next(iter(self._final[kind, arm].values()))
                 tried = []
-                rows = sorted(
-                    self._val[kind, arm].values(),
-                    key=lambda row: (
-                        row["choice"]["lr"],
-                        row["choice"].get("sft_coef", 0.1),
-                        row["step"],
-                    ),
-                )
-                for row in rows:
-                    words = self._in_words(arm, row["choice"], row["step"])
-                    text = f"{words}: {number(self._value(row), 3)}"
-                    best = (row["choice"], row["step"]) == (final["choice"], final["final"])
-                    tried.append(f"**{text}**" if best else text)
-                cells.append("<br>".join(tried))
-            lines.append(f"| {self._code(arm)} | {' | '.join(cells)} |")
-        return "\n".join(lines)
-
-    def switches_table(self) -> str:
-        """The fields in which the runs of an arm differ from luffy's; study.py has checked them."""
-        lines = ["| arm | fields of its config that differ from luffy's |", "|---|---|"]
-        for arm in ARMS[1:]:
-            differ = {}
-            for kind in KINDS:
-                for row in self._final[kind, arm].values():
-                    for field, value in row["differs"].items():
-                        if field == "lr":  # the tables of scores have it
-                            continue
-                        differ.setdefault(field, []).append(value)
-            text = ", ".join(
-                f"`{field}` " + " or ".join(map(str, dict.fromkeys(values)))
-                for field, values in differ.items()
-            )
-            lines.append(f"| {self._code(arm)} | {text or '-'} |")
-        return "\n".join(lines)
-
-    def gammas_table(self, kind: str) -> str:
-        lines = ["| γ | easy | hard | ood | all | hard minus γ 0.1's |", "|---" * 6 + "|"]
-        for gamma, arm in GAMMAS.items():
-            cells = [self.score(kind, arm, source) for source in (*SOURCES, "all")]
-            gap = self.gap(kind, arm, "luffy", "hard") if arm != "luffy" else "-"
-            lines.append(f"| {gamma} | {' | '.join(cells)} | {gap} |")
-        return "\n".join(lines)
-
-    def bases_table(self) -> str:
-        """How unlikely the decisive tokens are under the base models, on hard training problems."""
-        lines = [
-            "| bases | GOALS | π of a third step | π of the box after the last step | "
-            "log-prob of a whole solution | trace tokens with π < 0.1 |",
-            "|---" * 6 + "|",
-        ]
-        for kind, goals in KINDS.items():
-            go_on = self._at_forks(kind, "luffy", "0", "go_on")
-            rows = self._traces[kind, "luffy"]
-            share = np.array([[rows[seed]["share_unlikely"]] for seed in sorted(rows)])
-            lines.append(
-                f"| {kind} | {goals} | {go_on.min():.0e} to {go_on.max():.0e} | "
-                f"{self.forks(kind, 'luffy', 0, 'stop')} | "
-                f"{self.forks(kind, 'luffy', 0, 'solution', 0)} | "
-                f"{with_interval(share, bounds=(0, 1))} |"
-            )
-        return "\n".join(lines)
-
-    def _code(self, arm: str) -> str:
-        return name(arm) if arm == "base" else f"`{name(arm)}`"
-
-    def _choice(self, kind: str, arm: str) -> str:
-        if arm == "base":
-            return "-"
-        row = next(iter(self._final[kind, arm].values()))
-        return self._in_words(arm, row["choice"], row["final"])
-
-    def _in_words(self, arm: str, choice: dict, step: int) -> str:
-        steps = f", {step} steps" if arm == "sft" else ""
-        coef = f", coefficient {choice.get('sft_coef', 0.1):g}" if arm == "rl_sft" else ""
-        return f"{choice['lr']:.0e}".replace("e-0", "e-") + steps + coef
+                for choice, value in self._tried[kind, arm]:
+                    text = f"{in_words(choice)}: {'failed' if value is None else number(value, 3)}"
+                    tried.append(f"**{text}**" if choice == self._choice[kind, arm] else text)
+                cells.append("<br>".join(tried) or "not run")
+                for row in self._runs[kind, arm].values():
+                    differs |= {k: v for k, v in row["differs"].items() if k not in row["choice"]}
+            fields = ", ".join(f"`{k}` {v}" for k, v in differs.items()) or "-"
+            lines.append([code(arm), fields, *cells])
+        return table(head, lines)
 
     # -------------------------------------------------------------- pictures
     def _draw_all(self, directory: Path) -> None:
-        for letter, draw in (
-            ("a", self._draw_a),
-            ("b", self._draw_b),
-            ("c", self._draw_c),
-            ("d", self._draw_d),
-            ("e", self._draw_e),
-            ("f", self._draw_f),
-            ("g", self._draw_g),
-            ("h", self._draw_h),
-        ):
-            figure = draw()
+        for letter in "abcde":
+            figure = getattr(self, f"_draw_{letter}")()
             figure.savefig(directory / f"{letter}.png", dpi=110, metadata={"Software": None})
             plt.close(figure)
 
     def _draw_a(self):
-        figure, axes = panels(1, 2, (9, 3.2))
-        for axis, kind in zip(axes[0], KINDS):
-            self._curves(
-                axis, kind, ("luffy", "on_policy", "on_policy_noclip", "grpo"), "reward/hard"
-            )
-            axis.set_title(f"reward on hard problems, {kind} bases")
-            axis.set_ylim(-0.03, 1.03)
-        axes[0, 0].legend(loc="center right")
-        return figure
+        """Dynamics: the mean over seeds, and each seed as a thin line."""
+        titles = {f"reward/{source}": f"reward, {source}" for source in SOURCES[:3]}
+        titles |= {"entropy": "entropy (nats)", "length": "tokens of a response"}
+        figure, axes = panels(2, 5, (14, 5.4), sharex=True)
+        for row, kind in zip(axes, KINDS):
+            row[0].set_ylabel(f"{kind} bases")
+            for axis, (metric, title) in zip(row, titles.items()):
+                for arm in ("on_policy", "mixed", "luffy"):
+                    rows = [r for r in self._runs[kind, arm].values() if r["curves"].get(metric)]
+                    found = np.array([row["curves"][metric] for row in rows] or [[None]], float)
+                    each = (rows[0]["steps"] if rows else 0) / found.shape[1]
+                    steps = each * np.arange(1, found.shape[1] + 1)
+                    style = {**STYLES[arm], "label": name(arm), "markersize": 4, "markevery": 8}
+                    axis.plot(steps, found.mean(0), **style)
+                    axis.plot(steps, found.T, alpha=0.35, linewidth=0.7, color=style["color"])
+                axis.set_title(title)
+                axis.set_xlabel("step")
+                if metric.startswith("reward"):
+                    axis.set_ylim(-0.03, 1.03)
+        return with_legend(figure, axes[0, 0])
 
     def _draw_b(self):
-        figure, axes = panels(2, 4, (13, 5.6))
-        arms = ("luffy", "mixed_shaped", "mixed")
-        for row, kind in zip(axes, KINDS):
-            self._curves(row[0], kind, arms, "reward/hard")
-            self._curves(row[1], kind, arms, "entropy")
-            self._curves(row[3], kind, arms, "trace_unlikely")
-            for arm in arms:
-                steps = sorted(int(s) for s in self._traces[kind, arm][0] if s.isdigit())
-                points = np.array(
-                    [bootstrap(self._at_forks(kind, arm, str(s), "unlikely"), 0, 1) for s in steps]
-                )
-                row[2].errorbar(
-                    steps,
-                    points[:, 0],
-                    abs(points[:, 1:].T - points[:, 0]),
-                    capsize=2,
-                    markersize=4,
-                    label=arm,
-                    **STYLES[arm],
-                )
-            row[0].set_ylabel(f"{kind} bases")
-            row[0].set_ylim(-0.03, 1.03)
-            row[1].set_ylim(0, 0.07)
-            row[2].set_ylim(-0.03, 1.03)
-            row[3].set_ylim(0, 0.09)
-            row[2].set_xlabel("step")
-        for axis, title in zip(
-            axes[0],
-            (
-                "reward on hard problems",
-                "entropy of rollouts (nats)",
-                "π of the trace tokens\nthat began below 0.1",
-                "share of all trace tokens\nwith π < 0.1",
-            ),
-        ):
-            axis.set_title(title)
-        axes[0, 0].legend(loc="lower right")
-        return figure
+        """Which w(π)."""
+        figure, axes = panels(1, 4, (13, 3), sharey=True)
+        for axis, source in zip(axes[0], SOURCES):
+            for kind, shift, fill in zip(KINDS, (0.17, -0.17), ("black", "white")):
+                for y, arm in enumerate(reversed(W)):
+                    dot(axis, stack(self._values(kind, arm, source)), y + shift, fill)
+                axis.plot([], [], "o", color="black", mfc=fill, label=f"{kind} bases")
+            axis.set_title(f"{source}, share right")
+            axis.set_xlim(-0.03, 1.03)
+            axis.set_yticks(range(len(W)), [f"{arm}: {w}" for arm, w in reversed(W.items())])
+        return with_legend(figure, axes[0, 0])
 
     def _draw_c(self):
-        figure, axes = panels(1, 3, (11, 2.6), sharey=True)
-        self._dots(axes[0], ("on_policy", "on_policy_noclip", "mixed_shaped", "luffy"))
+        """All arms, the best on top; grey: intervals that hold together."""
+        figure, axes = panels(1, 2, (12, 8))
+        for axis, kind in zip(axes[0], KINDS):
+            found = {arm: stack(self._values(kind, arm, "all")) for arm in ARMS}
+            found = {arm: values for arm, values in found.items() if values is not None}
+            order = sorted(found, key=lambda arm: found[arm].mean())
+            for y, arm in enumerate(order):
+                axis.plot(bootstrap(found[arm], 0, 1, len(found))[1:], [y, y], "-", color="#bbbbbb")
+                dot(axis, found[arm], y, "black" if arm == "luffy" else "white")
+            axis.set_yticks(range(len(order)), [name(arm) for arm in order])
+            axis.set_title(f"{kind} bases: share right, mean of easy, medium, hard and ood")
+            axis.set_xlim(-0.03, 1.03)
         return figure
 
     def _draw_d(self):
-        figure, axes = panels(1, 3, (11, 4.6), sharey=True)
-        self._dots(axes[0], ARMS)
-        return figure
+        """Score against seconds."""
+        figure, axes = panels(1, 2, (11, 4.4), sharey=True)
+        for axis, kind in zip(axes[0], KINDS):
+            for arm in list(STYLES)[1:]:
+                took = self._checkpoints(kind, arm).items()
+                at = [(t.mean(), stack(self._values(kind, arm, f"all@{step}"))) for step, t in took]
+                bars(axis, at, arm)
+            axis.set_title(f"{kind} bases: share right, mean of the four kinds of problems")
+            axis.set_xlabel("seconds of one core (first stages included)")
+        return with_legend(figure, axes[0, 0])
 
     def _draw_e(self):
-        figure, axes = panels(2, 3, (11, 5.6))
-        arms = ("base", "on_policy", "sft", "luffy", "sft_then_on_policy")
+        """pass@k and temperature."""
+        whats = {"pass@k at T = 1, all problems": {k: f"pass{k} all" for k in (1, 2, 4, 8, 16)}}
+        for source in SOURCES[:3]:
+            at = {t: f"{source} T{t}" for t in (0.2, 0.6, 1.0, 1.4)}
+            whats[f"share right, {source}, by temperature"] = at
+        figure, axes = panels(2, 4, (13, 5.6), sharey=True)
         for row, kind in zip(axes, KINDS):
-            for arm in arms:
-                style = {**STYLES[arm], "markersize": 4, "label": name(arm)}
-                at_k = [self._pass_at(kind, arm, k).mean() for k in range(1, 33)]
-                row[0].plot(range(1, len(at_k) + 1), at_k, markevery=[0, 1, 3, 7, 15, 31], **style)
-                for axis, source in ((row[1], "easy"), (row[2], "hard")):
-                    points = [
-                        bootstrap(self._at_temperature(kind, arm, t, source), 0, 1)
-                        for t in (0.2, 0.6, 1.0, 1.4)
-                    ]
-                    value, low, high = np.array(points).T
-                    axis.errorbar(
-                        (0.2, 0.6, 1.0, 1.4), value, (value - low, high - value), capsize=2, **style
-                    )
+            row[0].set_ylabel(f"{kind} bases")
             row[0].set_xscale("log", base=2)
             row[0].xaxis.set_major_formatter("{x:g}")
-            row[0].set_ylabel(f"{kind} bases")
-            for axis in row:
-                axis.set_ylim(-0.03, 1.03)
-        for axis, title in zip(
-            axes[0], ("pass@k at T = 1, all problems", "share right, easy", "share right, hard")
-        ):
-            axis.set_title(title)
-        for axis, label in zip(axes[1], ("k", "temperature", "temperature")):
-            axis.set_xlabel(label)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-        return figure
+            for axis, (title, at) in zip(row, whats.items()):
+                for arm in ("base", "on_policy", "sft", "luffy", "sft_then_on_policy"):
+                    found = [(x, stack(self._values(kind, arm, what))) for x, what in at.items()]
+                    bars(axis, found, arm)
+                axis.set_title(title)
+        return with_legend(figure, axes[0, 0])
 
-    def _draw_f(self):
-        figure, axes = panels(1, 2, (9, 3.6), sharey=True)
-        arms = ARMS[::-1]
-        for axis, kind in zip(axes[0], KINDS):
-            for y, arm in enumerate(arms):
-                lengths = self._length(kind, arm, "hard")
-                self._dot(axis, lengths, y, "o", True)
-            for x, style, label in (
-                (self._teacher["tokens"], "-", "teacher"),
-                (self._teacher["plain"], ":", "without detours"),
-            ):
-                axis.axvline(x, color="black", linestyle=style, linewidth=1, label=label)
-            axis.set_yticks(range(len(arms)), [name(arm) for arm in arms])
-            axis.set_title(f"tokens on hard problems, {kind} bases")
-        axes[0, 0].legend(loc="lower left")
-        return figure
 
-    def _draw_g(self):
-        figure, axes = panels(1, 3, (11, 2.8), sharey=True)
-        self._dots(axes[0], tuple(GAMMAS.values()), [f"γ {gamma}" for gamma in GAMMAS], ("rare",))
-        return figure
-
-    def _draw_h(self):
-        figure, axes = panels(1, 2, (9, 3.4), sharey=True)
-        for axis, kind in zip(axes[0], KINDS):
-            for arm in ("luffy", "sft_then_on_policy"):
-                x, value, low, high = np.array(
-                    [
-                        (seconds, *bootstrap(rates, 0, 1))
-                        for seconds, rates in self._along_the_way(kind, arm).values()
-                    ]
-                ).T
-                axis.errorbar(
-                    x,
-                    value,
-                    (value - low, high - value),
-                    capsize=2,
-                    markersize=4,
-                    label=name(arm),
-                    **STYLES[arm],
-                )
-            axis.set_title(f"mean score on test, {kind} bases")
-            axis.set_xlabel("seconds on one core (SFT's included)")
-            axis.set_ylim(-0.03, 1.03)
-        axes[0, 0].legend(loc="lower right")
-        return figure
-
-    def _curves(self, axis, kind: str, arms: tuple, metric: str) -> None:
-        """Mean over seeds, and each seed as a thin line."""
-        for arm in arms:
-            found = self._curve(kind, arm, metric)
-            width = self._step(kind, arm) // found.shape[1]
-            steps = width * np.arange(1, found.shape[1] + 1)
-            axis.plot(
-                steps, found.mean(0), markevery=8, markersize=4, label=name(arm), **STYLES[arm]
-            )
-            axis.plot(steps, found.T, alpha=0.35, linewidth=0.7, color=STYLES[arm]["color"])
-        axis.set_xlabel("step")
-
-    def _dots(self, axes, arms: tuple, labels: list | None = None, kinds=tuple(KINDS)) -> None:
-        """Easy, hard, ood: a dot and its interval for each arm and kind, small ones for seeds."""
-        marks = {"frequent": ("o", True, 0.17), "rare": ("s", False, -0.17)}
-        for axis, source in zip(axes, SOURCES):
-            for y, arm in enumerate(arms[::-1]):
-                for kind in kinds:
-                    marker, filled, shift = marks[kind]
-                    self._dot(
-                        axis,
-                        self._right(kind, arm, source),
-                        y + shift * (len(kinds) > 1),
-                        marker,
-                        filled,
-                    )
-            axis.set_title(f"{source}, share right")
-            axis.set_xlim(-0.03, 1.03)
-            axis.set_yticks(range(len(arms)), (labels or [name(arm) for arm in arms])[::-1])
-        for kind in kinds:
-            marker, filled, _ = marks[kind]
-            axes[0].plot(
-                [],
-                [],
-                marker=marker,
-                color="black",
-                linestyle="",
-                label=f"{kind} bases",
-                markerfacecolor="black" if filled else "white",
-            )
-        axes[0].figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-
-    @staticmethod
-    def _dot(axis, values: np.ndarray, y: float, marker: str, filled: bool) -> None:
-        value, low, high = bootstrap(values, 0, 1 if values.max() <= 1 else np.inf)
-        axis.plot(values.mean(1), [y] * len(values), "|", color="#888888", markersize=6)
-        axis.errorbar(
-            value,
-            y,
-            xerr=[[value - low], [high - value]],
-            color="black",
-            capsize=2,
-            marker=marker,
-            markersize=5,
-            linewidth=1,
-            markerfacecolor="black" if filled else "white",
-        )
+def is_share(what: str) -> bool:
+    return bool(re.match("|".join((*SOURCES, "all|pass|reward|trace|groups|ratio_far")), what))
 
 
 def panels(rows: int, columns: int, size: tuple, **options):
-    plt.rcParams.update(
-        {
-            "axes.titlesize": 9,
-            "axes.labelsize": 9,
-            "legend.fontsize": 8,
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-            "legend.frameon": False,
-        }
-    )
-    figure, axes = plt.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, **options
-    )
-    for axis in axes.flat:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "axes.labelsize": 9})
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+
+
+def with_legend(figure, axis):
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=9, frameon=False)
+    return figure
+
+
+def bars(axis, found: list[tuple], arm: str) -> None:
+    """found: x and (seeds, problems)"""
+    points = [(x, *bootstrap(values, 0, 1)) for x, values in found if values is not None]
+    x, value, low, high = np.array(points or [[np.nan] * 4]).T
+    style = {**STYLES[arm], "label": name(arm), "markersize": 4, "capsize": 2}
+    axis.errorbar(x, value, np.nan_to_num([value - low, high - value]), **style)
+    axis.set_ylim(-0.03, 1.03)
+
+
+def dot(axis, values: np.ndarray | None, y: float, fill: str) -> None:
+    """A mean with its interval, and small strokes for seeds."""
+    if values is not None:
+        value, low, high = bootstrap(values, 0, 1)
+        axis.plot(values.mean(1), [y] * len(values), "|", color="#888888", markersize=6)
+        how = dict(xerr=np.nan_to_num([[value - low], [high - value]]), capsize=2, linewidth=1)
+        axis.errorbar(value, y, color="black", marker="o", markersize=5, mfc=fill, **how)
 
 
 def render(template: str, report: Report) -> str:
@@ -702,16 +492,23 @@ def render(template: str, report: Report) -> str:
     return re.sub(r"{{(.+?)}}", lambda found: str(eval(found[1], names)), template)
 
 
+def wrapped(text: str) -> str:
+    """Its paragraphs, not its tables."""
+    how = dict(width=118, break_long_words=False, break_on_hyphens=False)
+    blocks = text.strip().split("\n\n")
+    return "\n\n".join(b if b[0] == "|" else textwrap.fill(b, **how) for b in blocks) + "\n"
+
+
 def texts(report: Report) -> dict[Path, str]:
-    """What the two documents should say."""
+    """What the documents should say."""
     template = (ROOT / "results/README.template.md").read_text()
-    readme = (ROOT / "README.md").read_text()
-    before, table = readme.split("<!-- study -->\n")
-    table, after = table.split("<!-- end -->")
-    table = f"\n{report.arms_table('frequent')}\n"
+    report.claims = template.count("{{claim(")
+    results, tried, section = (render(part, report) for part in re.split(PART, template))
+    before, _, after = re.split("<!-- study -->\n|<!-- end -->", (ROOT / "README.md").read_text())
     return {
-        ROOT / "results/README.md": render(template, report),
-        ROOT / "README.md": f"{before}<!-- study -->\n{table}<!-- end -->{after}",
+        ROOT / "results/README.md": results,
+        HERE / "tried.md": tried,
+        ROOT / "README.md": f"{before}<!-- study -->\n{wrapped(section)}<!-- end -->{after}",
     }
 
 
