@@ -46,7 +46,7 @@ def parse(config: type, argv: list[str] | None, description: str) -> dict[str, A
         kind = {bool: truth, float | None: float_or_none, str: text}.get(f.type, f.type)
         parser.add_argument(
             f"--{f.name}",
-            type=directory_name if f.name == "out" else kind,
+            type=(lambda text: str(path(text))) if f.name == "out" else kind,
             metavar=getattr(f.type, "__name__", str(f.type)),
             default=argparse.SUPPRESS,
             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"),
@@ -56,10 +56,6 @@ def parse(config: type, argv: list[str] | None, description: str) -> dict[str, A
     if given.get("clip", 0) is None:  # --clip none: on neither side, whatever the row has
         given.setdefault("clip_high", None)
     return given
-
-
-def directory_name(text: str) -> str:
-    return str(path(text))
 
 
 def truth(text: str) -> bool:

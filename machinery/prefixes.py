@@ -1,7 +1,7 @@
 """Rollouts that go on from a prefix of their problem's trace. The rules are in rivals.py."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,6 @@ from machinery.flags import Config
 from machinery.processes import gather, rank, seed_of
 from machinery.rivals import PREFIXES, most_uncertain
 from machinery.samplers import Sample, Sampler
-
-
-def prefix_of(trace: Sequence[int], ratio: float) -> Sequence[int]:
-    """The leading tokens of a trace that a rollout is given; never its EOS."""
-    return trace[: int(ratio * (len(trace) - 1))]
 
 
 def continue_prefixes(
@@ -49,7 +44,9 @@ def continue_from(
     cfg: Config,
 ) -> dict[int, list[Trajectory]]:
     """Position -> n rollouts that go on from this ratio of the trace of its problem."""
-    heads = {i: list(prefix_of(p.trace_ids, ratios[i])) for i, p in batch.items()}
+    heads: dict[int, list[int]] = {}
+    for i, p in batch.items():  # never the trace's EOS
+        heads[i] = list(p.trace_ids[: int(ratios[i] * (len(p.trace_ids) - 1))])
     length = cfg.max_response_tokens
     prompts = [[*p.prompt_ids, *heads[i]] for i, p in batch.items()]
     # Not less than `length`: samples may not depend on the other problems' prefixes.
