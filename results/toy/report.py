@@ -90,12 +90,6 @@ def val_score(row: dict) -> float:
     return float(np.mean([np.mean(row["right"][s]) / row["k"] for s in ("easy", "medium", "hard")]))
 
 
-def is_first_edition(data: Path = HERE / "data") -> bool:
-    """Its runs do not say how many steps they took."""
-    runs = read_jsonl(data / "runs.jsonl")
-    return bool(runs) and not any({"steps", "failed"} & set(row) for row in runs)
-
-
 def name(arm: str) -> str:
     return NAMES.get(arm, arm)
 
@@ -118,8 +112,6 @@ class Report:
     """data/ in words. What is public is the template's vocabulary; `what`: see _values."""
 
     def __init__(self, data: Path = HERE / "data"):
-        if is_first_edition(data):
-            raise SystemExit(f"{data} holds the study's first edition: run the study")
         runs, scores = (read_jsonl(data / f"{n}.jsonl") for n in ("runs", "scores"))
         self._choice = chosen(scores)
         for row in runs + scores:  # what val did not choose for
@@ -510,6 +502,14 @@ def texts(report: Report) -> dict[Path, str]:
         HERE / "tried.md": tried,
         ROOT / "README.md": f"{before}<!-- study -->\n{wrapped(section)}<!-- end -->{after}",
     }
+
+
+def is_done(data: Path = HERE / "data") -> bool:
+    """Has each arm what it should have? Until then the documents are the first edition's."""
+    runs = read_jsonl(data / "runs.jsonl")
+    seeds = {(row["kind"], row["arm"], row["seed"]) for row in runs}
+    per_arm = ((arm, 5 if arm in MAJOR else 3) for arm in ARMS if arm != "base")
+    return all((k, arm, seed) in seeds for k in KINDS for arm, n in per_arm for seed in range(n))
 
 
 def write_all() -> None:

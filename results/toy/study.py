@@ -53,7 +53,7 @@ COMMON = dict(eval_data="", save_every=50, sample_every=1000, graders=1)  # of e
 W = {f"w_{name}": name for name in ("none", "trsft", "phi", "rl_plus", "log")}  # else as luffy
 FORKS = dict(trapo="trapo", relift="relift", exgrpo="exgrpo", opd="opd", prime="prime", orz="orz")
 FORKS |= dict(dapo_refill="dapo")  # arm -> module
-FIRST = dict(sft_then_on_policy="sft", rl_2604="sft_2604", opd="sft")  # arm -> its first stage
+FIRST = report.FIRST  # arm -> its first stage
 ROWS = {"sft_then_on_policy": "on_policy"}  # arm -> row of ALGORITHMS, where names differ
 ARMS = (*luffy.ALGORITHMS, *ROWS, *FORKS, *W)
 RATES = (3e-4, 1e-4, 1e-3)  # the toy's recipe has the first one
@@ -380,7 +380,7 @@ def main() -> None:
         found = report.Report(data)
         for kind in KINDS:
             print(f"\n{kind} bases\n\n{found.arms_table(kind)}")
-    else:
+    elif report.is_done() or args.report:
         report.write_all()
 
 
