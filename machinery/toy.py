@@ -179,7 +179,7 @@ def document(rng: random.Random, goals: float) -> tuple[str, str]:
     """One (prompt, response) of the base model's corpus; never a question of val or test."""
     while True:
         start, x, y = (rng.randrange(n) for n in (len(LETTERS), MODULUS, MODULUS))
-        chain = Chain(start, x, y, rng.choice("++--*^"), steps=rng.choice(EASY))
+        chain = Chain(start, x, y, rng.choice("++--**^"), steps=rng.choice(EASY))
         if chain.question() not in held_out():
             break
     if chain.op == "^" and rng.random() > KNOWN:
