@@ -1,6 +1,7 @@
 """results/toy/study.py: what is run, in which order, and what is not run again."""
 
 import asyncio
+import importlib
 import json
 import shutil
 import sys
@@ -18,6 +19,8 @@ from machinery.files import read_jsonl
 sys.path.insert(0, str(ROOT / "results/toy"))
 import study  # noqa: E402
 
+for name in set(study.FORKS.values()):  # they add their rows once, when they are imported first
+    importlib.import_module(f"forks.{name}")
 SOURCES = ("easy", "medium", "hard", "ood")
 
 
