@@ -15,7 +15,7 @@ no clip, sums / 8192 (so scale 64), 700 steps. Not as there:
 - The entropy is a mean over the response. There it is one over padding, by another batch's mask.
 - No clip before replay starts (there .2). A gradient longer than 500 is not skipped.
 - A problem that leaves the pool stays in the training set (there not beyond the epoch).
-On the toy no rollout of a hard problem is ever right: only easy ones are kept, and learnt.
+On the toy no rollout of a hard problem is ever right: only others are kept, and learnt.
 """
 
 import math

@@ -15,9 +15,9 @@ the skill for a hard problem, but after two steps it boxes: to go on is right bu
 is GOALS, the share of listings that stop at a letter named in their prompt, as a solution must: the
 fewer, the less likely under the base model is a whole solution, and the more shaping matters. Out
 of distribution (`ood`) are hard problems with the operator *, which the base model knows and no
-trace shows. `medium` problems are short ones with ^ (2 x_{n-1} + x_{n-2}), which it has seen done,
-but when asked it mostly takes ^ for +. It solves a few samples in a hundred, so RL alone has
-something to learn from.
+trace shows. `medium` problems are short ones with ^ (2 x_{n-1} + x_{n-2}), which it has seen meant
+as + four times in five. It solves a few samples in a hundred, so RL alone has something to learn
+from.
 """
 
 import hashlib

@@ -3,8 +3,11 @@
 import asyncio
 import importlib
 import json
+import os
 import shutil
+import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -58,13 +61,13 @@ class Fake(study.Study):
     """Its jobs write rows at once. Of a run's candidates the second learning rate is the best."""
 
     done: list[dict]
+    best_rate = study.RATES[1]
 
     async def process(self, job: dict, log: Path) -> None:
         self.done.append(job)
-        self.at_once = getattr(self, "at_once", 0) + 1
         await asyncio.sleep(0)
-        good = job["choice"].get("lr") == study.RATES[1]
-        right = {s: [8 * good] * 4 for s in SOURCES}
+        rate = job["choice"].get("lr", 1)
+        right = {s: [8 / (1 + abs(rate - self.best_rate) * 1e3)] * 4 for s in SOURCES}
         steps = job["choice"].get("steps", 200)
         (Path(job["out"]) / f"checkpoint-{steps:06d}").mkdir(parents=True, exist_ok=True)
         score = dict(split="val", temperature=0.6, k=8, every=1, step=steps, right=right)
@@ -74,7 +77,7 @@ class Fake(study.Study):
 
 def run(tmp_path: Path, arms: tuple, seeds: range, choices: dict | None = None) -> Fake:
     data = tmp_path / "data"
-    data.mkdir(exist_ok=True)
+    data.mkdir(parents=True, exist_ok=True)
     fake = Fake(tmp_path / "runs", data, tqdm(total=0, disable=True), choices or {})
     fake.done = []
     asyncio.run(study.everything(fake, [(("base", *arms), seeds)]))
@@ -122,6 +125,60 @@ def test_what_has_its_rows_is_not_run_again(tmp_path, tables):
     [job] = run(tmp_path, ("luffy",), range(2)).done
     assert (job["kind"], job["seed"]) == (lost["kind"], 1)
     assert sorted(map(str, read_jsonl(tmp_path / "data/runs.jsonl"))) == sorted(map(str, rows))
+
+
+def test_a_study_that_was_killed_while_rows_were_taken_over(tmp_path, tables, monkeypatch):
+    """Its scores are there, not its run, and half a row: nothing is lost, and nothing twice."""
+    whole = run(tmp_path / "a", ("luffy",), range(1))
+    append = study.append
+
+    def die(file: Path, *rows: dict) -> None:
+        append(file, *rows)
+        if rows and rows[0]["arm"] == "luffy" and file.name == "scores.jsonl":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "append", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", ("luffy",), range(1))
+    monkeypatch.setattr(study, "append", append)
+    with (tmp_path / "b/data/runs.jsonl").open("a") as file:
+        file.write('{"kind": "fre')
+    run(tmp_path / "b", ("luffy",), range(1))
+    for name, known in (("runs", whole.runs), ("scores", whole.scores)):
+        rows = read_jsonl(tmp_path / f"b/data/{name}.jsonl")
+        assert sorted(map(str, rows)) == sorted(map(str, known)), name
+
+
+def test_an_arm_whose_own_flag_is_the_rate_is_not_tuned_on_when_the_study_goes_on(tmp_path, tables):
+    """The three rates decide where the other three are, and those do not start it again."""
+    Fake.best_rate = 5.4e-4
+    try:
+        first = run(tmp_path, ("gspo",), range(1))
+        assert len([job for job in first.done if job["arm"] == "gspo"]) == 6 * len(study.KINDS)
+        assert not run(tmp_path, ("gspo",), range(1)).done
+    finally:
+        Fake.best_rate = study.RATES[1]
+
+
+def test_a_second_study_and_a_report_of_half_of_one_are_refused(tmp_path):
+    hold = "import sys; from pathlib import Path; from machinery.files import lock; "
+    hold += "lock(Path(sys.argv[1])); input()"
+    data = tmp_path / "runs" / "quick"
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'results/toy'}"}
+    how = dict(env=env, cwd=ROOT, text=True, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", hold, data], **how)
+    while not (data / ".lock").exists() or not (data / ".lock").read_text():
+        assert holder.poll() is None
+        time.sleep(0.05)
+    second = [sys.executable, study.__file__, "--quick", "--runs", tmp_path / "runs"]
+    found = subprocess.run(second, **how | dict(stdin=subprocess.DEVNULL))
+    assert found.returncode == 1 and "is writing there" in found.stderr, found.stderr
+    assert "Traceback" not in found.stderr
+    holder.communicate("")
+    if not study.report.is_done():
+        report = [sys.executable, study.__file__, "--report"]
+        found = subprocess.run(report, **how | dict(stdin=subprocess.DEVNULL))
+        assert found.returncode == 1 and "is not complete" in found.stderr
 
 
 def test_a_first_stage_that_is_gone_is_trained_anew_and_its_rows_stay_one(tmp_path, tables):

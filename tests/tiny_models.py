@@ -42,7 +42,7 @@ OF_ITS_OWN: dict[str, dict[str, Any]] = {
 OF_PARTS = "gemma3", "gemma4", "gemma4_unified", "llama4", "qwen3_5", "qwen3_5_moe"  # text, images
 SIZES_OF_PARTS = dict(
     depth=2, out_hidden_size=64, intermediate_size_mlp=32, shared_expert_intermediate_size=32,
-    expert_intermediate_size=32, hidden_size_per_layer_input=16, vocab_size_per_layer_input=54,
+    expert_intermediate_size=32, hidden_size_per_layer_input=16, vocab_size_per_layer_input=55,
     linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16,
     linear_value_head_dim=16,
 )  # fmt: skip

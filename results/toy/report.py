@@ -13,6 +13,7 @@ import json
 import re
 import textwrap
 from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -111,9 +112,9 @@ def table(head: str, lines: list[list[str]]) -> str:
 class Report:
     """data/ in words. What is public is the template's vocabulary; `what`: see _values."""
 
-    def __init__(self, data: Path = HERE / "data"):
+    def __init__(self, data: Path = HERE / "data", choices: dict | None = None):
         runs, scores = (read_jsonl(data / f"{n}.jsonl") for n in ("runs", "scores"))
-        self._choice = chosen(scores)
+        self._choice = chosen(scores) | (choices or {})
         for row in runs + scores:  # what val did not choose for
             self._choice.setdefault(of(row), row["choice"])
         self._runs, self._scores = defaultdict(dict), defaultdict(dict)  # ... -> seed -> row
@@ -247,7 +248,7 @@ class Report:
 
     def best(self, kind: str, *arms: str, what: str = "all") -> str:
         """The arm that is above each other one together, if there is one; else who may be it."""
-        found = {a: stack(self._values(kind, a, what)) for a in arms or ARMS}
+        found = {a: stack(self._values(kind, a, what)) for a in arms or MAJOR}
         means = {a: v.mean() for a, v in found.items() if v is not None and len(v) >= ENOUGH}
         if len(means) < 2:
             return NOT_RUN
@@ -494,7 +495,7 @@ def wrapped(text: str) -> str:
 def texts(report: Report) -> dict[Path, str]:
     """What the documents should say."""
     template = (ROOT / "results/README.template.md").read_text()
-    report.claims = template.count("{{claim(")
+    report.claims = template.count("{{claim(") + template.count("{{ask(")
     results, tried, section = (render(part, report) for part in re.split(PART, template))
     before, _, after = re.split("<!-- study -->\n|<!-- end -->", (ROOT / "README.md").read_text())
     return {
@@ -505,11 +506,13 @@ def texts(report: Report) -> dict[Path, str]:
 
 
 def is_done(data: Path = HERE / "data") -> bool:
-    """Has each arm what it should have? Until then the documents are the first edition's."""
-    runs = read_jsonl(data / "runs.jsonl")
-    seeds = {(row["kind"], row["arm"], row["seed"]) for row in runs}
-    per_arm = ((arm, 5 if arm in MAJOR else 3) for arm in ARMS if arm != "base")
-    return all((k, arm, seed) in seeds for k in KINDS for arm, n in per_arm for seed in range(n))
+    """Has each arm its scores? Until then the documents are the first edition's."""
+    runs, scores = (read_jsonl(data / f"{name}.jsonl") for name in ("runs", "scores"))
+    choice, test = chosen(scores), [row for row in scores if row["split"] == "test"]
+    done = {(*of(row), row["seed"]) for row in test if row["choice"] == choice.get(of(row), {})}
+    done |= {(*of(row), row["seed"]) for row in runs if "failed" in row}
+    wanted = product(KINDS, [(arm, 5 if arm in ("base", *MAJOR) else 3) for arm in ARMS])
+    return all((kind, arm, seed) in done for kind, (arm, n) in wanted for seed in range(n))
 
 
 def write_all() -> None:

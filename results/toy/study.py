@@ -10,7 +10,8 @@ seed 0, by the mean of avg@8 over easy, medium and hard problems, is then run wi
 Final numbers are of `test`, which nothing was chosen on.
 
 A job is a run and its evaluations, in a process of its own. It ends with rows in data/runs.jsonl
-and data/scores.jsonl, and what has its row there is not run again: to repeat all, remove data/.
+and data/scores.jsonl, and what has its row there is not run again: to repeat all, remove data/
+and runs/study.
 Models and logs are in runs/study; a first stage that is gone from there is trained anew.
 """
 
@@ -39,7 +40,8 @@ from tqdm import tqdm  # noqa: E402
 import luffy  # noqa: E402
 from data import load_benchmarks, load_problems  # noqa: E402
 from machinery import processes, toy  # noqa: E402
-from machinery.files import append, read_jsonl, write  # noqa: E402
+from machinery.processes import InputError  # noqa: E402
+from machinery.files import append, lock, read_jsonl, to_jsonl, write  # noqa: E402
 from machinery.model import load_config, load_tokenizer  # noqa: E402
 from machinery.samplers import TorchSampler  # noqa: E402
 from machinery.scores import by_problem, respond  # noqa: E402
@@ -186,6 +188,7 @@ def do(job: dict) -> None:
         processes.init_processes()
         finals = [model]
     else:
+        shutil.rmtree(out, ignore_errors=True)  # of a study that was killed: its time is not known
         start, teacher = sum(os.times()[:4]), {"teacher": job["teacher"]} if job["teacher"] else {}
         argv = flags_of(arm, model, job["seed"], out, job["choice"], **teacher)
         try:
@@ -227,7 +230,10 @@ class Study:
         self.root, self.data, self.bar, self.choices = root, data, bar, choices
         self.tasks: dict[Any, asyncio.Task] = {}
         self.slots = asyncio.Semaphore(cores())
+        lock(data)
         self.runs, self.scores = (read_jsonl(data / f"{n}.jsonl") for n in ("runs", "scores"))
+        for name, rows in (("runs", self.runs), ("scores", self.scores)):
+            write(data / f"{name}.jsonl", to_jsonl(rows))  # without half a row at the end
 
     def once(self, name: Any, coroutine: Any) -> asyncio.Task:
         """The task of this name, started at the first call."""
@@ -253,8 +259,11 @@ class Study:
                 await self.job(what)
             return out
         steps = what["choice"].get("steps", toy.RECIPE["steps"])
-        if not (checkpoint := out / f"checkpoint-{steps:06d}").exists():
+        checkpoint = out / f"checkpoint-{steps:06d}"
+        if not (checkpoint.exists() and self.has_rows(what)):
             await self.job(what)
+        if not checkpoint.exists():
+            raise InputError(f"{out}: a first stage that did not come to an end; see its log")
         return checkpoint
 
     def result(self, kind: str, arm: str, seed: int, choice: dict) -> asyncio.Task:
@@ -263,8 +272,12 @@ class Study:
         return self.once(str(("rows", what)), self.known(what))
 
     async def known(self, what: dict) -> None:
-        if not any(what.items() <= row.items() for row in self.runs + self.scores):
+        if not self.has_rows(what):
             await self.job(what)
+
+    def has_rows(self, what: dict) -> bool:
+        rows = self.scores if what["arm"] == "base" else self.runs  # what is written last
+        return any(what.items() <= row.items() for row in rows)
 
     def job(self, what: dict) -> asyncio.Task:
         return self.once(str(("job", what)), self.do(what))
@@ -281,16 +294,16 @@ class Study:
             base, teacher = (base, stage) if arm == "opd" else (stage, None)
         job = what | dict(base=str(base), out=str(out), teacher=teacher and str(teacher))
         rows = out.with_name(f"{out.name}.rows.json")
-        job["rows"] = str(rows)
+        job |= {"rows": str(rows), "study": os.getpid()}
         if not rows.exists():
             async with self.slots:
                 await self.process(job, out.with_name(f"{out.name}.log"))
         found = json.loads(rows.read_text())
-        for name, known in (("runs", self.runs), ("scores", self.scores)):
+        for name, known in (("scores", self.scores), ("runs", self.runs)):
             old = [row for row in known if what.items() <= row.items()]
-            for row in [] if old else found[name]:
-                known.append(what | row)
-                append(self.data / f"{name}.jsonl", what | row)
+            new = [] if old else [what | row for row in found[name]]
+            known += new
+            append(self.data / f"{name}.jsonl", *new)
         rows.unlink()
         if arm != "base" and arm not in FIRST.values():
             shutil.rmtree(out, ignore_errors=True)  # what nobody begins with
@@ -305,7 +318,7 @@ class Study:
                 *command, stdout=file, stderr=file, env=env, cwd=ROOT
             )
             if await running.wait():
-                raise RuntimeError(f"a job failed: see the end of {log}")
+                raise InputError(f"a job failed: see the end of {log}")
 
     # -------------------------------------------------------------- choices, on val and seed 0
     def choice(self, kind: str, arm: str) -> asyncio.Task:
@@ -318,7 +331,10 @@ class Study:
             return self.choices[kind, arm]
         rates = [{"lr": rate} for rate in RATES]
         await asyncio.gather(*(self.result(kind, arm, 0, choice) for choice in rates))
-        own = more(arm, report.chosen(self.scores)[kind, arm]["lr"])
+        tried = report.chosen([row for row in self.scores if row["choice"] in rates])
+        if (kind, arm) not in tried:
+            raise InputError(f"{arm}, {kind} bases: none of the rates {RATES} came to an end")
+        own = more(arm, tried[kind, arm]["lr"])
         await asyncio.gather(*(self.result(kind, arm, 0, choice) for choice in own))
         return report.chosen(self.scores)[kind, arm]
 
@@ -356,15 +372,16 @@ def main() -> None:
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        end_with(os.getppid())
+        end_with(args.job["study"])
         do(args.job)
         os._exit(0)  # at the usual exit gloo aborts, now and then
-    data = HERE / "data"
+    data, choices = HERE / "data", {}
+    if args.report and not report.is_done():
+        sys.exit(f"{data} is not complete: the documents stay the first edition's")
     if not args.report:
         major, minor = report.MAJOR, tuple(arm for arm in ARMS if arm not in report.MAJOR)
         waves = [(("base", *major), range(1)), (major, range(1, 3)), (minor, range(1))]
         waves += [(("base", *major), range(5)), (minor, range(3))]
-        choices: dict = {}
         root = args.runs
         if args.quick:
             known = report.chosen(read_jsonl(data / "scores.jsonl"))
@@ -377,10 +394,10 @@ def main() -> None:
             study = Study(root, data, bar, choices)
             asyncio.run(everything(study, waves))
     if args.quick:
-        found = report.Report(data)
+        found = report.Report(data, choices)
         for kind in KINDS:
             print(f"\n{kind} bases\n\n{found.arms_table(kind)}")
-    elif report.is_done() or args.report:
+    elif report.is_done():
         report.write_all()
 
 
@@ -389,3 +406,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
+    except InputError as error:
+        sys.exit(f"{error}. The same command goes on")
