@@ -229,7 +229,13 @@ IN_BFLOAT16 = textwrap.dedent("""
 def test_logits_of_a_bfloat16_engine_are_float32(tiny_model, tmp_path):
     script = tmp_path / "engine.py"
     script.write_text(IN_BFLOAT16)
-    facts, logits = json.loads(run(script, tiny_model).stdout.splitlines()[-1])
+    try:
+        out = run(script, tiny_model).stdout
+    except AssertionError as error:
+        if "Illegal instruction" in str(error):  # seen on a Xeon: vLLM's CPU build chose it
+            pytest.skip("this processor lacks an instruction of vLLM's bfloat16 attention")
+        raise
+    facts, logits = json.loads(out.splitlines()[-1])
     assert facts["head"] == "torch.float32" and "unknown" not in facts.values()
     logits = torch.tensor(logits)
     assert (logits != logits.bfloat16().float()).float().mean() > 0.9
