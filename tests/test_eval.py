@@ -508,7 +508,7 @@ def test_an_evaluation_that_was_killed_ends_as_any_other(tiny_model, tmp_path):
     ]
     whole, killed, name = tmp_path / "whole", tmp_path / "killed", "toy.dev-t1-k16-rank0.jsonl"
     out = run(*arguments, "--out", whole).stdout
-    for words in ("| toy/dev/easy | 0 | 16 |", "| toy/dev/hard | 1 | 16 |", "@16 |", "mean of 3 |"):
+    for words in ("| toy/dev/easy | 0 | 12 |", "| toy/dev/hard | 1 | 12 |", "@16 |", "mean of 4 |"):
         assert words in out
     rows = (whole / name).read_text().splitlines()
     assert len(rows) == 512 + 256  # two blocks; of the second a part is left, and half a row
