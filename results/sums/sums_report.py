@@ -7,8 +7,6 @@ arm has several seeds their mean counts.
 """
 
 import re
-from collections import defaultdict
-from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -22,26 +20,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 TRAINED, NEW = ("2x2", "2x3", "3x2"), ("3x3", "4x2")
-WORDS = {
-    "2x2": "2 numbers of 2 digits",
-    "2x3": "2 of 3 digits",
-    "3x2": "3 of 2 digits",
-    "3x3": "3 of 3 digits",
-    "4x2": "4 of 2 digits",
-    "trained": "mean of the three",
-    "new": "mean of the two",
-}
-GROUPS = {"2x2": ("2x2",), "2x3": ("2x3",), "3x2": ("3x2",), "trained": TRAINED}
-GROUPS |= {"3x3": ("3x3",), "4x2": ("4x2",), "new": NEW}
+GROUPS = {"trained": TRAINED, "new": NEW} | {kind: (kind,) for kind in TRAINED + NEW}
+COLUMNS = ("2x2", "2x3", "3x2", "trained", "3x3", "4x2", "new")
+HEAD = "2 numbers of 2 digits | 2 of 3 digits | 3 of 2 digits | trained kinds | 3 of 3 digits | "
+HEAD += "4 of 2 digits | new kinds"
 DRAWS = 4000
-STYLES = {  # apart in grey, too
-    "luffy": dict(color="black", linestyle="-", marker="o"),
-    "on_policy": dict(color="#0072b2", linestyle="--", marker="v"),
-    "sft_then_on_policy": dict(color="#777777", linestyle="--", marker="D"),
-    "mixed": dict(color="#e69f00", linestyle="--", marker="s"),
-    "hpt": dict(color="#009e73", linestyle="-.", marker="^"),
-    "opd": dict(color="#cc79a7", linestyle=":", marker="x"),
-}
+STYLES = {"luffy": "black o -", "on_policy": "#0072b2 v --", "sft_then_on_policy": "#777777 D --"}
+STYLES |= {"mixed": "#e69f00 s --", "hpt": "#009e73 ^ -.", "opd": "#cc79a7 x :"}
 
 
 def name(arm: str) -> str:
@@ -54,106 +39,63 @@ def number(value: float, digits: int = 2, sign: bool = False) -> str:
     return re.sub(r"^([+-]?)0\.", r"\1.", text) if float(text) else text.strip("+-")[-digits - 1 :]
 
 
-@cache
-def drawn(problems: int, column: int) -> np.ndarray:
-    """How often each problem of a kind was drawn: (DRAWS, problems)."""
-    rng = np.random.default_rng(column)
-    return rng.multinomial(problems, np.full(problems, 1 / problems), DRAWS)
-
-
 def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
-    """(kinds, problems) -> the mean over all, and its 95 % interval."""
-    means = [drawn(len(v), i) @ v / len(v) for i, v in enumerate(values)]
-    low, high = np.percentile(np.mean(means, axis=0), (2.5, 97.5))
+    """(kinds, problems) -> the mean over all, and its 95 % interval: problems are drawn anew."""
+    kinds, n = values.shape
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), (DRAWS, kinds))
+    low, high = np.percentile((times * values).sum((1, 2)) / values.size, (2.5, 97.5))
     return float(values.mean()), float(low), float(high)
+
+
+def table(head: str, rows: dict[str, list[str]]) -> str:
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    return "\n".join(
+        lines + [f"| {first} | {' | '.join(cells)} |" for first, cells in rows.items()]
+    )
 
 
 class Report:
     """data/ and what can be said about it. The public functions are the template's vocabulary."""
 
     def __init__(self, data: Path = HERE / "data"):
-        self._rows = defaultdict(dict)  # arm -> seed -> row
+        self._rows = {}  # arm -> seed -> row
         for row in read_jsonl(data / "runs.jsonl"):
-            self._rows[row["arm"]][row["seed"]] = row
-        self._samples = read_jsonl(data / "samples.jsonl")
+            self._rows.setdefault(row["arm"], {})[row["seed"]] = row
+        self._arms = [arm for arm in self._rows if arm != "base"]
 
-    # -------------------------------------------------------------- arrays
-    def _sum(self, arm: str, what: str, group: str, t: float = 0.6) -> np.ndarray:
-        """(kinds, problems), a mean over seeds and responses."""
+    def _of(self, arm: str, seed: int | None = None) -> list[dict]:
+        return [row for s, row in self._rows.get(arm, {}).items() if seed in (None, s)]
+
+    def _sum(self, what: str, arm: str, kinds: tuple, t: float = 0.6, seed=None) -> np.ndarray:
+        """(kinds, problems), a mean over responses and seeds, or of one seed."""
         found = []
-        for row in self._rows[arm].values():
+        for row in self._of(arm, seed):
             (scores,) = (s for s in row["scores"] if s["temperature"] == t)
-            found.append([np.array(scores[what][kind]) / scores["k"] for kind in GROUPS[group]])
+            found.append([np.array(scores[what][kind]) / scores["k"] for kind in kinds])
         return np.mean(found, axis=0)
 
-    def _pi(self, arm: str, kind: str) -> np.ndarray:
+    def _pi(self, arm: str, group: str) -> np.ndarray:
         """π of the trace tokens to which the base gives less than UNLIKELY."""
-        (base,) = self._rows["base"].values()
-        before = np.concatenate([*map(np.array, base["pi"][kind])])
-        rows = self._rows[arm].values()
-        now = np.mean([np.concatenate([*map(np.array, r["pi"][kind])]) for r in rows], axis=0)
+
+        def flat(row: dict) -> np.ndarray:
+            return np.concatenate([pi for kind in GROUPS[group] for pi in row["pi"][kind]])
+
+        before, now = flat(self._of("base")[0]), np.mean([*map(flat, self._of(arm))], axis=0)
         return now[before < UNLIKELY]
 
-    # -------------------------------------------------------------- text
-    def score(self, arm: str, group: str, t: float = 0.6) -> str:
-        value, low, high = (number(x) for x in bootstrap(self._sum(arm, "right", group, t)))
-        return f"{value} [{low}, {high}]"
+    # -------------------------------------------------------------- numbers in the text
+    def score(self, arm: str, group: str, t: float = 0.6, seed: int | None = None) -> str:
+        found = bootstrap(self._sum("right", arm, GROUPS[group], t, seed))
+        return "{} [{}, {}]".format(*map(number, found))
 
     def gap(self, arm: str, other: str, group: str) -> str:
         """How much better `arm` is than `other`; undecided where the interval holds 0."""
-        if not (arm in self._rows and other in self._rows):
+        if not (self._of(arm) and self._of(other)):
             return "not run"
-        found = bootstrap(self._sum(arm, "right", group) - self._sum(other, "right", group))
-        value, low, high = (number(x, sign=True) for x in found)
-        return f"{value} [{low}, {high}]" + (", undecided" if found[1] <= 0 <= found[2] else "")
-
-    def steps(self) -> int:
-        return max(row["steps"] for arm in self._rows if arm != "base" for row in self._of(arm))
-
-    def seeds(self) -> str:
-        count = {len(seeds) for arm, seeds in self._rows.items() if arm != "base"}
-        return "one seed of each" if count == {1} else f"{min(count)} to {max(count)} seeds of each"
-
-    def _of(self, arm: str) -> list[dict]:
-        return list(self._rows[arm].values())
-
-    def asked(self) -> int:
-        return self._sum("base", "right", "2x2").size
-
-    def scores_table(self) -> str:
-        lines = [f"| arm | {' | '.join(WORDS[g] for g in GROUPS)} |", "|---" * 8 + "|"]
-        for arm in self._rows:
-            lines.append(f"| {name(arm)} | {' | '.join(self.score(arm, g) for g in GROUPS)} |")
-        return "\n".join(lines)
-
-    def gaps_table(self, *pairs: tuple[str, str]) -> str:
-        head = "| first - second | trained kinds | new kinds | of these, 4 of 2 digits |"
-        lines = [head, "|---" * 4 + "|"]
-        for arm, other in pairs:
-            cells = [self.gap(arm, other, group) for group in ("trained", "new", "4x2")]
-            lines.append(f"| {name(arm)} - {name(other)} | {' | '.join(cells)} |")
-        return "\n".join(lines)
-
-    def training_table(self) -> str:
-        head = "| arm | reward, first 5 steps | last 5 | entropy, first 5 | last 5 | minutes |"
-        lines = [head, "|---" * 6 + "|"]
-        for arm in (arm for arm in self._rows if arm != "base"):
-            steps = [(m, *ends) for m in ("reward", "entropy") for ends in ((0, 5), (-5,))]
-            cells = [*(self.metric(arm, *which) for which in steps), self.minutes(arm)]
-            lines.append(f"| {name(arm)} | {' | '.join(cells)} |")
-        return "\n".join(lines)
-
-    def responses_table(self) -> str:
-        lines = [
-            "| arm | tokens, trained kinds | 3 of 3 digits | 4 of 2 digits | right that add up "
-            "| π of unlikely trace tokens, trained kinds | new kinds |",
-            "|---" * 7 + "|",
-        ]
-        for arm in self._rows:
-            cells = [self.tokens(arm, group) for group in ("trained", "3x3", "4x2")]
-            cells += [self.meant(arm), *(self.unlikely(arm, group) for group in ("trained", "new"))]
-            lines.append(f"| {name(arm)} | {' | '.join(cells)} |")
-        return "\n".join(lines)
+        one, two = (self._sum("right", a, GROUPS[group]) for a in (arm, other))
+        found = bootstrap(one - two)
+        text = "{} [{}, {}]".format(*(number(x, sign=True) for x in found))
+        return text + (", undecided" if found[1] <= 0 <= found[2] else "")
 
     def metric(self, arm: str, metric: str, start: int, end: int | None = None) -> str:
         """Its mean over some steps of training."""
@@ -162,69 +104,84 @@ class Report:
         return number(np.mean(values)) if values else "-"
 
     def tokens(self, arm: str, group: str) -> str:
-        return f"{self._sum(arm, 'tokens', group).mean():.0f}"
+        return f"{self._sum('tokens', arm, GROUPS[group]).mean():.1f}"
 
     def unlikely(self, arm: str, group: str) -> str:
-        return number(np.concatenate([self._pi(arm, kind) for kind in GROUPS[group]]).mean(), 3)
+        return number(self._pi(arm, group).mean())
 
     def unlikely_count(self, group: str) -> int:
-        return sum(self._pi("base", kind).size for kind in GROUPS[group])
+        return self._pi("base", group).size
 
     def meant(self, arm: str) -> str:
         """Of the right responses, how many add each number in its turn, and rightly."""
-        right = sum(self._sum(arm, "right", group).sum() for group in ("trained", "new"))
-        tricks = sum(self._sum(arm, "rewarded_trick", group).sum() for group in ("trained", "new"))
-        k = self._of(arm)[0]["scores"][0]["k"]
-        return f"{round((right - tricks) * k)} of {round(right * k)}"
+        right, tricks = (
+            sum(sum(v) for row in self._of(arm) for v in row["scores"][0][what].values())
+            for what in ("right", "rewarded_trick")
+        )
+        return f"{right - tricks} of {right}"
 
     def minutes(self, arm: str) -> str:
-        return f"{np.mean([row['seconds'] for row in self._of(arm)]) / 60:.0f}"
+        return number(np.mean([row["seconds"] for row in self._of(arm)]) / 60, 1)
 
-    def sample(self, arm: str, kind: str, n: int = 0, seed: int = 0) -> str:
-        """A response to the n-th held-out problem of a kind."""
-        same = [s for s in self._samples if (s["arm"], s["seed"]) == (arm, seed)]
-        s = [s for s in same if s["source"] == kind][n]
-        verdict = "right" if s["right"] else f"wrong, it is {s['answer']}"
-        text = s["response"].replace("<|im_end|>", "")
-        return f"{s['question']} `{text}` ({verdict})"
+    # -------------------------------------------------------------- tables
+    def scores_table(self) -> str:
+        rows = {name(arm): [self.score(arm, g) for g in COLUMNS] for arm in self._rows}
+        return table("arm | " + HEAD, rows)
+
+    def gaps_table(self, *pairs: tuple[str, str]) -> str:
+        rows = {}
+        for a, b in pairs:
+            rows[f"{name(a)} - {name(b)}"] = [self.gap(a, b, g) for g in ("trained", "new", "4x2")]
+        return table("first - second | trained kinds | new kinds | of these, 4 of 2 digits", rows)
+
+    def seeds_table(self) -> str:
+        """Of arms with several seeds, the scores of each by itself."""
+        seeds = sorted({seed for rows in self._rows.values() for seed in rows})
+        columns = [(group, seed) for group in ("trained", "new") for seed in seeds]
+        several = [arm for arm in self._arms if len(self._rows[arm]) == len(seeds) > 1]
+        rows = {name(arm): [self.score(arm, g, seed=s) for g, s in columns] for arm in several}
+        return table("arm | " + " | ".join(f"{g} kinds, seed {s}" for g, s in columns), rows)
+
+    def training_table(self) -> str:
+        parts = [(m, *ends) for m in ("reward", "entropy") for ends in ((0, 5), (-5,))]
+        rows = {
+            name(a): [self.metric(a, *p) for p in parts] + [self.minutes(a)] for a in self._arms
+        }
+        return table("arm | reward, first 5 steps | last 5 | entropy | last 5 | minutes", rows)
+
+    def responses_table(self) -> str:
+        rows = {}
+        for arm in self._rows:
+            cells = [self.tokens(arm, kind) for kind in ("3x2", "3x3", "4x2")] + [self.meant(arm)]
+            rows[name(arm)] = cells + [self.unlikely(arm, group) for group in ("trained", "new")]
+        head = "arm | tokens, 3 of 2 digits | 3 of 3 | 4 of 2 | right ones that add up | "
+        return table(head + "π of unlikely trace tokens, trained kinds | new kinds", rows)
 
     # -------------------------------------------------------------- picture
     def _draw(self, file: Path) -> None:
         plt.rcParams.update({"axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False})
-        figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
-        titles = {
-            "reward": "reward of rollouts (mean of the last 5 steps)",
-            "length": "tokens of a rollout (mean of the last 5 steps)",
-            "entropy": "entropy of rollouts, nats (mean of the last 5 steps)",
-        }
-        arms = [arm for arm in STYLES if arm in self._rows]
-        for axis, (metric, title) in zip(axes.flat, titles.items()):
-            for arm in arms:
+        figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+        for axis, metric in zip(axes, ("reward", "length", "entropy")):
+            for arm in (arm for arm in STYLES if arm in self._rows):
                 found = [smooth(row["curves"][metric], 5) for row in self._of(arm)]
-                steps = range(1, len(found[0]) + 1)
-                style = STYLES[arm] | dict(
-                    markevery=4, markersize=4, label=name(arm).replace("`", "")
-                )
-                axis.plot(steps, np.mean(found, axis=0), **style)
-            axis.set_title(title)
+                color, marker, line = STYLES[arm].split()
+                style = dict(color=color, marker=marker, linestyle=line, markevery=4, markersize=4)
+                style["label"] = name(arm).replace("`", "")
+                axis.plot(range(1, len(found[0]) + 1), np.mean(found, axis=0), **style)
+            axis.set_title(f"{metric} of rollouts (mean of the last 5 steps)")
             axis.set_xlabel("step")
             axis.xaxis.get_major_locator().set_params(integer=True)
-        axes[0, 0].legend()
-        axis, shown = axes[1, 1], list(self._rows)
-        for shift, (group, marker) in enumerate((("trained", "o"), ("new", "s"))):
-            pi = [np.concatenate([self._pi(arm, k) for k in GROUPS[group]]).mean() for arm in shown]
-            count = self.unlikely_count(group)
-            label = f"{group} kinds, {count} tokens"
-            fill = "black" if group == "trained" else "white"
-            y = np.arange(len(shown)) + 0.15 * shift
-            axis.plot(pi, y, marker, color="black", markerfacecolor=fill, label=label)
-        axis.set_yticks(range(len(shown)), [name(arm).replace("`", "") for arm in shown])
-        axis.set_title("π of held-out traces' tokens that the base found unlikely")
-        axis.set_xlim(-0.03, 1.03)
-        axis.legend()
-        for axis in axes.flat:
+        for group, marker in (("trained", "o"), ("new", "x")):
+            pi = [self._pi(arm, group).mean() for arm in self._rows]
+            axes[3].plot(pi, range(len(pi)), "k" + marker, label=f"{group} kinds")
+        axes[3].set_yticks(range(len(pi)), [name(arm).replace("`", "") for arm in self._rows])
+        axes[3].set_title("π of trace tokens that the base found unlikely")
+        axes[3].set_xlim(-0.03, 1.03)
+        axes[3].legend()
+        for axis in axes:
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
         figure.savefig(file, dpi=110, metadata={"Software": None})
         plt.close(figure)
 
