@@ -154,23 +154,26 @@ def evaluate(checkpoint: Path, file: Path, temperatures: tuple) -> tuple[dict, l
             tricks = [row for row in rows if row["rewarded_trick"] and row not in first]
             kept = "question", "source", "response", "answer", "right", "meant"
             samples += [{name: row[name] for name in kept} for row in first + tricks[:TRICKS]]
-    found = {"scores": scores, "pi": trace_probabilities(policy, asked, tokenizer)}
+    found = {"scores": scores} | trace_probabilities(policy, asked, tokenizer)
     return found | {"evaluation_seconds": round(time.perf_counter() - start)}, samples
 
 
 @torch.no_grad()
-def trace_probabilities(
-    policy: Policy, asked: list[Problem], tokenizer: Tokenizer
-) -> dict[str, list[list[float]]]:
-    """kind -> for each of its first traces, π of the tokens."""
+def trace_probabilities(policy: Policy, asked: list[Problem], tokenizer: Tokenizer) -> dict:
+    """pi: kind -> for each of its first traces, π of the tokens; go_on: of that token by which a
+    trace of four numbers goes on after two steps."""
     some = [p for i, p in enumerate(asked) if i % ASKED < TRACED]
     kept, _ = encode(some, tokenizer, max_prompt_tokens=96, max_trace_tokens=96)
     rows = [Trajectory.of_trace(i, p, 1.0) for i, p in enumerate(kept)]
     for micro_batch in pack(rows, COMMON["token_budget"]):
         micro_batch.give(logp=policy(micro_batch)[0])
-    found = {kind: [] for kind in KINDS}
+    found = {"pi": {kind: [] for kind in KINDS}, "go_on": []}
     for t in rows:
-        found[t.problem.source].append([float(f"{x:.3g}") for x in t.logp.exp().tolist()])
+        pi = [float(f"{x:.3g}") for x in t.logp.exp().tolist()]
+        found["pi"][t.problem.source].append(pi)
+        if t.problem.source == "4x2":
+            ends = [n for n, i in enumerate(t.response) if tokenizer.decode([i]) == "."]
+            found["go_on"].append(pi[ends[1] + 1])
     return found
 
 

@@ -1,12 +1,12 @@
 """The text and the picture of results/sums, from the files in data/: see study.py.
 
 In README.template.md `{{...}}` is a Python expression over the public functions of Report, and
-README.md is what comes out. Intervals are 95 % intervals of a bootstrap over problems, paired where
-two arms are compared. They hold for these checkpoints: another seed may differ by more. Where an
-arm has several seeds their mean counts.
+README.md is what comes out. Intervals are 95 % intervals of a bootstrap over problems, of a mean
+over seeds, and paired where arms are compared. They do not say how far another seed would be.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import matplotlib
@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 TRAINED, NEW = ("2x2", "2x3", "3x2"), ("3x3", "4x2")
 GROUPS = {"trained": TRAINED, "new": NEW} | {kind: (kind,) for kind in TRAINED + NEW}
-COLUMNS = ("2x2", "2x3", "3x2", "trained", "3x3", "4x2", "new")
-HEAD = "2 numbers of 2 digits | 2 of 3 digits | 3 of 2 digits | trained kinds | 3 of 3 digits | "
-HEAD += "4 of 2 digits | new kinds"
+WORDS = {"2x2": "2 numbers of 2 digits", "2x3": "2 of 3 digits", "3x2": "3 of 2 digits"}
+WORDS |= {"trained": "trained kinds", "3x3": "3 of 3 digits", "4x2": "4 of 2 digits"}
+WORDS |= {"new": "new kinds"}
 DRAWS = 4000
 STYLES = {"luffy": "black o -", "on_policy": "#0072b2 v --", "sft_then_on_policy": "#777777 D --"}
 STYLES |= {"mixed": "#e69f00 s --", "hpt": "#009e73 ^ -.", "opd": "#cc79a7 x :"}
@@ -63,15 +63,13 @@ class Report:
             self._rows.setdefault(row["arm"], {})[row["seed"]] = row
         self._arms = [arm for arm in self._rows if arm != "base"]
 
-    def _of(self, arm: str, seed: int | None = None) -> list[dict]:
-        return [row for s, row in self._rows.get(arm, {}).items() if seed in (None, s)]
+    def _of(self, arm: str, seeds: Collection[int] = ()) -> list[dict]:
+        return [row for seed, row in self._rows[arm].items() if seed in seeds or not seeds]
 
-    def _sum(self, what: str, arm: str, kinds: tuple, t: float = 0.6, seed=None) -> np.ndarray:
-        """(kinds, problems), a mean over responses and seeds, or of one seed."""
-        found = []
-        for row in self._of(arm, seed):
-            (scores,) = (s for s in row["scores"] if s["temperature"] == t)
-            found.append([np.array(scores[what][kind]) / scores["k"] for kind in kinds])
+    def _sum(self, what: str, arm: str, group: str, seeds: Collection[int] = ()) -> np.ndarray:
+        """(kinds, problems) at T = 0.6, a mean over responses and over seeds, or some of them."""
+        scores = [row["scores"][0] for row in self._of(arm, seeds)]
+        found = [[np.array(s[what][kind]) / s["k"] for kind in GROUPS[group]] for s in scores]
         return np.mean(found, axis=0)
 
     def _pi(self, arm: str, group: str) -> np.ndarray:
@@ -80,19 +78,20 @@ class Report:
         def flat(row: dict) -> np.ndarray:
             return np.concatenate([pi for kind in GROUPS[group] for pi in row["pi"][kind]])
 
-        before, now = flat(self._of("base")[0]), np.mean([*map(flat, self._of(arm))], axis=0)
-        return now[before < UNLIKELY]
+        now = np.mean([*map(flat, self._of(arm))], axis=0)
+        return now[flat(*self._of("base")) < UNLIKELY]
 
     # -------------------------------------------------------------- numbers in the text
-    def score(self, arm: str, group: str, t: float = 0.6, seed: int | None = None) -> str:
-        found = bootstrap(self._sum("right", arm, GROUPS[group], t, seed))
+    def score(self, arm: str, group: str, *seeds: int) -> str:
+        found = bootstrap(self._sum("right", arm, group, seeds))
         return "{} [{}, {}]".format(*map(number, found))
 
     def gap(self, arm: str, other: str, group: str) -> str:
-        """How much better `arm` is than `other`; undecided where the interval holds 0."""
-        if not (self._of(arm) and self._of(other)):
+        """`arm` minus `other`, over the seeds that both have; undecided if the interval holds 0."""
+        if {arm, other} - self._rows.keys():
             return "not run"
-        one, two = (self._sum("right", a, GROUPS[group]) for a in (arm, other))
+        seeds = self._rows[arm].keys() & self._rows[other].keys() if other != "base" else ()
+        one, two = (self._sum("right", a, group, seeds) for a in (arm, other))
         found = bootstrap(one - two)
         text = "{} [{}, {}]".format(*(number(x, sign=True) for x in found))
         return text + (", undecided" if found[1] <= 0 <= found[2] else "")
@@ -104,10 +103,11 @@ class Report:
         return number(np.mean(values)) if values else "-"
 
     def tokens(self, arm: str, group: str) -> str:
-        return f"{self._sum('tokens', arm, GROUPS[group]).mean():.1f}"
+        return f"{self._sum('tokens', arm, group).mean():.1f}"
 
-    def unlikely(self, arm: str, group: str) -> str:
-        return number(self._pi(arm, group).mean())
+    def go_on(self, arm: str) -> str:
+        """π of the token by which traces of four numbers go on after two steps."""
+        return number(np.mean([row["go_on"] for row in self._of(arm)]))
 
     def unlikely_count(self, group: str) -> int:
         return self._pi("base", group).size
@@ -125,8 +125,8 @@ class Report:
 
     # -------------------------------------------------------------- tables
     def scores_table(self) -> str:
-        rows = {name(arm): [self.score(arm, g) for g in COLUMNS] for arm in self._rows}
-        return table("arm | " + HEAD, rows)
+        rows = {name(arm): [self.score(arm, g) for g in WORDS] for arm in self._rows}
+        return table("arm | " + " | ".join(WORDS.values()), rows)
 
     def gaps_table(self, *pairs: tuple[str, str]) -> str:
         rows = {}
@@ -137,25 +137,26 @@ class Report:
     def seeds_table(self) -> str:
         """Of arms with several seeds, the scores of each by itself."""
         seeds = sorted({seed for rows in self._rows.values() for seed in rows})
-        columns = [(group, seed) for group in ("trained", "new") for seed in seeds]
+        columns = [(group, seed) for group in ("trained", "4x2") for seed in seeds]
         several = [arm for arm in self._arms if len(self._rows[arm]) == len(seeds) > 1]
-        rows = {name(arm): [self.score(arm, g, seed=s) for g, s in columns] for arm in several}
-        return table("arm | " + " | ".join(f"{g} kinds, seed {s}" for g, s in columns), rows)
+        rows = {name(arm): [self.score(arm, g, s) for g, s in columns] for arm in several}
+        return table("arm | " + " | ".join(f"{WORDS[g]}, seed {s}" for g, s in columns), rows)
 
     def training_table(self) -> str:
         parts = [(m, *ends) for m in ("reward", "entropy") for ends in ((0, 5), (-5,))]
-        rows = {
-            name(a): [self.metric(a, *p) for p in parts] + [self.minutes(a)] for a in self._arms
-        }
+        rows = {}
+        for arm in self._arms:
+            rows[name(arm)] = [*(self.metric(arm, *part) for part in parts), self.minutes(arm)]
         return table("arm | reward, first 5 steps | last 5 | entropy | last 5 | minutes", rows)
 
     def responses_table(self) -> str:
         rows = {}
         for arm in self._rows:
-            cells = [self.tokens(arm, kind) for kind in ("3x2", "3x3", "4x2")] + [self.meant(arm)]
-            rows[name(arm)] = cells + [self.unlikely(arm, group) for group in ("trained", "new")]
-        head = "arm | tokens, 3 of 2 digits | 3 of 3 | 4 of 2 | right ones that add up | "
-        return table(head + "π of unlikely trace tokens, trained kinds | new kinds", rows)
+            cells = [self.tokens(arm, "3x2"), self.tokens(arm, "4x2"), self.go_on(arm)]
+            cells += [number(self._pi(arm, group).mean()) for group in ("trained", "new")]
+            rows[name(arm)] = [*cells, self.meant(arm)]
+        head = "arm | tokens, 3 of 2 digits | 4 of 2 digits | π of going on | "
+        return table(head + "π of unlikely tokens, trained | new | right ones that add up", rows)
 
     # -------------------------------------------------------------- picture
     def _draw(self, file: Path) -> None:
