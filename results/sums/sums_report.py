@@ -82,9 +82,17 @@ class Report:
         return now[flat(*self._of("base")) < UNLIKELY]
 
     # -------------------------------------------------------------- numbers in the text
-    def score(self, arm: str, group: str, *seeds: int) -> str:
-        found = bootstrap(self._sum("right", arm, group, seeds))
+    def score(self, arm: str, group: str) -> str:
+        found = bootstrap(self._sum("right", arm, group))
         return "{} [{}, {}]".format(*map(number, found))
+
+    def by_seed(self, group: str) -> str:
+        """Of arms with several seeds, the score of each by itself."""
+        found = []
+        for arm in (arm for arm in self._arms if len(self._rows[arm]) > 1):
+            scores = (number(self._sum("right", arm, group, [s]).mean()) for s in self._rows[arm])
+            found.append(f"{name(arm)} {' and '.join(scores)}")
+        return "; ".join(found) or "none has two"
 
     def gap(self, arm: str, other: str, group: str) -> str:
         """`arm` minus `other`, over the seeds that both have; undecided if the interval holds 0."""
@@ -134,28 +142,16 @@ class Report:
             rows[f"{name(a)} - {name(b)}"] = [self.gap(a, b, g) for g in ("trained", "new", "4x2")]
         return table("first - second | trained kinds | new kinds | of these, 4 of 2 digits", rows)
 
-    def seeds_table(self) -> str:
-        """Of arms with several seeds, the scores of each by itself."""
-        seeds = sorted({seed for rows in self._rows.values() for seed in rows})
-        columns = [(group, seed) for group in ("trained", "4x2") for seed in seeds]
-        several = [arm for arm in self._arms if len(self._rows[arm]) == len(seeds) > 1]
-        rows = {name(arm): [self.score(arm, g, s) for g, s in columns] for arm in several}
-        return table("arm | " + " | ".join(f"{WORDS[g]}, seed {s}" for g, s in columns), rows)
-
-    def training_table(self) -> str:
-        parts = [(m, *ends) for m in ("reward", "entropy") for ends in ((0, 5), (-5,))]
-        rows = {}
-        for arm in self._arms:
-            rows[name(arm)] = [*(self.metric(arm, *part) for part in parts), self.minutes(arm)]
-        return table("arm | reward, first 5 steps | last 5 | entropy | last 5 | minutes", rows)
-
-    def responses_table(self) -> str:
+    def arms_table(self) -> str:
+        """What went on in training, and what became of responses and of unlikely tokens."""
         rows = {}
         for arm in self._rows:
-            cells = [self.tokens(arm, "3x2"), self.tokens(arm, "4x2"), self.go_on(arm)]
+            cells = [f"{self.metric(arm, m, 0, 5)} to {self.metric(arm, m, -5)}"
+                     for m in ("reward", "entropy")]  # fmt: skip
+            cells += [self.minutes(arm), self.tokens(arm, "4x2"), self.go_on(arm)]
             cells += [number(self._pi(arm, group).mean()) for group in ("trained", "new")]
-            rows[name(arm)] = [*cells, self.meant(arm)]
-        head = "arm | tokens, 3 of 2 digits | 4 of 2 digits | π of going on | "
+            rows[name(arm)] = ["-" if x == "- to -" else x for x in cells] + [self.meant(arm)]
+        head = "arm | reward | entropy | minutes | tokens, 4 of 2 digits | π of going on | "
         return table(head + "π of unlikely tokens, trained | new | right ones that add up", rows)
 
     # -------------------------------------------------------------- picture
