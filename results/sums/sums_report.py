@@ -98,10 +98,15 @@ class Report:
         """`arm` minus `other`, over the seeds that both have; undecided if the interval holds 0."""
         if {arm, other} - self._rows.keys():
             return "not run"
-        seeds = self._rows[arm].keys() & self._rows[other].keys() if other != "base" else ()
+        seeds = sorted(self._rows[arm].keys() & self._rows[other].keys())
         one, two = (self._sum("right", a, group, seeds) for a in (arm, other))
         found = bootstrap(one - two)
         text = "{} [{}, {}]".format(*(number(x, sign=True) for x in found))
+        if len(seeds) > 1:
+            pairs = [
+                [self._sum("right", a, group, [s]).mean() for a in (arm, other)] for s in seeds
+            ]
+            text += f" (seeds {', '.join(number(one - two, sign=True) for one, two in pairs)})"
         return text + (", undecided" if found[1] <= 0 <= found[2] else "")
 
     def metric(self, arm: str, metric: str, start: int, end: int | None = None) -> str:
