@@ -122,9 +122,6 @@ class Report:
         """π of the token by which traces of four numbers go on after two steps."""
         return number(np.mean([row["go_on"] for row in self._of(arm)]))
 
-    def unlikely_count(self, group: str) -> int:
-        return self._pi("base", group).size
-
     def meant(self, arm: str) -> str:
         """Of the right responses, how many add each number in its turn, and rightly."""
         right, tricks = (
