@@ -110,10 +110,9 @@ class Report:
         return text + (", undecided" if found[1] <= 0 <= found[2] else "")
 
     def metric(self, arm: str, metric: str, start: int, end: int | None = None) -> str:
-        """Its mean over some steps of training."""
-        rows = [r["curves"].get(metric, [None])[start:end] for r in self._of(arm)]
-        values = [x for row in rows for x in row if x is not None]
-        return number(np.mean(values)) if values else "-"
+        """Its mean over some steps of the first seed's training."""
+        curves = self._of(arm)[0]["curves"]
+        return number(np.mean(curves[metric][start:end])) if metric in curves else "-"
 
     def tokens(self, arm: str, group: str) -> str:
         return f"{self._sum('tokens', arm, group).mean():.1f}"
@@ -162,12 +161,12 @@ class Report:
         figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
         for axis, metric in zip(axes, ("reward", "length", "entropy")):
             for arm in (arm for arm in STYLES if arm in self._rows):
-                found = [smooth(row["curves"][metric], 5) for row in self._of(arm)]
+                values = smooth(self._of(arm)[0]["curves"][metric], 5)
                 color, marker, line = STYLES[arm].split()
                 style = dict(color=color, marker=marker, linestyle=line, markevery=4, markersize=4)
                 style["label"] = name(arm).replace("`", "")
-                axis.plot(range(1, len(found[0]) + 1), np.mean(found, axis=0), **style)
-            axis.set_title(f"{metric} of rollouts (mean of the last 5 steps)")
+                axis.plot(range(1, len(values) + 1), values, **style)
+            axis.set_title(f"{metric} of rollouts, seed 0 (mean of the last 5 steps)")
             axis.set_xlabel("step")
             axis.xaxis.get_major_locator().set_params(integer=True)
         for group, marker in (("trained", "o"), ("new", "x")):
