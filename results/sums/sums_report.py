@@ -117,9 +117,9 @@ class Report:
     def tokens(self, arm: str, group: str) -> str:
         return f"{self._sum('tokens', arm, group).mean():.1f}"
 
-    def go_on(self, arm: str) -> str:
+    def go_on(self, arm: str, *seeds: int) -> str:
         """π of the token by which traces of four numbers go on after two steps."""
-        return number(np.mean([row["go_on"] for row in self._of(arm)]))
+        return number(np.mean([row["go_on"] for row in self._of(arm, seeds)]))
 
     def meant(self, arm: str) -> str:
         """Of the right responses, how many add each number in its turn, and rightly."""
