@@ -11,8 +11,7 @@ Final numbers are of `test`, which nothing was chosen on.
 
 A job is a run and its evaluations, in a process of its own. It ends with rows in data/runs.jsonl
 and data/scores.jsonl, and what has its row there is not run again: to repeat all, remove data/
-and runs/study.
-Models and logs are in runs/study; a first stage that is gone from there is trained anew.
+and runs/study, where models and logs are. A first stage that is gone from there is trained anew.
 """
 
 import argparse
@@ -155,7 +154,7 @@ def run_row(out: Path, seconds: float) -> dict:
     return {
         "differs": differences(cfg),
         "steps": cfg["steps"],
-        # The processor's, and no more than the clock's while other programs run.
+        # CPU time: other programs change it less than the clock's.
         "seconds": {n: round(seconds * sum(took[:n]) / sum(took), 1) for n in marks},
         "sampled": {n: round(sum(sampled[:n])) for n in marks},
         "updated": {n: round(sum(updated[:n])) for n in marks},
