@@ -66,7 +66,7 @@ SIZES = {  # problems of each kind in each split; no problem is in two splits
     "train": dict(easy=64, medium=64, hard=128),
     "val": dict.fromkeys(KINDS, 64),
     "test": dict.fromkeys(KINDS, 200),
-    # This toy and its RECIPE were tuned on train and dev; the share of * in `document` on val, too.
+    # This toy and its RECIPE were tuned on train and dev.
     "dev": dict.fromkeys(KINDS, 64),
 }
 
