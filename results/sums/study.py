@@ -53,7 +53,7 @@ ARMS = {
     "hpt": ("luffy", RL | dict(algo="hpt"), "base"),
     "opd": ("forks.opd", RL | dict(algo="opd"), "base"),  # its teacher is the sft arm
 }
-OTHER_PROBLEMS = 1000  # added to the seed of RL after SFT: not those that SFT has just been shown
+OTHER_PROBLEMS = 1000  # added to the seed of RL after SFT: else it gets SFT's, in the same order
 ASKED, SAMPLES, TRACED = 64, 2, 16  # of a kind: problems, responses to each, traces to look at
 SHOWN, TRICKS = 4, 12  # responses that are kept as text: of a kind; right ones that do not add up
 CURVES = ("reward", *(f"reward/{kind}" for kind in TRAINED), "length", "entropy", "truncated")

@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 TRAINED, NEW = ("2x2", "2x3", "3x2"), ("3x3", "4x2")
-GROUPS = {"trained": TRAINED, "new": NEW} | {kind: (kind,) for kind in TRAINED + NEW}
+KINDS = TRAINED + NEW
+GROUPS = {"trained": TRAINED, "new": NEW} | {kind: (kind,) for kind in KINDS}
 WORDS = {"2x2": "2 numbers of 2 digits", "2x3": "2 of 3 digits", "3x2": "3 of 2 digits"}
 WORDS |= {"trained": "trained kinds", "3x3": "3 of 3 digits", "4x2": "4 of 2 digits"}
 WORDS |= {"new": "new kinds"}
@@ -94,6 +95,14 @@ class Report:
             found.append(f"{name(arm)} {' and '.join(scores)}")
         return "; ".join(found) or "none has two"
 
+    def seeds_move(self, group: str) -> str:
+        """How far two seeds of an arm are apart, and of the difference of two arms."""
+        two = [arm for arm in self._arms if len(self._rows[arm]) == 2]
+        means = [[self._sum("right", a, group, [s]).mean() for s in self._rows[a]] for a in two]
+        moves = [one - other for one, other in means]
+        ends = [f(map(abs, moves)) for f in (min, max)] + [max(moves) - min(moves)]
+        return "an arm by {} to {}, a difference by up to {}".format(*map(number, ends))
+
     def gap(self, arm: str, other: str, group: str) -> str:
         """`arm` minus `other`, over the seeds that both have; undecided if the interval holds 0."""
         if {arm, other} - self._rows.keys():
@@ -102,7 +111,9 @@ class Report:
         one, two = (self._sum("right", a, group, seeds) for a in (arm, other))
         found = bootstrap(one - two)
         text = "{} [{}, {}]".format(*(number(x, sign=True) for x in found))
-        if len(seeds) > 1:
+        if len(seeds) == 1:
+            text += ", one seed"
+        else:
             pairs = [
                 [self._sum("right", a, group, [s]).mean() for a in (arm, other)] for s in seeds
             ]
@@ -121,21 +132,24 @@ class Report:
         """π of the token by which traces of four numbers go on after two steps."""
         return number(np.mean([row["go_on"] for row in self._of(arm, seeds)]))
 
-    def meant(self, arm: str) -> str:
-        """Of the right responses, how many add each number in its turn, and rightly."""
+    def meant(self, arm: str, *kinds: str) -> str:
+        """Of the right responses (all kinds), how many add each number in its turn, and rightly."""
         right, tricks = (
-            sum(sum(v) for row in self._of(arm) for v in row["scores"][0][what].values())
+            sum(sum(row["scores"][0][what][k]) for row in self._of(arm) for k in kinds or KINDS)
             for what in ("right", "rewarded_trick")
         )
         return f"{right - tricks} of {right}"
 
-    def minutes(self, arm: str) -> str:
-        return number(np.mean([row["seconds"] for row in self._of(arm)]) / 60, 1)
+    def minutes(self, arm: str, *seeds: int) -> str:
+        return number(np.mean([row["seconds"] for row in self._of(arm, seeds)]) / 60, 1)
 
     # -------------------------------------------------------------- tables
     def scores_table(self) -> str:
-        rows = {name(arm): [self.score(arm, g) for g in WORDS] for arm in self._rows}
-        return table("arm | " + " | ".join(WORDS.values()), rows)
+        rows = {
+            f"{name(arm)}, {len(self._rows[arm])}": [self.score(arm, g) for g in WORDS]
+            for arm in self._rows
+        }
+        return table("arm, seeds | " + " | ".join(WORDS.values()), rows)
 
     def gaps_table(self, *pairs: tuple[str, str]) -> str:
         rows = {}
