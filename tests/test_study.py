@@ -144,19 +144,23 @@ def test_documents_of_a_study_that_has_begun(arms, seeds, kinds, tmp_path):
 def test_choices_are_by_three_kinds_on_val_and_ties_go_to_the_earliest():
     def row(lr, right, **other):
         right = {s: [right] * 64 for s in ("easy", "medium", "hard")} | {"ood": [8 * (lr > 1)] * 64}
-        what = dict(kind="rare", arm="luffy", seed=0, split="val", k=8, choice={"lr": lr})
+        what = dict(kind="frequent", arm="luffy", seed=0, split="val", k=8, choice={"lr": lr})
         return what | dict(right=right) | other
 
+    def both(choice):
+        return {(kind, "luffy"): choice for kind in report.KINDS}
+
     a, b = {"lr": 1e-4}, {"lr": 3e-4}
-    assert report.chosen([row(1e-4, 4), row(3e-4, 5)]) == {("rare", "luffy"): b}
-    assert report.chosen([row(1e-4, 5), row(3e-4, 5)]) == {("rare", "luffy"): a}
+    assert report.chosen([row(1e-4, 4), row(3e-4, 5)]) == both(b)
+    assert report.chosen([row(1e-4, 5), row(3e-4, 5)]) == both(a)
     nearly = row(3e-4, 5)
     nearly["right"]["hard"][0] += 1  # one response more
-    assert report.chosen([row(1e-4, 5), nearly]) == {("rare", "luffy"): a}
+    assert report.chosen([row(1e-4, 5), nearly]) == both(a)
     nearly["right"]["hard"][1] += 2
-    assert report.chosen([row(1e-4, 5), nearly]) == {("rare", "luffy"): b}
+    assert report.chosen([row(1e-4, 5), nearly]) == both(b)
     ignored = [row(2.0, 5), row(1e-4, 8, seed=1), row(1e-4, 8, split="test")]
-    assert report.chosen([row(3e-4, 5), *ignored]) == {("rare", "luffy"): b}
+    ignored.append(row(1e-4, 8, kind="rare"))
+    assert report.chosen([row(3e-4, 5), *ignored]) == both(b)
 
 
 def test_quantities_by_hand(full, monkeypatch):

@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PART = "<!-- .* -->\n"  # begins a part of the template
 KINDS = {"frequent": 0.5, "rare": 0.2}  # kinds of base models: GOALS
+TUNED = "frequent"  # the kind on which settings are chosen, for both
 SOURCES = ("easy", "medium", "hard", "ood")
 # fmt: off
 W = {"luffy": "γπ/(π+γ)²", "w_none": "π", "w_trsft": "min(1, π/γ)", "w_phi": "π(1-π)",
@@ -69,18 +70,18 @@ SLACK = 1.1  # equal seconds: at most so many times LUFFY's
 
 
 def chosen(rows: list[dict]) -> dict[tuple[str, str], dict]:
-    """(kind, arm) -> the best choice, by rows of scores.jsonl: val, seed 0, not ood.
+    """(kind, arm) -> the best choice, by rows of scores.jsonl: TUNED, val, seed 0, not ood.
 
     What is within TIE of the best is a tie, which goes to the earliest row.
     """
     best, found = defaultdict(float), {}
-    tried = [row for row in rows if row["split"] == "val" and row["seed"] == 0]
+    tried = [row for row in rows if (row["split"], row["seed"], row["kind"]) == ("val", 0, TUNED)]
     for row in tried:
-        best[of(row)] = max(best[of(row)], val_score(row))
+        best[row["arm"]] = max(best[row["arm"]], val_score(row))
     for row in tried:
-        if val_score(row) > best[of(row)] - TIE:
-            found.setdefault(of(row), row["choice"])
-    return found
+        if val_score(row) > best[row["arm"]] - TIE:
+            found.setdefault(row["arm"], row["choice"])
+    return {(kind, arm): choice for kind in KINDS for arm, choice in found.items()}
 
 
 def of(row: dict) -> tuple[str, str]:
@@ -118,19 +119,20 @@ class Report:
         for row in runs + scores:  # what val did not choose for
             self._choice.setdefault(of(row), row["choice"])
         self._runs, self._scores = defaultdict(dict), defaultdict(dict)  # ... -> seed -> row
-        self._tried = defaultdict(list)  # (kind, arm) -> (choice, its score on val)
+        self._tried = defaultdict(list)  # arm -> (choice, its score on val)
         self._failed = Counter()
         self.claims = 1  # in the template
         for row in runs:
             is_chosen = row["choice"] == self._choice[of(row)]
             if "failed" in row:
                 self._failed[of(row)] += is_chosen
-                self._tried[of(row)] += [(row["choice"], None)] * (row["seed"] == 0)
+                if row["seed"] == 0 and row["kind"] == TUNED:
+                    self._tried[row["arm"]].append((row["choice"], None))
             elif is_chosen:
                 self._runs[of(row)][row["seed"]] = row
         for row in scores:
-            if row["split"] == "val" and row["seed"] == 0:
-                self._tried[of(row)].append((row["choice"], val_score(row)))
+            if row["split"] == "val" and row["seed"] == 0 and row["kind"] == TUNED:
+                self._tried[row["arm"]].append((row["choice"], val_score(row)))
             elif row["split"] == "test" and row["choice"] == self._choice[of(row)]:
                 self._scores[*of(row), row["step"], row["temperature"]][row["seed"]] = row
         file = data / "teacher.json"
@@ -272,8 +274,8 @@ class Report:
         stuck = [f"{sum(end < 0.05 for end in some)} of {len(some)}" for some in ends]
         return ", ".join(f"{code(a)} {n if e else NOT_RUN}" for a, n, e in zip(arms, stuck, ends))
 
-    def choice(self, kind: str, arm: str) -> str:
-        return in_words(self._choice[kind, arm]) if (kind, arm) in self._choice else NOT_RUN
+    def choice(self, arm: str) -> str:
+        return in_words(self._choice[TUNED, arm]) if (TUNED, arm) in self._choice else NOT_RUN
 
     def teacher(self, what: str = "tokens") -> str:
         return f"{self._teacher[what]:.0f}" if what in self._teacher else NOT_RUN
@@ -342,20 +344,17 @@ class Report:
 
     def choices_table(self) -> str:
         """What was tried for each arm on val, seed 0, the chosen in bold; its fields of Config."""
-        head = "arm | fields that differ from luffy's | `frequent` bases | `rare` bases"
+        head = "arm | fields that differ from luffy's | tried"
         lines = []
         for arm in ARMS[1:]:
-            differs, cells = {}, []
-            for kind in KINDS:
-                tried = []
-                for choice, value in self._tried[kind, arm]:
-                    text = f"{in_words(choice)}: {'failed' if value is None else number(value, 3)}"
-                    tried.append(f"**{text}**" if choice == self._choice[kind, arm] else text)
-                cells.append("<br>".join(tried) or "not run")
-                for row in self._runs[kind, arm].values():
-                    differs |= {k: v for k, v in row["differs"].items() if k not in row["choice"]}
+            differs, tried = {}, []
+            for choice, value in self._tried[arm]:
+                text = f"{in_words(choice)}: {'failed' if value is None else number(value, 3)}"
+                tried.append(f"**{text}**" if choice == self._choice[TUNED, arm] else text)
+            for row in (row for kind in KINDS for row in self._runs[kind, arm].values()):
+                differs |= {k: v for k, v in row["differs"].items() if k not in row["choice"]}
             fields = ", ".join(f"`{k}` {v}" for k, v in differs.items()) or "-"
-            lines.append([code(arm), fields, *cells])
+            lines.append([code(arm), fields, "<br>".join(tried) or "not run"])
         return table(head, lines)
 
     # -------------------------------------------------------------- pictures

@@ -6,7 +6,8 @@
 
 A seed is a base model and all that is trained on it. An arm has six candidates: three learning
 rates, then, at the best of them, three values more of what is its own (OWN). The best on `val`,
-seed 0, by the mean of avg@8 over easy, medium and hard problems, is then run with all seeds.
+seed 0 of `frequent` bases, by the mean of avg@8 over easy, medium and hard problems, is then run
+with all seeds, on `rare` ones, too.
 Final numbers are of `test`, which nothing was chosen on.
 
 A job is a run and its evaluations, in a process of its own. It ends with rows in data/runs.jsonl
@@ -203,7 +204,7 @@ def do(job: dict) -> None:
         step, last = 0 if arm == "base" else int(path.name[-6:]), path is finals[-1]
         hows = [("test", 0.6, 8, 1)] if last else [("test", 0.6, 4, 2)]
         if last and job["seed"] == 0 and arm != "base":
-            hows += [("val", 0.6, 8, 1)]
+            hows += [("val", 0.6, 8, 1)] * (job["kind"] == report.TUNED)
         if last and arm in EXPLORED and (job["seed"] or arm == "base"):
             hows += [("test", 0.2, 8, 4), ("test", 1.0, 16, 4), ("test", 1.4, 8, 4)]
         rows["scores"] += [{"step": step} | evaluate(path, *how) for how in hows]
@@ -321,6 +322,8 @@ class Study:
 
     # -------------------------------------------------------------- choices, on val and seed 0
     def choice(self, kind: str, arm: str) -> asyncio.Task:
+        """Made once, for all kinds; but what is known may differ."""
+        kind = kind if (kind, arm) in self.choices else report.TUNED
         return self.once(("choice", kind, arm), self.choose(kind, arm))
 
     async def choose(self, kind: str, arm: str) -> dict:
