@@ -28,6 +28,10 @@ class Growing(DynamicLayer):
         self.keys, self.values = self.shown, _ = [room[:, :, :end] for room in self.rooms]
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.rooms = self.shown = None  # else all layers' old rooms stay until the next token
+
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)

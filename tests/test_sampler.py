@@ -135,6 +135,10 @@ def test_a_cache_that_grows_in_place_holds_what_transformers_holds():
             rows = rows[1:]
             for layer in (ours, theirs):
                 layer.batch_select_indices(torch.arange(len(rows)))
+            held = [x for v in vars(ours).values() for x in (v if isinstance(v, list) else [v])]
+            held = [x.untyped_storage() for x in held if isinstance(x, torch.Tensor)]
+            sizes = {x.data_ptr(): x.nbytes() for x in held}  # and not those of before as well
+            assert sum(sizes.values()) == ours.keys.nbytes + ours.values.nbytes
 
 
 class Engine:
