@@ -100,10 +100,8 @@ class TorchSampler:
 
         self.new_cache = new_cache
         self.model = from_pretrained(path, config=config).eval()
-        self.ends, self.max_rows = list(ends), max_rows
-        self.context = config.max_position_embeddings
-        self.awake = True  # with the weights that it has loaded itself
-        self.cached = True
+        self.ends, self.max_rows, self.context = [*ends], max_rows, config.max_position_embeddings
+        self.awake = self.cached = True  # awake: with the weights that it has loaded itself
         self.check(path)
         if of is not None:  # now, not before the first step: until then there would be a copy more
             self.push(of.named_parameters())
@@ -126,8 +124,7 @@ class TorchSampler:
                 yield logps, probe.own_logps(model, ids + sample.tokens)[len(ids) - 1 :]
 
         with probe.short_windows(model):
-            problem = probe.differs(model, lambda: pairs("grouped"))
-            if problem:
+            if problem := probe.differs(model, lambda: pairs("grouped")):
                 say(f"sampler     without a cache of keys and values, slowly: {problem}")
                 self.cached = False
                 problem = probe.differs(model, lambda: pairs(own))
@@ -169,9 +166,9 @@ class TorchSampler:
         ids = torch.tensor([self.ends[:1] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         ids, mask = ids.to(device()), mask.to(device())  # (P, width)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniform = torch.cat([torch.rand(n, max_tokens, generator=g) for g in generators])
-        uniform = uniform.to(device())  # (B, max_tokens), B = n x prompts
+        generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+        uniform = [torch.rand(n, max_tokens, generator=g) for g in generators]
+        uniform = torch.cat(uniform).to(device())  # (B, max_tokens), B = n x prompts
         cache = self.new_cache(self.model) if self.cached else NoCache(ids[:, :0])
         logits = self.logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         cache.batch_repeat_interleave(n)
