@@ -34,7 +34,7 @@ def tables(monkeypatch):
     monkeypatch.setattr(luffy, "SHAPINGS", dict(luffy.SHAPINGS))
 
 
-def test_all_rows_and_forks_have_six_candidates_each(tables):
+def test_all_rows_and_forks_have_seven_candidates_each(tables):
     assert set(luffy.ALGORITHMS) | set(study.FORKS) | set(study.W) < set(study.ARMS)
     modules = {p.stem for p in (ROOT / "forks").glob("*.py")} - {"__init__", "second_model"}
     assert set(study.FORKS.values()) == modules
@@ -44,7 +44,7 @@ def test_all_rows_and_forks_have_six_candidates_each(tables):
         default = (vars(luffy.Config())["lr"] if flag == "lr" else None, toy.RECIPE.get(flag))
         known = study.row_of(arm).get(flag, default)
         values = {json.dumps(c) for c in candidates} | {json.dumps({"lr": 3e-4, flag: known})}
-        assert len(values) == 7, arm  # none is another one, or the row itself
+        assert len(values) == 8, arm  # none is another one, or the row itself
     named = " ".join(arms for arms, _ in study.OWN.values()).split()
     assert set(named) < set(study.ARMS) and len(named) == len(set(named))
 
@@ -89,9 +89,9 @@ def test_each_job_is_done_once_and_its_first_stage_before(tmp_path, tables):
     done = run(tmp_path, arms, range(2)).done
     names = [(job["kind"], job["arm"], job["seed"], json.dumps(job["choice"])) for job in done]
     assert len(names) == len(set(names))
-    # six candidates of each and the first stage, then the other kind and seed; two bases a kind
+    # seven candidates of each and the first stage, then the other kind and seed; two bases a kind
     assert Counter(arm for _, arm, *_ in names) == {
-        **{arm: 6 + 3 for arm in (*arms, "sft")},
+        **{arm: 7 + 3 for arm in (*arms, "sft")},
         "base": 2 * kinds,
     }
     for i, job in enumerate(done):
@@ -150,11 +150,11 @@ def test_a_study_that_was_killed_while_rows_were_taken_over(tmp_path, tables, mo
 
 
 def test_an_arm_whose_own_flag_is_the_rate_is_not_tuned_on_when_the_study_goes_on(tmp_path, tables):
-    """The three rates decide where the other three are, and those do not start it again."""
+    """The four rates decide where the other three are, and those do not start it again."""
     Fake.best_rate = 5.4e-4
     try:
         first = run(tmp_path, ("gspo",), range(1))
-        assert len([job for job in first.done if job["arm"] == "gspo"]) == 6 + 1
+        assert len([job for job in first.done if job["arm"] == "gspo"]) == 7 + 1
         assert not run(tmp_path, ("gspo",), range(1)).done
     finally:
         Fake.best_rate = study.RATES[1]
@@ -188,7 +188,7 @@ def test_a_first_stage_that_is_gone_is_trained_anew_and_its_rows_stay_one(tmp_pa
     again = [job for job in done if job["arm"] == "sft"]
     assert len(again) == len(study.KINDS)  # the chosen one of each kind
     rows = [r for r in read_jsonl(tmp_path / "data/runs.jsonl") if r["arm"] == "sft"]
-    assert len(rows) == 6 + 1
+    assert len(rows) == 7 + 1
 
 
 def test_known_choices_are_not_tuned_again(tmp_path, tables):

@@ -4,7 +4,7 @@
     python results/toy/study.py --quick    # one seed, with the choices of the full study
     python results/toy/study.py --report   # only tables and pictures, from data/
 
-A seed is a base model and all that is trained on it. An arm has six candidates: three learning
+A seed is a base model and all that is trained on it. An arm has seven candidates: four learning
 rates, then, at the best of them, three values more of what is its own (OWN). The best on `val`,
 seed 0 of `frequent` bases, by the mean of avg@8 over easy, medium and hard problems, is then run
 with all seeds, on `rare` ones, too.
@@ -58,7 +58,7 @@ FORKS |= dict(dapo_refill="dapo")  # arm -> module
 FIRST = report.FIRST  # arm -> its first stage
 ROWS = {"sft_then_on_policy": "on_policy"}  # arm -> row of ALGORITHMS, where names differ
 ARMS = (*luffy.ALGORITHMS, *ROWS, *FORKS, *W)
-RATES = (3e-4, 1e-4, 1e-3)  # the toy's recipe has the first one
+RATES = (3e-4, 1e-4, 1e-3, 3e-5)  # the toy's recipe has the first one
 # What is an arm's own: flag -> the arms, and three values beside their row's
 OWN: dict[str, tuple[str, tuple]] = {
     "gamma": ("luffy mixed_shaped sft_shaped trsft trapo w_trsft", (0.03, 0.3, 1.0)),
@@ -74,7 +74,7 @@ OWN: dict[str, tuple[str, tuple]] = {
         "rl_sft hpt hpt_2 chord_phi srft srft_plus uft",
         (0.1, 0.3, 3.0),
     ),  # times its row's
-    "lr": ("", (0.32, 0.56, 1.8)),  # times the best rate: of arms that have nothing else
+    "lr": ("", (0.56, 0.75, 1.8)),  # times the best rate: of arms that have nothing else
 }
 EXPLORED = ("base", "sft", "on_policy", "luffy", "sft_then_on_policy")
 CURVES = "reward reward/easy reward/medium reward/hard entropy length trace_prob trace_unlikely"
@@ -95,7 +95,7 @@ def row_of(arm: str) -> dict:
 
 
 def more(arm: str, rate: float) -> list[dict]:
-    """Three candidates beside the three rates, at the best of those."""
+    """Three candidates beside the four rates, at the best of those."""
     flag = next((flag for flag, (arms, _) in OWN.items() if arm in arms.split()), "lr")
     times = {"lr": rate, "sft_coef": row_of(arm).get("sft_coef", 1.0)}.get(flag, 1)
     return [
