@@ -10,6 +10,8 @@ from conftest import ALL_ROWS, ROOT
 
 sys.path.insert(0, str(ROOT / "results/toy"))
 import intervals  # noqa: E402
+from machinery.files import read_jsonl  # noqa: E402
+
 import report  # noqa: E402
 
 TEMPLATE = (ROOT / "results/README.template.md").read_text()
@@ -138,6 +140,17 @@ def test_documents_of_a_study_that_has_begun(arms, seeds, kinds, tmp_path):
     assert intervals.NOT_RUN in results and "not run |" in results
     if len(seeds) < 3:
         assert "reproduced |" not in results and "**" + "reproduced" not in results
+
+
+def test_a_candidate_that_failed_is_not_the_result_that_is_missing(tmp_path):
+    make_up(tmp_path)
+    assert report.is_done(tmp_path)
+    lost = dict(kind="rare", arm="dapo", seed=0)
+    for file in (tmp_path / "runs.jsonl", tmp_path / "scores.jsonl"):
+        kept = [row for row in read_jsonl(file) if not lost.items() <= row.items()]
+        failed = [lost | dict(choice={"lr": 0.01}, failed="NaN")] * file.name.startswith("runs")
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept + failed))
+    assert not report.is_done(tmp_path)
 
 
 # ------------------------------------------------------------------ numbers

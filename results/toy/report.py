@@ -508,8 +508,8 @@ def is_done(data: Path = HERE / "data") -> bool:
     """Has each arm its scores? Until then the documents are the first edition's."""
     runs, scores = (read_jsonl(data / f"{name}.jsonl") for name in ("runs", "scores"))
     choice, test = chosen(scores), [row for row in scores if row["split"] == "test"]
-    done = {(*of(row), row["seed"]) for row in test if row["choice"] == choice.get(of(row), {})}
-    done |= {(*of(row), row["seed"]) for row in runs if "failed" in row}
+    ends = [*test, *(row for row in runs if "failed" in row)]
+    done = {(*of(row), row["seed"]) for row in ends if row["choice"] == choice.get(of(row), {})}
     wanted = product(KINDS, [(arm, 5 if arm in ("base", *MAJOR) else 3) for arm in ARMS])
     return all((kind, arm, seed) in done for kind, (arm, n) in wanted for seed in range(n))
 
