@@ -55,6 +55,8 @@ def test_the_arms_of_w_differ_in_w_alone(tables):
         assert row.items() - luffy.ALGORITHMS["luffy"].items() == {("shaping", arm)}
         shaping = luffy.SHAPINGS[arm]
         assert not shaping.is_sft and shaping.f is luffy.SHAPINGS[name].f
+    both = luffy.ALGORITHMS["rl_plus"].items() ^ luffy.ALGORITHMS["luffy"].items()
+    assert both == {("shaping", "rl_plus"), ("shaping", "luffy")}  # so it is one of them
 
 
 class Fake(study.Study):

@@ -36,15 +36,15 @@ KINDS = {"frequent": 0.5, "rare": 0.2}  # kinds of base models: GOALS
 TUNED = "frequent"  # the kind on which settings are chosen, for both
 SOURCES = ("easy", "medium", "hard", "ood")
 # fmt: off
-W = {"luffy": "γπ/(π+γ)²", "w_none": "π", "w_trsft": "min(1, π/γ)", "w_phi": "π(1-π)",
-     "w_rl_plus": "4π√(1-π)/(3π_old+1)", "w_log": "1"}  # arm -> w of a trace token
+W = {"luffy": "γπ/(π+γ)²", "rl_plus": "4π√(1-π)/(3π_old+1)", "w_none": "π", "w_log": "1",
+     "w_trsft": "min(1, π/γ)", "w_phi": "π(1-π)"}  # arm -> w of a trace token
 RIVALS = ("hpt", "chord_phi", "chord_mu", "rl_plus", "srft", "prefix_rft", "trapo", "relift", "opd")
 STAGED = ("sft_then_on_policy", "rl_2604")  # SFT, then RL
 MAJOR = ("luffy", "mixed_shaped", "mixed", "on_policy", "grpo", "rl_sft", "sft", "sft_2604",
-         *STAGED, *RIVALS, *list(W)[1:])  # five seeds; the others have three
+         *STAGED, *RIVALS, *list(W)[2:])  # five seeds; the others have three
 ARMS = ("base", "on_policy", "on_policy_noclip", "on_policy_shaped", "grpo", "mixed",
         "mixed_shaped", "luffy", "rl_sft", "sft", "sft_then_on_policy", "sft_2604", "rl_2604",
-        *RIVALS[:3], "hpt_2", *RIVALS[3:5], "srft_plus", *RIVALS[5:], "uft", *list(W)[1:],
+        *RIVALS[:3], "hpt_2", *RIVALS[3:5], "srft_plus", *RIVALS[5:], "uft", *list(W)[2:],
         "dft", "trsft", "sft_shaped", "dapo", "dapo_refill", "cispo", "gspo", "gmpo",
         "reinforce_pp", "orz", "prime", "exgrpo")
 COMPARED = tuple(arm for arm in ARMS if arm in MAJOR and not arm.startswith("w_"))

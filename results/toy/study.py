@@ -52,7 +52,7 @@ import report  # noqa: E402  isort: skip
 # ------------------------------------------------------------------ what is run
 KINDS = report.KINDS  # name -> GOALS, the toy's knob: nothing else differs
 COMMON = dict(eval_data="", save_every=50, sample_every=1000, graders=1)  # of every run
-W = {f"w_{name}": name for name in ("none", "trsft", "phi", "rl_plus", "log")}  # else as luffy
+W = {f"w_{name}": name for name in ("none", "log", "trsft", "phi")}  # else as luffy
 FORKS = dict(trapo="trapo", relift="relift", exgrpo="exgrpo", opd="opd", prime="prime", orz="orz")
 FORKS |= dict(dapo_refill="dapo")  # arm -> module
 FIRST = report.FIRST  # arm -> its first stage
