@@ -160,20 +160,17 @@ def test_choices_are_by_three_kinds_on_val_and_ties_go_to_the_earliest():
         what = dict(kind="frequent", arm="luffy", seed=0, split="val", k=8, choice={"lr": lr})
         return what | dict(right=right) | other
 
-    def both(choice):
-        return {(kind, "luffy"): choice for kind in report.KINDS}
-
     a, b = {"lr": 1e-4}, {"lr": 3e-4}
-    assert report.chosen([row(1e-4, 4), row(3e-4, 5)]) == both(b)
-    assert report.chosen([row(1e-4, 5), row(3e-4, 5)]) == both(a)
+    assert report.chosen([row(1e-4, 4), row(3e-4, 5)]) == {"luffy": b}
+    assert report.chosen([row(1e-4, 5), row(3e-4, 5)]) == {"luffy": a}
     nearly = row(3e-4, 5)
     nearly["right"]["hard"][0] += 1  # one response more
-    assert report.chosen([row(1e-4, 5), nearly]) == both(a)
+    assert report.chosen([row(1e-4, 5), nearly]) == {"luffy": a}
     nearly["right"]["hard"][1] += 2
-    assert report.chosen([row(1e-4, 5), nearly]) == both(b)
+    assert report.chosen([row(1e-4, 5), nearly]) == {"luffy": b}
     ignored = [row(2.0, 5), row(1e-4, 8, seed=1), row(1e-4, 8, split="test")]
     ignored.append(row(1e-4, 8, kind="rare"))
-    assert report.chosen([row(3e-4, 5), *ignored]) == both(b)
+    assert report.chosen([row(3e-4, 5), *ignored]) == {"luffy": b}
 
 
 def test_quantities_by_hand(full, monkeypatch):

@@ -69,8 +69,8 @@ TIE = 1.5 / 1024  # on val: one response more or less is no difference
 SLACK = 1.1  # equal seconds: at most so many times LUFFY's
 
 
-def chosen(rows: list[dict]) -> dict[tuple[str, str], dict]:
-    """(kind, arm) -> the best choice, by rows of scores.jsonl: TUNED, val, seed 0, not ood.
+def chosen(rows: list[dict]) -> dict[str, dict]:
+    """arm -> the best choice, by rows of scores.jsonl: TUNED, val, seed 0, not ood.
 
     What is within TIE of the best is a tie, which goes to the earliest row.
     """
@@ -81,7 +81,7 @@ def chosen(rows: list[dict]) -> dict[tuple[str, str], dict]:
     for row in tried:
         if val_score(row) > best[row["arm"]] - TIE:
             found.setdefault(row["arm"], row["choice"])
-    return {(kind, arm): choice for kind in KINDS for arm, choice in found.items()}
+    return found
 
 
 def of(row: dict) -> tuple[str, str]:
@@ -117,13 +117,13 @@ class Report:
         runs, scores = (read_jsonl(data / f"{n}.jsonl") for n in ("runs", "scores"))
         self._choice = chosen(scores) | (choices or {})
         for row in runs + scores:  # what val did not choose for
-            self._choice.setdefault(of(row), row["choice"])
+            self._choice.setdefault(row["arm"], row["choice"])
         self._runs, self._scores = defaultdict(dict), defaultdict(dict)  # ... -> seed -> row
         self._tried = defaultdict(list)  # arm -> (choice, its score on val)
         self._failed = Counter()
         self.claims = 1  # in the template
         for row in runs:
-            is_chosen = row["choice"] == self._choice[of(row)]
+            is_chosen = row["choice"] == self._choice[row["arm"]]
             if "failed" in row:
                 self._failed[of(row)] += is_chosen
                 if row["seed"] == 0 and row["kind"] == TUNED:
@@ -133,7 +133,7 @@ class Report:
         for row in scores:
             if row["split"] == "val" and row["seed"] == 0 and row["kind"] == TUNED:
                 self._tried[row["arm"]].append((row["choice"], val_score(row)))
-            elif row["split"] == "test" and row["choice"] == self._choice[of(row)]:
+            elif row["split"] == "test" and row["choice"] == self._choice[row["arm"]]:
                 self._scores[*of(row), row["step"], row["temperature"]][row["seed"]] = row
         file = data / "teacher.json"
         self._teacher = json.loads(file.read_text()) if file.exists() else {}
@@ -275,7 +275,7 @@ class Report:
         return ", ".join(f"{code(a)} {n if e else NOT_RUN}" for a, n, e in zip(arms, stuck, ends))
 
     def choice(self, arm: str) -> str:
-        return in_words(self._choice[TUNED, arm]) if (TUNED, arm) in self._choice else NOT_RUN
+        return in_words(self._choice[arm]) if arm in self._choice else NOT_RUN
 
     def teacher(self, what: str = "tokens") -> str:
         return f"{self._teacher[what]:.0f}" if what in self._teacher else NOT_RUN
@@ -296,7 +296,7 @@ class Report:
         if not seeds:
             return ["not run", *["-"] * 7, count]
         means = [self._mean(kind, arm, what) for what in ("tokens all", "seconds")]
-        return [in_words(self._choice[kind, arm]), *self._five(kind, arm), *means, count]
+        return [in_words(self._choice[arm]), *self._five(kind, arm), *means, count]
 
     def _five(self, kind: str, arm: str) -> list[str]:
         return [self.score(kind, arm, what) for what in (*SOURCES, "all")]
@@ -350,7 +350,7 @@ class Report:
             differs, tried = {}, []
             for choice, value in self._tried[arm]:
                 text = f"{in_words(choice)}: {'failed' if value is None else number(value, 3)}"
-                tried.append(f"**{text}**" if choice == self._choice[TUNED, arm] else text)
+                tried.append(f"**{text}**" if choice == self._choice[arm] else text)
             for row in (row for kind in KINDS for row in self._runs[kind, arm].values()):
                 differs |= {k: v for k, v in row["differs"].items() if k not in row["choice"]}
             fields = ", ".join(f"`{k}` {v}" for k, v in differs.items()) or "-"
@@ -509,7 +509,7 @@ def is_done(data: Path = HERE / "data") -> bool:
     runs, scores = (read_jsonl(data / f"{name}.jsonl") for name in ("runs", "scores"))
     choice, test = chosen(scores), [row for row in scores if row["split"] == "test"]
     ends = [*test, *(row for row in runs if "failed" in row)]
-    done = {(*of(row), row["seed"]) for row in ends if row["choice"] == choice.get(of(row), {})}
+    done = {(*of(row), row["seed"]) for row in ends if row["choice"] == choice.get(row["arm"], {})}
     wanted = product(KINDS, [(arm, 5 if arm in ("base", *MAJOR) else 3) for arm in ARMS])
     return all((kind, arm, seed) in done for kind, (arm, n) in wanted for seed in range(n))
 

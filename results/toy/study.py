@@ -7,8 +7,7 @@
 A seed is a base model and all that is trained on it. An arm has seven candidates: four learning
 rates, then, at the best of them, three values more of what is its own (OWN). The best on `val`,
 seed 0 of `frequent` bases, by the mean of avg@8 over easy, medium and hard problems, is then run
-with all seeds, on `rare` ones, too.
-Final numbers are of `test`, which nothing was chosen on.
+with all seeds, on `rare` ones, too. Final numbers are of `test`, which nothing was chosen on.
 
 A job is a run and its evaluations, in a process of its own. It ends with rows in data/runs.jsonl
 and data/scores.jsonl, and what has its row there is not run again: to repeat all, remove data/
@@ -290,7 +289,7 @@ class Study:
         base = out if arm == "base" else await self.model(kind, "base", seed, {})
         teacher = None
         if first := FIRST.get(arm):
-            stage = await self.model(kind, first, seed, await self.choice(kind, first))
+            stage = await self.model(kind, first, seed, await self.choice(first))
             base, teacher = (base, stage) if arm == "opd" else (stage, None)
         job = what | dict(base=str(base), out=str(out), teacher=teacher and str(teacher))
         rows = out.with_name(f"{out.name}.rows.json")
@@ -321,27 +320,26 @@ class Study:
                 raise InputError(f"a job failed: see the end of {log}")
 
     # -------------------------------------------------------------- choices, on val and seed 0
-    def choice(self, kind: str, arm: str) -> asyncio.Task:
-        """Made once, for all kinds; but what is known may differ."""
-        kind = kind if (kind, arm) in self.choices else report.TUNED
-        return self.once(("choice", kind, arm), self.choose(kind, arm))
+    def choice(self, arm: str) -> asyncio.Task:
+        return self.once(("choice", arm), self.choose(arm))
 
-    async def choose(self, kind: str, arm: str) -> dict:
+    async def choose(self, arm: str) -> dict:
         if arm == "base":
             return {}
-        if (kind, arm) in self.choices:
-            return self.choices[kind, arm]
+        if arm in self.choices:
+            return self.choices[arm]
+        kind = report.TUNED
         rates = [{"lr": rate} for rate in RATES]
         await asyncio.gather(*(self.result(kind, arm, 0, choice) for choice in rates))
         tried = report.chosen([row for row in self.scores if row["choice"] in rates])
-        if (kind, arm) not in tried:
+        if arm not in tried:
             raise InputError(f"{arm}, {kind} bases: none of the rates {RATES} came to an end")
-        own = more(arm, tried[kind, arm]["lr"])
+        own = more(arm, tried[arm]["lr"])
         await asyncio.gather(*(self.result(kind, arm, 0, choice) for choice in own))
-        return report.chosen(self.scores)[kind, arm]
+        return report.chosen(self.scores)[arm]
 
     async def final(self, kind: str, arm: str, seed: int) -> None:
-        await self.result(kind, arm, seed, await self.choice(kind, arm))
+        await self.result(kind, arm, seed, await self.choice(arm))
 
 
 async def everything(study: Study, waves: list[tuple[tuple, range]]) -> None:
@@ -387,7 +385,7 @@ def main() -> None:
         root = args.runs
         if args.quick:
             known = report.chosen(read_jsonl(data / "scores.jsonl"))
-            choices = {(kind, arm): {"lr": RATES[0]} for kind in KINDS for arm in ARMS} | known
+            choices = {arm: {"lr": RATES[0]} for arm in ARMS} | known
             data, root = args.runs / "quick", args.runs / "quick"
             waves = [(("base", *ARMS), range(1))]
         data.mkdir(parents=True, exist_ok=True)
