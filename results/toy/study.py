@@ -380,8 +380,7 @@ def main() -> None:
         sys.exit(f"{data} is not complete: the documents stay the first edition's")
     if not args.report:
         major, minor = report.MAJOR, tuple(arm for arm in ARMS if arm not in report.MAJOR)
-        waves = [(("base", *major), range(1)), (major, range(1, 3)), (minor, range(1))]
-        waves += [(("base", *major), range(5)), (minor, range(3))]
+        waves = [(("base", *major), range(n)) for n in (1, 3, 5)] + [(minor, range(3))]
         root = args.runs
         if args.quick:
             known = report.chosen(read_jsonl(data / "scores.jsonl"))
