@@ -177,10 +177,10 @@ def test_a_second_study_and_a_report_of_half_of_one_are_refused(tmp_path):
     assert found.returncode == 1 and "is writing there" in found.stderr, found.stderr
     assert "Traceback" not in found.stderr
     holder.communicate("")
-    if not study.report.is_done():
+    if not study.report.has_enough():
         report = [sys.executable, study.__file__, "--report"]
         found = subprocess.run(report, **how | dict(stdin=subprocess.DEVNULL))
-        assert found.returncode == 1 and "is not complete" in found.stderr
+        assert found.returncode == 1 and "does not have" in found.stderr
 
 
 def test_a_first_stage_that_is_gone_is_trained_anew_and_its_rows_stay_one(tmp_path, tables):

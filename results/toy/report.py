@@ -277,6 +277,11 @@ class Report:
     def choice(self, arm: str) -> str:
         return in_words(self._choice[arm]) if arm in self._choice else NOT_RUN
 
+    def not_run(self) -> str:
+        """Arms that have no numbers, in a sentence."""
+        lack = [code(a) for a in ARMS if not all(self._values(kind, a, "all") for kind in KINDS)]
+        return f"**Not run yet, on one or both kinds:** {', '.join(lack)}." if lack else ""
+
     def teacher(self, what: str = "tokens") -> str:
         return f"{self._teacher[what]:.0f}" if what in self._teacher else NOT_RUN
 
@@ -504,14 +509,13 @@ def texts(report: Report) -> dict[Path, str]:
     }
 
 
-def is_done(data: Path = HERE / "data") -> bool:
-    """Has each arm its scores? Until then the documents are the first edition's."""
+def has_enough(data: Path = HERE / "data") -> bool:
+    """Has each arm of MAJOR ENOUGH seeds? Then there are verdicts, and documents are made."""
     runs, scores = (read_jsonl(data / f"{name}.jsonl") for name in ("runs", "scores"))
     choice, test = chosen(scores), [row for row in scores if row["split"] == "test"]
     ends = [*test, *(row for row in runs if "failed" in row)]
     done = {(*of(row), row["seed"]) for row in ends if row["choice"] == choice.get(row["arm"], {})}
-    wanted = product(KINDS, [(arm, 5 if arm in ("base", *MAJOR) else 3) for arm in ARMS])
-    return all((kind, arm, seed) in done for kind, (arm, n) in wanted for seed in range(n))
+    return set(product(KINDS, ("base", *MAJOR), range(ENOUGH))) <= done
 
 
 def write_all() -> None:

@@ -17,6 +17,7 @@ and runs/study, where models and logs are. A first stage that is gone from there
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import runpy
@@ -32,7 +33,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 from tqdm import tqdm  # noqa: E402
 
@@ -100,6 +101,11 @@ def more(arm: str, rate: float) -> list[dict]:
     return [
         {"lr": rate} | {flag: float(f"{x * times:.3g}") if times != 1 else x} for x in OWN[flag][1]
     ]
+
+
+# Jobs are forks of a process that has imported everything: imports would be a tenth of their time.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["__main__", "transformers.models.qwen2.modeling_qwen2"])
 
 
 # ------------------------------------------------------------------ a job, in a process of its own
@@ -210,8 +216,12 @@ def do(job: dict) -> None:
     write(Path(job["rows"]), json.dumps(rows))
 
 
-def end_with(parent: int) -> None:
-    """A job does not outlive a study that is killed."""
+def do_alone(job: dict, log: Path) -> None:
+    """A job, in a process of its own that does not outlive a study that is killed."""
+    with log.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    parent = os.getppid()
 
     def follow() -> None:
         while os.getppid() == parent:
@@ -219,6 +229,8 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    do(job)
+    os._exit(0)  # at the usual exit gloo aborts, now and then
 
 
 # ------------------------------------------------------------------ the order of the jobs
@@ -293,7 +305,7 @@ class Study:
             base, teacher = (base, stage) if arm == "opd" else (stage, None)
         job = what | dict(base=str(base), out=str(out), teacher=teacher and str(teacher))
         rows = out.with_name(f"{out.name}.rows.json")
-        job |= {"rows": str(rows), "study": os.getpid()}
+        job |= {"rows": str(rows)}
         if not rows.exists():
             async with self.slots:
                 await self.process(job, out.with_name(f"{out.name}.log"))
@@ -310,14 +322,11 @@ class Study:
 
     async def process(self, job: dict, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, __file__, "--job", json.dumps(job)]
-        env = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-        with log.open("a") as file:
-            running = await asyncio.create_subprocess_exec(
-                *command, stdout=file, stderr=file, env=env, cwd=ROOT
-            )
-            if await running.wait():
-                raise InputError(f"a job failed: see the end of {log}")
+        running = SERVER.Process(target=do_alone, args=(job, log))
+        running.start()
+        await asyncio.to_thread(running.join)
+        if running.exitcode:
+            raise InputError(f"a job failed: see the end of {log}")
 
     # -------------------------------------------------------------- choices, on val and seed 0
     def choice(self, arm: str) -> asyncio.Task:
@@ -369,15 +378,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--report", action="store_true", help="only what is made from data/")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/study", help="[runs/study]")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.job:
-        end_with(args.job["study"])
-        do(args.job)
-        os._exit(0)  # at the usual exit gloo aborts, now and then
+    os.environ |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")  # of the jobs
     data, choices = HERE / "data", {}
-    if args.report and not report.is_done():
-        sys.exit(f"{data} is not complete: the documents stay the first edition's")
+    if args.report and not report.has_enough():
+        sys.exit(f"{data} does not have {report.ENOUGH} seeds of each arm of MAJOR yet")
     if not args.report:
         major, minor = report.MAJOR, tuple(arm for arm in ARMS if arm not in report.MAJOR)
         waves = [(("base", *major), range(n)) for n in (1, 3, 5)] + [(minor, range(3))]
@@ -396,7 +401,7 @@ def main() -> None:
         found = report.Report(data, choices)
         for kind in KINDS:
             print(f"\n{kind} bases\n\n{found.arms_table(kind)}")
-    elif report.is_done():
+    elif report.has_enough():
         report.write_all()
 
 
