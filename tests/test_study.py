@@ -83,6 +83,9 @@ def make_up(directory, arms=report.ARMS, seeds=(0, 1, 2, 3, 4), kinds=tuple(repo
                     scores.append(score_row(row, rng, level + shift, "test", 200))
                     if seed == 0:
                         scores.append(score_row(row, rng, level - 0.2 * worse, "val", 200))
+                for rate in report.RATES[1:] if arm != "base" and seed == 0 else ():
+                    row = what | {"choice": {"lr": rate}}
+                    scores.append(score_row(row, rng, level - 0.3, "val", 200))
                 row, step = what | {"choice": {"lr": 3e-4} if arm != "base" else {}}, 200
                 if arm == "base":
                     step = 0
@@ -207,6 +210,12 @@ def test_quantities_by_hand(full, monkeypatch):
     assert full.claim("rare", "opd", "luffy", "all@equal") == f"{report.TOO_LONG} | undecided"
     gaps = full._gaps("both", "uft", "luffy", "all@equal")  # 3 seeds and 5
     assert gaps.shape[0] == 3 and gaps.shape[1] in (100, 200)
+
+
+def test_choices_at_an_end_of_their_grid_are_named(full, monkeypatch):
+    assert full.edges().endswith("an end of their grid: none.")
+    monkeypatch.setitem(full._choice, "mixed", {"lr": 1e-3, "clip": 0.4})
+    assert full.edges().endswith("an end of their grid: `mixed` (lr 0.001).")
 
 
 def test_verdicts_are_read_off_intervals():

@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PART = "<!-- .* -->\n"  # begins a part of the template
 KINDS = {"frequent": 0.5, "rare": 0.2}  # kinds of base models: GOALS
+RATES = (3e-4, 1e-4, 1e-3, 3e-5)  # the toy's recipe has the first one
 TUNED = "frequent"  # the kind on which settings are chosen, for both
 SOURCES = ("easy", "medium", "hard", "ood")
 # fmt: off
@@ -144,7 +145,7 @@ class Report:
 
         all, easy, ...           share of right responses at the end; all: the mean of the sources
         hard@100, all@equal      at a checkpoint; at the last one within LUFFY's seconds
-        hard T1.4, pass16 hard   at a temperature; pass@16 at temperature 1
+        hard T1.4, pass8 hard T1.4  at a temperature; pass@8, of T = 1 if none is named
         tokens hard              mean length of responses
         reward/medium@1-50       a curve's mean over these steps
         seconds, sampled, updated  what the run took, its first stage included
@@ -161,8 +162,8 @@ class Report:
             source, at, temperature = found.groups()
             step = self.equal_step(kind, arm) if at == "equal" else int(at) if at else None
             return self._rates(kind, arm, source, step, float(temperature or 0.6))
-        if found := re.fullmatch(r"pass(\d+) (\w+)", what):
-            return self._rates(kind, arm, found[2], None, 1.0, int(found[1]))
+        if found := re.fullmatch(r"pass(\d+) (\w+)(?: T([\d.]+))?", what):
+            return self._rates(kind, arm, found[2], None, float(found[3] or 1), int(found[1]))
         if found := re.fullmatch(r"tokens (\w+)", what):
             rows = self._scores[kind, arm, self._last(kind, arm), 0.6].items()
             names = SOURCES if found[1] == "all" else (found[1],)
@@ -277,6 +278,21 @@ class Report:
     def choice(self, arm: str) -> str:
         return in_words(self._choice[arm]) if arm in self._choice else NOT_RUN
 
+    def rate(self, arm: str) -> str:
+        return in_words({"lr": self._choice[arm]["lr"]}) if arm in self._choice else NOT_RUN
+
+    def edges(self) -> str:
+        """Arms whose choice is the lowest or highest of what was tried, and of what."""
+        found = []
+        for arm in ARMS[1:]:
+            tried = [choice for choice, _ in self._tried[arm]]
+            for key, value in self._choice.get(arm, {}).items():
+                values = {choice[key] for choice in tried if key in choice}
+                if len(values) > 1 and value in (min(values), max(values)):
+                    found.append(f"{code(arm)} ({key} {value:g})")
+        chose = sum(len(self._tried[arm]) > 1 for arm in ARMS)
+        return f"Of {chose} arms these chose an end of their grid: {', '.join(found) or 'none'}."
+
     def not_run(self) -> str:
         """Arms that have no numbers, in a sentence."""
         lack = [code(a) for a in ARMS if not all(self._values(kind, a, "all") for kind in KINDS)]
@@ -325,6 +341,15 @@ class Report:
         ]
         return table(head, lines)
 
+    def w_rates_table(self) -> str:
+        """The arms of w at the same learning rates: val, seed 0 of TUNED."""
+        lines = [[code(a), w, *(self._on_val(a, {"lr": r}) for r in RATES)] for a, w in W.items()]
+        return table(" | ".join(["arm", "w", *(in_words({"lr": rate}) for rate in RATES)]), lines)
+
+    def _on_val(self, arm: str, choice: dict) -> str:
+        values = (value for tried, value in self._tried[arm] if tried == choice)
+        return next(("failed" if v is None else number(v, 3) for v in values), NOT_RUN)
+
     def rollouts_table(self) -> str:
         """Equal rollouts: each arm at its end, minus luffy."""
         head = "arm | million sampled | in updates | minus luffy, `frequent` | `rare` | both"
@@ -353,8 +378,8 @@ class Report:
         lines = []
         for arm in ARMS[1:]:
             differs, tried = {}, []
-            for choice, value in self._tried[arm]:
-                text = f"{in_words(choice)}: {'failed' if value is None else number(value, 3)}"
+            for choice, _ in self._tried[arm]:
+                text = f"{in_words(choice)}: {self._on_val(arm, choice)}"
                 tried.append(f"**{text}**" if choice == self._choice[arm] else text)
             for row in (row for kind in KINDS for row in self._runs[kind, arm].values()):
                 differs |= {k: v for k, v in row["differs"].items() if k not in row["choice"]}
@@ -444,8 +469,10 @@ class Report:
             row[0].xaxis.set_major_formatter("{x:g}")
             for axis, (title, at) in zip(row, whats.items()):
                 for arm in ("base", "on_policy", "sft", "luffy", "sft_then_on_policy"):
-                    found = [(x, stack(self._values(kind, arm, what))) for x, what in at.items()]
-                    bars(axis, found, arm)
+                    found = [self._values(kind, arm, what) for what in at.values()]
+                    seeds = sorted(set.intersection(*map(set, found)))
+                    same = [align(*(some[seed] for some in found)) for seed in seeds]
+                    bars(axis, [(x, np.array(some)) for x, some in zip(at, zip(*same))], arm)
                 axis.set_title(title)
         return with_legend(figure, axes[0, 0])
 

@@ -7,7 +7,7 @@
 A seed is a base model and all that is trained on it. An arm has seven candidates: four learning
 rates, then, at the best of them, three values more of what is its own (OWN). The best on `val`,
 seed 0 of `frequent` bases, by the mean of avg@8 over easy, medium and hard problems, is then run
-with all seeds, on `rare` ones, too. Final numbers are of `test`, which nothing was chosen on.
+with all seeds, on `rare` ones, too. Final numbers are of `test`, which no setting was chosen on.
 
 A job is a run and its evaluations, in a process of its own. It ends with rows in data/runs.jsonl
 and data/scores.jsonl, and what has its row there is not run again: to repeat all, remove data/
@@ -58,7 +58,7 @@ FORKS |= dict(dapo_refill="dapo")  # arm -> module
 FIRST = report.FIRST  # arm -> its first stage
 ROWS = {"sft_then_on_policy": "on_policy"}  # arm -> row of ALGORITHMS, where names differ
 ARMS = (*luffy.ALGORITHMS, *ROWS, *FORKS, *W)
-RATES = (3e-4, 1e-4, 1e-3, 3e-5)  # the toy's recipe has the first one
+RATES = report.RATES
 # What is an arm's own: flag -> the arms, and three values beside their row's
 OWN: dict[str, tuple[str, tuple]] = {
     "gamma": ("luffy mixed_shaped sft_shaped trsft trapo w_trsft", (0.03, 0.3, 1.0)),
