@@ -1,7 +1,7 @@
 """The study: every row of ALGORITHMS and every fork, on two kinds of base models, several seeds.
 
     python results/toy/study.py            # all that is not in data/ yet; hours, it may be killed
-    python results/toy/study.py --quick    # one seed, with the choices of the full study
+    python results/toy/study.py --quick    # one seed of one kind, with these choices; half an hour
     python results/toy/study.py --report   # only tables and pictures, from data/
 
 A seed is a base model and all that is trained on it. An arm has seven candidates: four learning
@@ -351,10 +351,10 @@ class Study:
         await self.result(kind, arm, seed, await self.choice(arm))
 
 
-async def everything(study: Study, waves: list[tuple[tuple, range]]) -> None:
+async def everything(study: Study, waves: list[tuple[tuple, range]], kinds: Any = KINDS) -> None:
     """What matters more first: (arms, seeds)."""
     for arms, seeds in waves:
-        every = ((kind, arm, seed) for seed in seeds for arm in arms for kind in KINDS)
+        every = ((kind, arm, seed) for seed in seeds for arm in arms for kind in kinds)
         await asyncio.gather(*(study.final(*what) for what in every))
 
 
@@ -374,7 +374,7 @@ def write_teacher(data: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    quick = "one seed, with the choices of the full study where it has made them, else the recipe's"
+    quick = "one seed of one kind, with the full study's choices as far as they are made"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--report", action="store_true", help="only what is made from data/")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/study", help="[runs/study]")
@@ -386,21 +386,20 @@ def main() -> None:
     if not args.report:
         major, minor = report.MAJOR, tuple(arm for arm in ARMS if arm not in report.MAJOR)
         waves = [(("base", *major), range(n)) for n in (1, 3, 5)] + [(minor, range(3))]
-        root = args.runs
+        root, kinds = args.runs, tuple(KINDS)
         if args.quick:
             known = report.chosen(read_jsonl(data / "scores.jsonl"))
             choices = {arm: {"lr": RATES[0]} for arm in ARMS} | known
             data, root = args.runs / "quick", args.runs / "quick"
-            waves = [(("base", *ARMS), range(1))]
+            waves, kinds = [(("base", *ARMS), range(1))], (report.TUNED,)
         data.mkdir(parents=True, exist_ok=True)
         write_teacher(data)
         with tqdm(total=0, desc="jobs so far known", smoothing=0) as bar:
             study = Study(root, data, bar, choices)
-            asyncio.run(everything(study, waves))
+            asyncio.run(everything(study, waves, kinds))
     if args.quick:
         found = report.Report(data, choices)
-        for kind in KINDS:
-            print(f"\n{kind} bases\n\n{found.arms_table(kind)}")
+        print(f"\n{report.TUNED} bases\n\n{found.arms_table(report.TUNED)}")
     elif report.has_enough():
         report.write_all()
 
