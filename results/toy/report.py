@@ -537,12 +537,12 @@ def texts(report: Report) -> dict[Path, str]:
 
 
 def has_enough(data: Path = HERE / "data") -> bool:
-    """Has each arm of MAJOR ENOUGH seeds? Then there are verdicts, and documents are made."""
+    """Has each arm of README's table ENOUGH seeds? Then documents are made of what there is."""
     runs, scores = (read_jsonl(data / f"{name}.jsonl") for name in ("runs", "scores"))
     choice, test = chosen(scores), [row for row in scores if row["split"] == "test"]
     ends = [*test, *(row for row in runs if "failed" in row)]
     done = {(*of(row), row["seed"]) for row in ends if row["choice"] == choice.get(row["arm"], {})}
-    return set(product(KINDS, ("base", *MAJOR), range(ENOUGH))) <= done
+    return set(product(KINDS, SHORT, range(ENOUGH))) <= done
 
 
 def write_all() -> None:

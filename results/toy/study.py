@@ -382,7 +382,7 @@ def main() -> None:
     os.environ |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")  # of the jobs
     data, choices = HERE / "data", {}
     if args.report and not report.has_enough():
-        sys.exit(f"{data} does not have {report.ENOUGH} seeds of each arm of MAJOR yet")
+        sys.exit(f"{data} does not have {report.ENOUGH} seeds of each arm of SHORT yet")
     if not args.report:
         major, minor = report.MAJOR, tuple(arm for arm in ARMS if arm not in report.MAJOR)
         waves = [(("base", *major), range(n)) for n in (1, 3, 5)] + [(minor, range(3))]
