@@ -306,10 +306,13 @@ class Report:
         """In a cell, a line for each kind."""
         head = "arm | chosen | easy | medium | hard | ood | all | tokens | seconds | seeds"
         lines = []
-        for arm in ARMS:
+        for arm in self._begun():
             rows = [self._arm_cells(kind, arm) for kind in kinds]
             lines.append([code(arm), *("<br>".join(cells) for cells in zip(*rows))])
         return table(head, lines)
+
+    def _begun(self) -> list[str]:
+        return [a for a in ARMS if any(self._values(kind, a, "all") for kind in KINDS)]
 
     def _arm_cells(self, kind: str, arm: str) -> list[str]:
         seeds, failed = len(self._values(kind, arm, "all")), self._failed[kind, arm]
@@ -376,7 +379,7 @@ class Report:
         """What was tried for each arm on val, seed 0, the chosen in bold; its fields of Config."""
         head = "arm | fields that differ from luffy's | tried"
         lines = []
-        for arm in ARMS[1:]:
+        for arm in filter(self._tried.get, ARMS):
             differs, tried = {}, []
             for choice, _ in self._tried[arm]:
                 text = f"{in_words(choice)}: {self._on_val(arm, choice)}"
@@ -384,7 +387,7 @@ class Report:
             for row in (row for kind in KINDS for row in self._runs[kind, arm].values()):
                 differs |= {k: v for k, v in row["differs"].items() if k not in row["choice"]}
             fields = ", ".join(f"`{k}` {v}" for k, v in differs.items()) or "-"
-            lines.append([code(arm), fields, "<br>".join(tried) or "not run"])
+            lines.append([code(arm), fields, "<br>".join(tried)])
         return table(head, lines)
 
     # -------------------------------------------------------------- pictures
