@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 
 NOT_RUN = "not run yet"
-ENOUGH = 3  # seeds, for a verdict
+ENOUGH = 3  # seeds, for an interval and a verdict
 DRAWS = 4000
 
 
@@ -90,11 +90,10 @@ def interval(
 ) -> str:
     if values is None:
         return NOT_RUN
-    value, low, high = bootstrap(values, *bounds)
-    ends = (
-        "one seed" if math.isnan(low) else ", ".join(number(x, digits, sign) for x in (low, high))
-    )
-    return f"{number(value, digits, sign)} [{ends}]"
+    value, *ends = bootstrap(values, *bounds)
+    text = ", ".join(number(x, digits, sign) for x in ends)
+    text = text if len(values) >= ENOUGH else seeds_in_words(len(values))
+    return f"{number(value, digits, sign)} [{text}]"
 
 
 def seeds_in_words(n: int) -> str:

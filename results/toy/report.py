@@ -10,6 +10,7 @@ seed counts once, with the mean of its two.
 """
 
 import json
+import math
 import re
 import textwrap
 from collections import Counter, defaultdict
@@ -49,7 +50,7 @@ ARMS = ("base", "on_policy", "on_policy_noclip", "on_policy_shaped", "grpo", "mi
         "dft", "trsft", "sft_shaped", "dapo", "dapo_refill", "cispo", "gspo", "gmpo",
         "reinforce_pp", "orz", "prime", "exgrpo")
 COMPARED = tuple(arm for arm in ARMS if arm in MAJOR and not arm.startswith("w_"))
-SHORT = ("base", "on_policy", "mixed", "luffy", "rl_sft", "sft", *STAGED, "hpt", "srft")  # README's
+SHORT = ("base", "on_policy", "mixed", "mixed_shaped", "luffy", "rl_sft", "sft", *STAGED, "hpt")
 FIRST = {"sft_then_on_policy": "sft", "rl_2604": "sft_2604", "opd": "sft"}  # arm -> its first stage
 NAMES = {"base": "base model", "sft_then_on_policy": "sft, then on_policy",
          "rl_2604": "sft_2604, then rl_2604"}
@@ -122,7 +123,7 @@ class Report:
         self._runs, self._scores = defaultdict(dict), defaultdict(dict)  # ... -> seed -> row
         self._tried = defaultdict(list)  # arm -> (choice, its score on val)
         self._failed = Counter()
-        self.claims = 1  # in the template
+        self.claims, self.holding = 1, "none"  # in the template; of them with the correction
         for row in runs:
             is_chosen = row["choice"] == self._choice[row["arm"]]
             if "failed" in row:
@@ -234,7 +235,7 @@ class Report:
             run = all(self._runs[k, a] for k in kinds for a in (arm, "luffy"))
             long = any(self.equal_step(k, arm) < 0 for k in kinds)
             return TOO_LONG if "@equal" in what and run and long else NOT_RUN
-        few = f" ({seeds_in_words(len(gaps))})" if 1 < len(gaps) < 5 else ""
+        few = f" ({seeds_in_words(len(gaps))})" if ENOUGH <= len(gaps) < self.seeds() else ""
         return interval(gaps, digits, True, (-1, 1) if is_share(what) else ()) + few
 
     def claim(self, kind, arm, other, what="all", margin=0.0, digits=2) -> str:
@@ -292,6 +293,10 @@ class Report:
                     found.append(f"{code(arm)} ({key} {value:g})")
         chose = sum(len(self._tried[arm]) > 1 for arm in ARMS)
         return f"Of {chose} arms these chose an end of their grid: {', '.join(found) or 'none'}."
+
+    def seeds(self) -> int:
+        """As many as each arm of README's table has; where there are fewer, it is said."""
+        return min(len(self._values(kind, arm, "all")) for kind in KINDS for arm in SHORT)
 
     def not_run(self) -> str:
         """Arms that have no numbers, in a sentence."""
@@ -440,7 +445,7 @@ class Report:
             found = {arm: values for arm, values in found.items() if values is not None}
             order = sorted(found, key=lambda arm: found[arm].mean())
             for y, arm in enumerate(order):
-                axis.plot(bootstrap(found[arm], 0, 1, len(found))[1:], [y, y], "-", color="#bbbbbb")
+                axis.plot(whiskers(found[arm], len(found))[1:], [y, y], "-", color="#bbbbbb")
                 dot(axis, found[arm], y, "black" if arm == "luffy" else "white")
             axis.set_yticks(range(len(order)), [name(arm) for arm in order])
             axis.set_title(f"{kind} bases: share right, mean of easy, medium, hard and ood")
@@ -495,9 +500,15 @@ def with_legend(figure, axis):
     return figure
 
 
+def whiskers(values: np.ndarray, m: int = 1) -> tuple[float, float, float]:
+    """A share and the ends of its interval, which fewer than ENOUGH seeds do not have."""
+    found = bootstrap(values, 0, 1, m)
+    return found if len(values) >= ENOUGH else (found[0], math.nan, math.nan)
+
+
 def bars(axis, found: list[tuple], arm: str) -> None:
     """found: x and (seeds, problems)"""
-    points = [(x, *bootstrap(values, 0, 1)) for x, values in found if values is not None]
+    points = [(x, *whiskers(values)) for x, values in found if values is not None and len(values)]
     x, value, low, high = np.array(points or [[np.nan] * 4]).T
     style = {**STYLES[arm], "label": name(arm), "markersize": 4, "capsize": 2}
     axis.errorbar(x, value, np.nan_to_num([value - low, high - value]), **style)
@@ -507,7 +518,7 @@ def bars(axis, found: list[tuple], arm: str) -> None:
 def dot(axis, values: np.ndarray | None, y: float, fill: str) -> None:
     """A mean with its interval, and small strokes for seeds."""
     if values is not None:
-        value, low, high = bootstrap(values, 0, 1)
+        value, low, high = whiskers(values)
         axis.plot(values.mean(1), [y] * len(values), "|", color="#888888", markersize=6)
         how = dict(xerr=np.nan_to_num([[value - low], [high - value]]), capsize=2, linewidth=1)
         axis.errorbar(value, y, color="black", marker="o", markersize=5, mfc=fill, **how)
@@ -529,7 +540,9 @@ def wrapped(text: str) -> str:
 def texts(report: Report) -> dict[Path, str]:
     """What the documents should say."""
     template = (ROOT / "results/README.template.md").read_text()
-    report.claims = template.count("{{claim(") + template.count("{{ask(")
+    decided = re.findall(r"{{(?:claim|ask)\(.+?}}", template)
+    report.claims = len(decided)
+    report.holding = sum("**" in render(one, report) for one in decided) or "none"
     results, tried, section = (render(part, report) for part in re.split(PART, template))
     before, _, after = re.split("<!-- study -->\n|<!-- end -->", (ROOT / "README.md").read_text())
     return {

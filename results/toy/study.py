@@ -24,7 +24,6 @@ import runpy
 import shutil
 import sys
 import threading
-import time
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -178,7 +177,7 @@ def differences(cfg: dict) -> dict:
     """The fields in which a run's config differs from luffy's on the same base model and seed."""
     same = {f"--{name}={cfg[name]}" for name in (*COMMON, "model", "seed", "out")}
     luffys = asdict(luffy.parse_args(sorted(same)))
-    names = (k for k in luffys if k != "algo")
+    names = (k for k in luffys if k not in ("algo", "teacher"))  # the teacher is a path
     return {k: cfg[k] for k in names if cfg[k] != luffys[k]}
 
 
@@ -221,11 +220,10 @@ def do_alone(job: dict, log: Path) -> None:
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    parent = os.getppid()
+    study = multiprocessing.parent_process()  # not the server, which lives while it has children
 
     def follow() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        study.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
