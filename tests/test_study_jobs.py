@@ -162,7 +162,7 @@ def test_an_arm_whose_own_flag_is_the_rate_is_not_tuned_on_when_the_study_goes_o
         Fake.best_rate = study.RATES[1]
 
 
-def test_a_second_study_and_a_report_of_half_of_one_are_refused(tmp_path):
+def test_a_second_study_is_refused(tmp_path):
     hold = "import sys; from pathlib import Path; from machinery.files import lock; "
     hold += "lock(Path(sys.argv[1])); input()"
     data = tmp_path / "runs" / "quick"
@@ -177,10 +177,6 @@ def test_a_second_study_and_a_report_of_half_of_one_are_refused(tmp_path):
     assert found.returncode == 1 and "is writing there" in found.stderr, found.stderr
     assert "Traceback" not in found.stderr
     holder.communicate("")
-    if not study.report.has_enough():
-        report = [sys.executable, study.__file__, "--report"]
-        found = subprocess.run(report, **how | dict(stdin=subprocess.DEVNULL))
-        assert found.returncode == 1 and "does not have" in found.stderr
 
 
 def test_a_first_stage_that_is_gone_is_trained_anew_and_its_rows_stay_one(tmp_path, tables):
