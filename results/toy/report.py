@@ -1,7 +1,7 @@
 """Tables, the numbers in the text and the pictures of results/, all from the files in data/.
 
 study.py calls `write_all`. In results/README.template.md `{{...}}` is a Python expression over the
-public functions of Report. Its parts become results/README.md, tried.md, and what stands between
+public functions of Report. Its parts become results/README.md, arms.md, and what stands between
 `<!-- study -->` and `<!-- end -->` in the project's README. Data may be partial: what is missing is
 "not run yet". No verdict is typed by hand: `verdict` reads them off intervals.
 
@@ -14,6 +14,7 @@ import math
 import re
 import textwrap
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from machinery.files import read_jsonl, write
 from machinery.plots import draw_curves
 from machinery.scores import pass_at_k
 
-from intervals import ENOUGH, NOT_RUN, align, bootstrap, interval, number, stack  # isort: skip
-from intervals import seeds_in_words, verdict  # isort: skip
+from intervals import ENOUGH, NOT_RUN, align, estimate, interval, number, stack  # isort: skip
+from intervals import seeds_in_words, student, verdict  # isort: skip
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -37,6 +38,7 @@ KINDS = {"frequent": 0.5, "rare": 0.2}  # kinds of base models: GOALS
 RATES = (3e-4, 1e-4, 1e-3, 3e-5)  # the toy's recipe has the first one
 TUNED = "frequent"  # the kind on which settings are chosen, for both
 SOURCES = ("easy", "medium", "hard", "ood")
+MEAN = SOURCES[:3]  # what is trained on, and what settings are chosen by
 # fmt: off
 W = {"luffy": "γπ/(π+γ)²", "rl_plus": "4π√(1-π)/(3π_old+1)", "w_none": "π", "w_log": "1",
      "w_trsft": "min(1, π/γ)", "w_phi": "π(1-π)"}  # arm -> w of a trace token
@@ -50,7 +52,8 @@ ARMS = ("base", "on_policy", "on_policy_noclip", "on_policy_shaped", "grpo", "mi
         "dft", "trsft", "sft_shaped", "dapo", "dapo_refill", "cispo", "gspo", "gmpo",
         "reinforce_pp", "orz", "prime", "exgrpo")
 COMPARED = tuple(arm for arm in ARMS if arm in MAJOR and not arm.startswith("w_"))
-SHORT = ("base", "on_policy", "mixed", "mixed_shaped", "luffy", "rl_sft", "sft", *STAGED, "hpt")
+SHORT = ("base", "on_policy", "grpo", "mixed", "mixed_shaped", "luffy", "rl_sft", "sft", *STAGED,
+         "hpt")
 FIRST = {"sft_then_on_policy": "sft", "rl_2604": "sft_2604", "opd": "sft"}  # arm -> its first stage
 NAMES = {"base": "base model", "sft_then_on_policy": "sft, then on_policy",
          "rl_2604": "sft_2604, then rl_2604"}
@@ -91,7 +94,7 @@ def of(row: dict) -> tuple[str, str]:
 
 
 def val_score(row: dict) -> float:
-    return float(np.mean([np.mean(row["right"][s]) / row["k"] for s in ("easy", "medium", "hard")]))
+    return float(np.mean([np.mean(row["right"][s]) / row["k"] for s in MEAN]))
 
 
 def name(arm: str) -> str:
@@ -115,8 +118,17 @@ def table(head: str, lines: list[list[str]]) -> str:
 class Report:
     """data/ in words. What is public is the template's vocabulary; `what`: see _values."""
 
-    def __init__(self, data: Path = HERE / "data", choices: dict | None = None):
+    W, RIVALS, STAGED = W, RIVALS, STAGED
+
+    def __init__(
+        self,
+        data: Path = HERE / "data",
+        choices: dict | None = None,
+        seeds: Collection[int] = range(99),
+    ):
+        self._data = data
         runs, scores = (read_jsonl(data / f"{n}.jsonl") for n in ("runs", "scores"))
+        runs, scores = ([row for row in rows if row["seed"] in seeds] for rows in (runs, scores))
         self._choice = chosen(scores) | (choices or {})
         for row in runs + scores:  # what val did not choose for
             self._choice.setdefault(row["arm"], row["choice"])
@@ -144,8 +156,8 @@ class Report:
     def _values(self, kind: str, arm: str, what: str) -> dict[int, np.ndarray]:
         """Seed -> a number for each problem, or one in all. Empty if it was not run.
 
-        all, easy, ...           share of right responses at the end; all: the mean of the sources
-        hard@100, all@equal      at a checkpoint; at the last one within LUFFY's seconds
+        mean, easy, ...          share of right responses at the end; mean: of the sources in MEAN
+        hard@100, mean@equal     at a checkpoint; at the last one within LUFFY's seconds
         hard T1.4, pass8 hard T1.4  at a temperature; pass@8, of T = 1 if none is named
         tokens hard              mean length of responses
         reward/medium@1-50       a curve's mean over these steps
@@ -159,7 +171,7 @@ class Report:
         if " - " in what:
             one, two = (self._values(kind, arm, part) for part in what.split(" - "))
             return {s: np.subtract(*align(one[s], two[s])) for s in one.keys() & two.keys()}
-        if found := re.fullmatch(rf"({'|'.join(SOURCES)}|all)(?:@(\w+))?(?: T([\d.]+))?", what):
+        if found := re.fullmatch(rf"({'|'.join(SOURCES)}|mean)(?:@(\w+))?(?: T([\d.]+))?", what):
             source, at, temperature = found.groups()
             step = self.equal_step(kind, arm) if at == "equal" else int(at) if at else None
             return self._rates(kind, arm, source, step, float(temperature or 0.6))
@@ -167,7 +179,7 @@ class Report:
             return self._rates(kind, arm, found[2], None, float(found[3] or 1), int(found[1]))
         if found := re.fullmatch(r"tokens (\w+)", what):
             rows = self._scores[kind, arm, self._last(kind, arm), 0.6].items()
-            names = SOURCES if found[1] == "all" else (found[1],)
+            names = MEAN if found[1] == "mean" else (found[1],)
             return {s: np.array([np.mean([row["length"][n] for n in names])]) for s, row in rows}
         if found := re.fullmatch(r"(.+)@(\d+)-(\d+)", what):
             points = {}
@@ -191,7 +203,7 @@ class Report:
         for seed, row in self._scores[kind, arm, step, temperature].items():
             if k <= row["k"]:
                 rate = np.array([pass_at_k(row["k"], c, k) for c in range(row["k"] + 1)])
-                names = SOURCES if source == "all" else (source,)
+                names = MEAN if source == "mean" else (source,)
                 found[seed] = np.mean([rate[row["right"][n]] for n in names], 0)
         return found
 
@@ -223,11 +235,11 @@ class Report:
         took = self._checkpoints(kind, arm).items()
         return max((step for step, seconds in took if seconds.mean() <= limit), default=-1)
 
-    def score(self, kind: str, arm: str, what: str = "all", digits: int = 2) -> str:
+    def score(self, kind: str, arm: str, what: str = "mean", digits: int = 2) -> str:
         bounds = (0, 1) if is_share(what) else (0,)
         return interval(stack(self._values(kind, arm, what)), digits, bounds=bounds)
 
-    def gap(self, kind, arm, other, what="all", digits=2) -> str:
+    def gap(self, kind, arm, other, what="mean", digits=2) -> str:
         """How much more `arm` has than `other`; other "": `what` is a difference itself."""
         gaps = self._gaps(kind, arm, other, what) if other else stack(self._values(kind, arm, what))
         if gaps is None:
@@ -238,35 +250,34 @@ class Report:
         few = f" ({seeds_in_words(len(gaps))})" if ENOUGH <= len(gaps) < self.seeds() else ""
         return interval(gaps, digits, True, (-1, 1) if is_share(what) else ()) + few
 
-    def claim(self, kind, arm, other, what="all", margin=0.0, digits=2) -> str:
+    def claim(self, kind, arm, other, what="mean", margin=0.0, digits=2) -> str:
         """Two cells: how much more `arm` has, and whether the claim holds that it has more."""
         gaps, text = self._gaps(kind, arm, other, what), self.gap(kind, arm, other, what, digits)
         late = "undecided" if text == TOO_LONG else ""
         return f"{text} | {late or verdict(gaps, margin, self.claims)}"
 
-    def ask(self, kind, arm, other, what="all", digits=2) -> str:
+    def ask(self, kind, arm, other, what="mean", digits=2) -> str:
         """The same as an answer."""
         gaps, text = self._gaps(kind, arm, other, what), self.gap(kind, arm, other, what, digits)
         found = verdict(gaps, 0, self.claims, ("yes", "no, the reverse"))
         return text if gaps is None else f"{found}, {text}"
 
-    def best(self, kind: str, *arms: str, what: str = "all") -> str:
+    def best(self, kind: str, *arms: str, what: str = "mean") -> str:
         """The arm that is above each other one together, if there is one; else who may be it."""
         found = {a: stack(self._values(kind, a, what)) for a in arms or MAJOR}
         means = {a: v.mean() for a, v in found.items() if v is not None and len(v) >= ENOUGH}
         if len(means) < 2:
             return NOT_RUN
         top = max(means, key=lambda arm: means[arm])
-        near = []
-        for arm in sorted(means.keys() - {top}, key=lambda arm: -means[arm]):
-            gaps = self._gaps(kind, top, arm, what)
-            if gaps is None or not bootstrap(gaps, m=len(means) - 1)[1] > 0:
-                near.append(code(arm))
+        m = len(means) - 1
+        gaps = {arm: self._gaps(kind, top, arm, what) for arm in means if arm != top}
+        below = [arm for arm, x in gaps.items() if x is not None and estimate(x, m=m)[1] > 0]
         text = f"{code(top)} has the highest mean, {number(means[top])}"
-        if not near:
-            return f"{text}, above each of the {len(means) - 1} others"
-        listed = ", ".join(near[:12]) + " and more" * (len(near) > 12)
-        return f"{text}, but {len(near)} of {len(means) - 1} others may be as good: {listed}"
+        if len(below) == m:
+            return f"{text}, above each of the {m} others"
+        listed = ", ".join(map(code, sorted(below, key=lambda arm: -means[arm])))
+        told = f"; shown to be below it, corrected for {m} comparisons: {listed or 'none'}"
+        return f"{text}{told}; not told apart from it: the other {m - len(below)}"
 
     def stuck(self, *arms: str) -> str:
         """How many runs end below a twentieth on hard problems."""
@@ -294,13 +305,29 @@ class Report:
         chose = sum(len(self._tried[arm]) > 1 for arm in ARMS)
         return f"Of {chose} arms these chose an end of their grid: {', '.join(found) or 'none'}."
 
-    def seeds(self) -> int:
+    def seeds(self, spelt: bool = False) -> int | str:
         """As many as each arm of README's table has; where there are fewer, it is said."""
-        return min(len(self._values(kind, arm, "all")) for kind in KINDS for arm in SHORT)
+        n = min(len(self._values(kind, arm, "mean")) for kind in KINDS for arm in SHORT)
+        return dict(enumerate("No One Two Three Four Five".split())).get(n, n) if spelt else n
+
+    def longer(self, m: int) -> str:
+        """How many times: an interval that holds with m - 1 others, for these seeds."""
+        n = max(self.seeds(), 2)
+        return number(student(n, 1 - 0.05 / m) / student(n, 0.95), 1)
+
+    def spread(self, arm: str) -> str:
+        """The standard deviation of its seeds."""
+        found = stack(self._values("both", arm, "mean"))
+        return NOT_RUN if found is None or len(found) < 2 else number(found.mean(1).std(ddof=1))
+
+    def one_seed(self, rate: float = 0) -> "Report":
+        """Seed 0 alone; with a rate: what arms have at it, and nothing else of their own."""
+        choices = {arm: {"lr": rate} for arm in ARMS[1:] if rate}
+        return Report(self._data, choices, {0})
 
     def not_run(self) -> str:
         """Arms that have no numbers, in a sentence."""
-        lack = [code(a) for a in ARMS if not all(self._values(kind, a, "all") for kind in KINDS)]
+        lack = [code(a) for a in ARMS if not all(self._values(kind, a, "mean") for kind in KINDS)]
         return f"**Not run yet, on one or both kinds:** {', '.join(lack)}." if lack else ""
 
     def teacher(self, what: str = "tokens") -> str:
@@ -309,7 +336,7 @@ class Report:
     # -------------------------------------------------------------- tables
     def arms_table(self, *kinds: str) -> str:
         """In a cell, a line for each kind."""
-        head = "arm | chosen | easy | medium | hard | ood | all | tokens | seconds | seeds"
+        head = "arm | chosen | easy | medium | hard | mean | ood | tokens | seconds | seeds"
         lines = []
         for arm in self._begun():
             rows = [self._arm_cells(kind, arm) for kind in kinds]
@@ -317,42 +344,43 @@ class Report:
         return table(head, lines)
 
     def _begun(self) -> list[str]:
-        return [a for a in ARMS if any(self._values(kind, a, "all") for kind in KINDS)]
+        return [a for a in ARMS if any(self._values(kind, a, "mean") for kind in KINDS)]
 
     def _arm_cells(self, kind: str, arm: str) -> list[str]:
-        seeds, failed = len(self._values(kind, arm, "all")), self._failed[kind, arm]
+        seeds, failed = len(self._values(kind, arm, "mean")), self._failed[kind, arm]
         count = f"{seeds}, {failed} failed" if failed else str(seeds)
         if not seeds:
             return ["not run", *["-"] * 7, count]
-        means = [self._mean(kind, arm, what) for what in ("tokens all", "seconds")]
+        means = [self._mean(kind, arm, what) for what in ("tokens mean", "seconds")]
         return [in_words(self._choice[arm]), *self._five(kind, arm), *means, count]
 
     def _five(self, kind: str, arm: str) -> list[str]:
-        return [self.score(kind, arm, what) for what in (*SOURCES, "all")]
+        return [self.score(kind, arm, what) for what in (*MEAN, "mean", "ood")]
 
     def _mean(self, kind: str, arm: str, what: str, digits: int = 0) -> str:
         values = stack(self._values(kind, arm, what))
         return "-" if values is None else number(values.mean(), digits)
 
-    def _minus_luffy(self, arm: str, what: str = "all") -> list[str]:
+    def _minus_luffy(self, arm: str, what: str = "mean") -> list[str]:
         kinds = (*KINDS, "both")
         return ["-"] * 3 if arm == "luffy" else [self.gap(k, arm, "luffy", what) for k in kinds]
 
     def short_table(self) -> str:
         lines = [[code(a), *self._five("both", a), self._mean("both", a, "seconds")] for a in SHORT]
-        return table("arm | easy | medium | hard | ood | all | seconds", lines)
+        return table("arm | easy | medium | hard | mean | ood | seconds", lines)
 
     def w_table(self) -> str:
-        head = "arm | w | easy | medium | hard | ood | all | all, minus luffy's"
+        head = "arm | w | easy | medium | hard | mean | ood | mean, minus luffy's"
         lines = [
             [code(a), w, *self._five("both", a), self._minus_luffy(a)[2]] for a, w in W.items()
         ]
         return table(head, lines)
 
-    def w_rates_table(self) -> str:
-        """The arms of w at the same learning rates: val, seed 0 of TUNED."""
-        lines = [[code(a), w, *(self._on_val(a, {"lr": r}) for r in RATES)] for a, w in W.items()]
-        return table(" | ".join(["arm", "w", *(in_words({"lr": rate}) for rate in RATES)]), lines)
+    def rates_table(self, *arms: str) -> str:
+        """Arms at the same learning rates: val, seed 0 of TUNED."""
+        rates = sorted(RATES)
+        lines = [[code(a), *(self._on_val(a, {"lr": rate}) for rate in rates)] for a in arms]
+        return table(" | ".join(["arm", *(in_words({"lr": rate}) for rate in rates)]), lines)
 
     def _on_val(self, arm: str, choice: dict) -> str:
         values = (value for tried, value in self._tried[arm] if tried == choice)
@@ -377,7 +405,7 @@ class Report:
             if "-" in took or steps == [self._last(kind, arm) for kind in KINDS]:
                 continue  # not run, or as in rollouts_table
             at = ", ".join(str(step) if step > 0 else "-" for step in steps)
-            lines.append([code(arm), took, at, *self._minus_luffy(arm, "all@equal")])
+            lines.append([code(arm), took, at, *self._minus_luffy(arm, "mean@equal")])
         return table(head, lines) if lines else "No arm was cut short."
 
     def choices_table(self) -> str:
@@ -441,14 +469,14 @@ class Report:
         """All arms, the best on top; grey: intervals that hold together."""
         figure, axes = panels(1, 2, (12, 8))
         for axis, kind in zip(axes[0], KINDS):
-            found = {arm: stack(self._values(kind, arm, "all")) for arm in ARMS}
+            found = {arm: stack(self._values(kind, arm, "mean")) for arm in ARMS}
             found = {arm: values for arm, values in found.items() if values is not None}
             order = sorted(found, key=lambda arm: found[arm].mean())
             for y, arm in enumerate(order):
                 axis.plot(whiskers(found[arm], len(found))[1:], [y, y], "-", color="#bbbbbb")
                 dot(axis, found[arm], y, "black" if arm == "luffy" else "white")
             axis.set_yticks(range(len(order)), [name(arm) for arm in order])
-            axis.set_title(f"{kind} bases: share right, mean of easy, medium, hard and ood")
+            axis.set_title(f"{kind} bases: share right, mean of easy, medium and hard")
             axis.set_xlim(-0.03, 1.03)
         return figure
 
@@ -458,15 +486,17 @@ class Report:
         for axis, kind in zip(axes[0], KINDS):
             for arm in list(STYLES)[1:]:
                 took = self._checkpoints(kind, arm).items()
-                at = [(t.mean(), stack(self._values(kind, arm, f"all@{step}"))) for step, t in took]
+                at = [
+                    (t.mean(), stack(self._values(kind, arm, f"mean@{step}"))) for step, t in took
+                ]
                 bars(axis, at, arm)
-            axis.set_title(f"{kind} bases: share right, mean of the four kinds of problems")
+            axis.set_title(f"{kind} bases: share right, mean of easy, medium and hard")
             axis.set_xlabel("seconds of one core (first stages included)")
         return with_legend(figure, axes[0, 0])
 
     def _draw_e(self):
         """pass@k and temperature."""
-        whats = {"pass@k at T = 1, all problems": {k: f"pass{k} all" for k in (1, 2, 4, 8, 16)}}
+        whats = {"pass@k at T = 1, mean": {k: f"pass{k} mean" for k in (1, 2, 4, 8, 16)}}
         for source in SOURCES[:3]:
             at = {t: f"{source} T{t}" for t in (0.2, 0.6, 1.0, 1.4)}
             whats[f"share right, {source}, by temperature"] = at
@@ -486,7 +516,7 @@ class Report:
 
 
 def is_share(what: str) -> bool:
-    return bool(re.match("|".join((*SOURCES, "all|pass|reward|trace|groups|ratio_far")), what))
+    return bool(re.match("|".join((*SOURCES, "mean|pass|reward|trace|groups|ratio_far")), what))
 
 
 def panels(rows: int, columns: int, size: tuple, **options):
@@ -502,7 +532,7 @@ def with_legend(figure, axis):
 
 def whiskers(values: np.ndarray, m: int = 1) -> tuple[float, float, float]:
     """A share and the ends of its interval, which fewer than ENOUGH seeds do not have."""
-    found = bootstrap(values, 0, 1, m)
+    found = estimate(values, 0, 1, m)
     return found if len(values) >= ENOUGH else (found[0], math.nan, math.nan)
 
 
@@ -531,10 +561,19 @@ def render(template: str, report: Report) -> str:
 
 
 def wrapped(text: str) -> str:
-    """Its paragraphs, not its tables."""
+    """Its paragraphs and lists, not its tables."""
     how = dict(width=118, break_long_words=False, break_on_hyphens=False)
-    blocks = text.strip().split("\n\n")
-    return "\n\n".join(b if b[0] == "|" else textwrap.fill(b, **how) for b in blocks) + "\n"
+
+    def fill(block: str) -> str:
+        if block[0] == "|":
+            return block
+        items = re.split(r"\n(?=- )", block)
+        return "\n".join(
+            textwrap.fill(x, subsequent_indent="  " * (x[0] == "-"), **how) for x in items
+        )
+
+    text = re.sub(r"( \[[-+.\d]+,) (?=[-+.\d]+\])", "\\1\0", text)  # an interval stays in one line
+    return "\n\n".join(map(fill, text.strip().split("\n\n"))).replace("\0", " ") + "\n"
 
 
 def texts(report: Report) -> dict[Path, str]:
@@ -543,11 +582,11 @@ def texts(report: Report) -> dict[Path, str]:
     decided = re.findall(r"{{(?:claim|ask)\(.+?}}", template)
     report.claims = len(decided)
     report.holding = sum("**" in render(one, report) for one in decided) or "none"
-    results, tried, section = (render(part, report) for part in re.split(PART, template))
+    results, arms, section = (render(part, report) for part in re.split(PART, template))
     before, _, after = re.split("<!-- study -->\n|<!-- end -->", (ROOT / "README.md").read_text())
     return {
-        ROOT / "results/README.md": results,
-        HERE / "tried.md": tried,
+        ROOT / "results/README.md": wrapped(results),
+        HERE / "arms.md": wrapped(arms),
         ROOT / "README.md": f"{before}<!-- study -->\n{wrapped(section)}<!-- end -->{after}",
     }
 

@@ -383,7 +383,8 @@ def main() -> None:
         sys.exit(f"{data} does not have {report.ENOUGH} seeds of each arm of SHORT yet")
     if not args.report:
         major, minor = report.MAJOR, tuple(arm for arm in ARMS if arm not in report.MAJOR)
-        waves = [(("base", *major), range(n)) for n in (1, 3, 5)] + [(minor, range(3))]
+        waves = [(("base", *major), range(n)) for n in (1, 3, 5)]
+        waves += [(minor[i : i + 2], range(3)) for i in range(0, len(minor), 2)]
         root, kinds = args.runs, tuple(KINDS)
         if args.quick:
             known = report.chosen(read_jsonl(data / "scores.jsonl"))
