@@ -1,7 +1,7 @@
 """Tables, the numbers in the text and the pictures of results/, all from the files in data/.
 
-study.py calls `write_all`. In results/README.template.md `{{...}}` is a Python expression over the
-public functions of Report. Its parts become results/README.md, arms.md, and what stands between
+study.py calls `write_all`. In results/README.template.md `{{...}}` is a Python expression over
+what is public in Report. Its parts become results/README.md, arms.md, and what stands between
 `<!-- study -->` and `<!-- end -->` in the project's README. Data may be partial: what is missing is
 "not run yet". No verdict is typed by hand: `verdict` reads them off intervals.
 
@@ -45,7 +45,7 @@ W = {"luffy": "γπ/(π+γ)²", "rl_plus": "4π√(1-π)/(3π_old+1)", "w_none":
 RIVALS = ("hpt", "chord_phi", "chord_mu", "rl_plus", "srft", "prefix_rft", "trapo", "relift", "opd")
 STAGED = ("sft_then_on_policy", "rl_2604")  # SFT, then RL
 MAJOR = ("luffy", "mixed_shaped", "mixed", "on_policy", "grpo", "rl_sft", "sft", "sft_2604",
-         *STAGED, *RIVALS, *list(W)[2:])  # five seeds; the others have three
+         *STAGED, *RIVALS, *list(W)[2:])  # five seeds; for the others three are planned
 ARMS = ("base", "on_policy", "on_policy_noclip", "on_policy_shaped", "grpo", "mixed",
         "mixed_shaped", "luffy", "rl_sft", "sft", "sft_then_on_policy", "sft_2604", "rl_2604",
         *RIVALS[:3], "hpt_2", *RIVALS[3:5], "srft_plus", *RIVALS[5:], "uft", *list(W)[2:],
@@ -54,23 +54,25 @@ ARMS = ("base", "on_policy", "on_policy_noclip", "on_policy_shaped", "grpo", "mi
 COMPARED = tuple(arm for arm in ARMS if arm in MAJOR and not arm.startswith("w_"))
 SHORT = ("base", "on_policy", "grpo", "mixed", "mixed_shaped", "luffy", "rl_sft", "sft", *STAGED,
          "hpt")
-FIRST = {"sft_then_on_policy": "sft", "rl_2604": "sft_2604", "opd": "sft"}  # arm -> its first stage
+EXPLORED = ("base", "on_policy", "sft", "luffy", "sft_then_on_policy")  # more temperatures
+# arm -> its first stage, or teacher
+FIRST = {"sft_then_on_policy": "sft", "rl_2604": "sft_2604", "opd": "sft"}
 NAMES = {"base": "base model", "sft_then_on_policy": "sft, then on_policy",
          "rl_2604": "sft_2604, then rl_2604"}
-STYLES = {  # apart in grey, too: by dashes, by marker and by lightness
+STYLES = {  # apart in grey, too
     "base": dict(color="#999999", linestyle=":", marker="x"),
     "on_policy": dict(color="#0072b2", linestyle="--", marker="v"),
     "mixed": dict(color="#e69f00", linestyle="-.", marker="s"),
     "luffy": dict(color="black", linestyle="-", marker="o"),
-    "sft": dict(color="#e69f00", linestyle=":", marker="s"),
+    "sft": dict(color="#d55e00", linestyle=":", marker="X"),
     "sft_then_on_policy": dict(color="#777777", linestyle="--", marker="D"),
     "rl_2604": dict(color="#777777", linestyle=":", marker="^"),
     "hpt": dict(color="#56b4e9", linestyle="-", marker="v"),
     "srft": dict(color="#cc79a7", linestyle="-.", marker="P"),
 }
 # fmt: on
-TOO_LONG = "longer at its first checkpoint"  # than LUFFY as a whole
-TIE = 1.5 / 1024  # on val: one response more or less is no difference
+TOO_LONG = "longer at its first checkpoint"  # than SLACK allows
+TIE = 2.25 / 1536  # on val: two responses more or less are no difference
 SLACK = 1.1  # equal seconds: at most so many times LUFFY's
 
 
@@ -222,7 +224,6 @@ class Report:
         one, two = (self._values(kind, a, what) for a in (arm, other))
         return stack({s: np.subtract(*align(one[s], two[s])) for s in one.keys() & two.keys()})
 
-    # -------------------------------------------------------------- text
     def _checkpoints(self, kind: str, arm: str) -> dict[int, np.ndarray]:
         """Step -> seconds until then, of each seed."""
         steps = sorted({step for *key, step, _ in self._scores if key == [kind, arm] and step > 0})
@@ -235,6 +236,7 @@ class Report:
         took = self._checkpoints(kind, arm).items()
         return max((step for step, seconds in took if seconds.mean() <= limit), default=-1)
 
+    # -------------------------------------------------------------- text
     def score(self, kind: str, arm: str, what: str = "mean", digits: int = 2) -> str:
         bounds = (0, 1) if is_share(what) else (0,)
         return interval(stack(self._values(kind, arm, what)), digits, bounds=bounds)
@@ -248,7 +250,8 @@ class Report:
             long = any(self.equal_step(k, arm) < 0 for k in kinds)
             return TOO_LONG if "@equal" in what and run and long else NOT_RUN
         few = f" ({seeds_in_words(len(gaps))})" if ENOUGH <= len(gaps) < self.seeds() else ""
-        return interval(gaps, digits, True, (-1, 1) if is_share(what) else ()) + few
+        ends = what.count(" - ") + 1
+        return interval(gaps, digits, True, (-ends, ends) if is_share(what) else ()) + few
 
     def claim(self, kind, arm, other, what="mean", margin=0.0, digits=2) -> str:
         """Two cells: how much more `arm` has, and whether the claim holds that it has more."""
@@ -263,7 +266,7 @@ class Report:
         return text if gaps is None else f"{found}, {text}"
 
     def best(self, kind: str, *arms: str, what: str = "mean") -> str:
-        """The arm that is above each other one together, if there is one; else who may be it."""
+        """The arm that is above each other one together, if there is one; else who is not it."""
         found = {a: stack(self._values(kind, a, what)) for a in arms or MAJOR}
         means = {a: v.mean() for a, v in found.items() if v is not None and len(v) >= ENOUGH}
         if len(means) < 2:
@@ -350,7 +353,7 @@ class Report:
         seeds, failed = len(self._values(kind, arm, "mean")), self._failed[kind, arm]
         count = f"{seeds}, {failed} failed" if failed else str(seeds)
         if not seeds:
-            return ["not run", *["-"] * 7, count]
+            return [NOT_RUN, *["-"] * 7, count]
         means = [self._mean(kind, arm, what) for what in ("tokens mean", "seconds")]
         return [in_words(self._choice[arm]), *self._five(kind, arm), *means, count]
 
@@ -386,8 +389,8 @@ class Report:
         values = (value for tried, value in self._tried[arm] if tried == choice)
         return next(("failed" if v is None else number(v, 3) for v in values), NOT_RUN)
 
-    def rollouts_table(self) -> str:
-        """Equal rollouts: each arm at its end, minus luffy."""
+    def steps_table(self) -> str:
+        """Equal steps: each arm at its end, minus luffy."""
         head = "arm | million sampled | in updates | minus luffy, `frequent` | `rare` | both"
         lines = []
         for arm in COMPARED:
@@ -403,7 +406,7 @@ class Report:
             took = ", ".join(self._mean(kind, arm, "seconds") for kind in KINDS)
             steps = [self.equal_step(kind, arm) for kind in KINDS]
             if "-" in took or steps == [self._last(kind, arm) for kind in KINDS]:
-                continue  # not run, or as in rollouts_table
+                continue  # not run, or as in steps_table
             at = ", ".join(str(step) if step > 0 else "-" for step in steps)
             lines.append([code(arm), took, at, *self._minus_luffy(arm, "mean@equal")])
         return table(head, lines) if lines else "No arm was cut short."
@@ -432,9 +435,9 @@ class Report:
 
     def _draw_a(self):
         """Dynamics: the mean over seeds, and each seed as a thin line."""
-        titles = {f"reward/{source}": f"reward, {source}" for source in SOURCES[:3]}
-        titles |= {"entropy": "entropy (nats)", "length": "tokens of a response"}
-        figure, axes = panels(2, 5, (14, 5.4), sharex=True)
+        titles = {f"reward/{source}": f"reward, {source}" for source in MEAN}
+        titles |= {"entropy": "entropy (nats), all", "length": "tokens of a response, all"}
+        figure, axes = panels(2, 5, (14, 5.4), sharex=True, sharey="col")
         for row, kind in zip(axes, KINDS):
             row[0].set_ylabel(f"{kind} bases")
             for axis, (metric, title) in zip(row, titles.items()):
@@ -467,14 +470,15 @@ class Report:
 
     def _draw_c(self):
         """All arms, the best on top; grey: intervals that hold together."""
-        figure, axes = panels(1, 2, (12, 8))
-        for axis, kind in zip(axes[0], KINDS):
-            found = {arm: stack(self._values(kind, arm, "mean")) for arm in ARMS}
-            found = {arm: values for arm, values in found.items() if values is not None}
-            order = sorted(found, key=lambda arm: found[arm].mean())
+        figure, axes = panels(1, 2, (12, 8), sharey=True)
+        found = {arm: [stack(self._values(k, arm, "mean")) for k in KINDS] for arm in ARMS}
+        means = {a: [x.mean() for x in both if x is not None] for a, both in found.items()}
+        order = sorted(filter(means.get, ARMS), key=lambda arm: np.mean(means[arm]))
+        for column, (axis, kind) in enumerate(zip(axes[0], KINDS)):
             for y, arm in enumerate(order):
-                axis.plot(whiskers(found[arm], len(found))[1:], [y, y], "-", color="#bbbbbb")
-                dot(axis, found[arm], y, "black" if arm == "luffy" else "white")
+                if (values := found[arm][column]) is not None:
+                    axis.plot(whiskers(values, len(order))[1:], [y, y], "-", color="#bbbbbb")
+                    dot(axis, values, y, "black" if arm == "luffy" else "white")
             axis.set_yticks(range(len(order)), [name(arm) for arm in order])
             axis.set_title(f"{kind} bases: share right, mean of easy, medium and hard")
             axis.set_xlim(-0.03, 1.03)
@@ -497,7 +501,7 @@ class Report:
     def _draw_e(self):
         """pass@k and temperature."""
         whats = {"pass@k at T = 1, mean": {k: f"pass{k} mean" for k in (1, 2, 4, 8, 16)}}
-        for source in SOURCES[:3]:
+        for source in MEAN:
             at = {t: f"{source} T{t}" for t in (0.2, 0.6, 1.0, 1.4)}
             whats[f"share right, {source}, by temperature"] = at
         figure, axes = panels(2, 4, (13, 5.6), sharey=True)
@@ -506,17 +510,18 @@ class Report:
             row[0].set_xscale("log", base=2)
             row[0].xaxis.set_major_formatter("{x:g}")
             for axis, (title, at) in zip(row, whats.items()):
-                for arm in ("base", "on_policy", "sft", "luffy", "sft_then_on_policy"):
+                for arm in EXPLORED:
                     found = [self._values(kind, arm, what) for what in at.values()]
                     seeds = sorted(set.intersection(*map(set, found)))
                     same = [align(*(some[seed] for some in found)) for seed in seeds]
                     bars(axis, [(x, np.array(some)) for x, some in zip(at, zip(*same))], arm)
                 axis.set_title(title)
+                axis.set_xlabel("k" if axis is row[0] else "temperature")
         return with_legend(figure, axes[0, 0])
 
 
 def is_share(what: str) -> bool:
-    return bool(re.match("|".join((*SOURCES, "mean|pass|reward|trace|groups|ratio_far")), what))
+    return bool(re.match("|".join((*SOURCES, "mean|pass|reward|trace")), what))
 
 
 def panels(rows: int, columns: int, size: tuple, **options):
@@ -579,7 +584,7 @@ def wrapped(text: str) -> str:
 def texts(report: Report) -> dict[Path, str]:
     """What the documents should say."""
     template = (ROOT / "results/README.template.md").read_text()
-    decided = re.findall(r"{{(?:claim|ask)\(.+?}}", template)
+    decided = re.findall(r"{{(?:claim|ask)\(.+?}}", re.split(PART, template)[0])
     report.claims = len(decided)
     report.holding = sum("**" in render(one, report) for one in decided) or "none"
     results, arms, section = (render(part, report) for part in re.split(PART, template))

@@ -1,4 +1,4 @@
-"""The study: every row of ALGORITHMS and every fork, on two kinds of base models, several seeds.
+"""The study: rows of ALGORITHMS, forks and weights of trace tokens, on the toy, several seeds.
 
     python results/toy/study.py            # all that is not in data/ yet; hours, it may be killed
     python results/toy/study.py --quick    # one seed of one kind, with these choices; half an hour
@@ -54,9 +54,9 @@ COMMON = dict(eval_data="", save_every=50, sample_every=1000, graders=1)  # of e
 W = {f"w_{name}": name for name in ("none", "log", "trsft", "phi")}  # else as luffy
 FORKS = dict(trapo="trapo", relift="relift", exgrpo="exgrpo", opd="opd", prime="prime", orz="orz")
 FORKS |= dict(dapo_refill="dapo")  # arm -> module
-FIRST = report.FIRST  # arm -> its first stage
+FIRST = report.FIRST
 ROWS = {"sft_then_on_policy": "on_policy"}  # arm -> row of ALGORITHMS, where names differ
-ARMS = (*luffy.ALGORITHMS, *ROWS, *FORKS, *W)
+ARMS = report.ARMS[1:]
 RATES = report.RATES
 # What is an arm's own: flag -> the arms, and three values beside their row's
 OWN: dict[str, tuple[str, tuple]] = {
@@ -75,7 +75,6 @@ OWN: dict[str, tuple[str, tuple]] = {
     ),  # times its row's
     "lr": ("", (0.56, 0.75, 1.8)),  # times the best rate: of arms that have nothing else
 }
-EXPLORED = ("base", "sft", "on_policy", "luffy", "sft_then_on_policy")
 CURVES = "reward reward/easy reward/medium reward/hard entropy length trace_prob trace_unlikely"
 CURVES += " ratio_far groups/none grad_norm"
 PHASES = ("sample", "score", "update", "sync")
@@ -83,7 +82,10 @@ WINDOW = 5  # steps that are averaged for a point of a curve
 
 
 def row_of(arm: str) -> dict:
-    """An arm's row of ALGORITHMS. Those of w differ from luffy's in w alone, its Z included."""
+    """An arm's row of ALGORITHMS; those of W and FORKS are put there.
+
+    Those of W differ from luffy's in w alone, its Z included.
+    """
     if arm in W:
         shaping = luffy.SHAPINGS[W[arm]]
         luffy.SHAPINGS[arm] = shaping._replace(is_sft=False)
@@ -108,8 +110,8 @@ SERVER.set_forkserver_preload(["__main__", "transformers.models.qwen2.modeling_q
 
 
 # ------------------------------------------------------------------ a job, in a process of its own
-def flags_of(arm: str, base: Path, seed: int, out: Path, choice: dict, **more: Any) -> list[str]:
-    flags = COMMON | choice | dict(model=base, seed=seed, out=out, algo=ROWS.get(arm, arm)) | more
+def flags_of(arm: str, base: Path, seed: int, out: Path, choice: dict, **other: Any) -> list[str]:
+    flags = COMMON | choice | dict(model=base, seed=seed, out=out, algo=ROWS.get(arm, arm)) | other
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
@@ -209,7 +211,7 @@ def do(job: dict) -> None:
         hows = [("test", 0.6, 8, 1)] if last else [("test", 0.6, 4, 2)]
         if last and job["seed"] == 0 and arm != "base":
             hows += [("val", 0.6, 8, 1)] * (job["kind"] == report.TUNED)
-        if last and arm in EXPLORED and (job["seed"] or arm == "base"):
+        if last and arm in report.EXPLORED and (job["seed"] or arm == "base"):
             hows += [("test", 0.2, 8, 4), ("test", 1.0, 16, 4), ("test", 1.4, 8, 4)]
         rows["scores"] += [{"step": step} | evaluate(path, *how) for how in hows]
     write(Path(job["rows"]), json.dumps(rows))
@@ -372,15 +374,16 @@ def write_teacher(data: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    alone = parser.add_mutually_exclusive_group()
     quick = "one seed of one kind, with the full study's choices as far as they are made"
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--report", action="store_true", help="only what is made from data/")
+    alone.add_argument("--quick", action="store_true", help=quick)
+    alone.add_argument("--report", action="store_true", help="only what is made from data/")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/study", help="[runs/study]")
     args = parser.parse_args()
     os.environ |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")  # of the jobs
     data, choices = HERE / "data", {}
     if args.report and not report.has_enough():
-        sys.exit(f"{data} does not have {report.ENOUGH} seeds of each arm of SHORT yet")
+        sys.exit(f"{data} does not have {report.ENOUGH} seeds of each arm of README's table yet")
     if not args.report:
         major, minor = report.MAJOR, tuple(arm for arm in ARMS if arm not in report.MAJOR)
         waves = [(("base", *major), range(n)) for n in (1, 3, 5)]
