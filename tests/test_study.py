@@ -158,6 +158,15 @@ def test_a_candidate_that_failed_is_not_the_result_that_is_missing(tmp_path):
     assert not report.has_enough(tmp_path)
 
 
+def test_a_checkpoint_is_not_a_run_that_came_to_its_end(tmp_path):
+    make_up(tmp_path)
+    scores = read_jsonl(tmp_path / "scores.jsonl")
+    end = dict(kind="rare", arm="hpt", seed=1, step=200)
+    kept = [row for row in scores if not end.items() <= row.items()]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert not report.has_enough(tmp_path)
+
+
 # ------------------------------------------------------------------ numbers
 def test_choices_are_by_three_kinds_on_val_and_ties_go_to_the_earliest():
     def row(lr, right, **other):
@@ -246,6 +255,15 @@ def test_a_best_is_named_only_above_each_other(tmp_path, full):
         row["right"] = {s: [8] * 200 for s in report.SOURCES}
     assert "above each of the 1 others" in found.best("rare", "luffy", "w_none")
     assert full.best("both", "luffy", "nobody") == intervals.NOT_RUN
+    for seed in (3, 4):  # seeds that are easy, and that the other arm lacks, say nothing about it
+        row = found._scores["rare", "luffy", 200, 0.6][seed]
+        row["right"] = {s: [8] * 200 for s in report.SOURCES}
+        del found._scores["rare", "w_none", 200, 0.6][seed]
+    for seed in (0, 1, 2):
+        right = found._scores["rare", "luffy", 200, 0.6][seed]["right"]
+        row = found._scores["rare", "w_none", 200, 0.6][seed]
+        row["right"] = {s: [min(8, n + 1) for n in right[s]] for s in right}
+    assert found.best("rare", "luffy", "w_none").startswith("`w_none` has the highest mean")
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.06, 0.13, 0.25])

@@ -74,7 +74,8 @@ class Fake(study.Study):
         (Path(job["out"]) / f"checkpoint-{steps:06d}").mkdir(parents=True, exist_ok=True)
         score = dict(split="val", temperature=0.6, k=8, every=1, step=steps, right=right)
         runs = [] if job["arm"] == "base" else [dict(steps=steps, seconds={})]
-        Path(job["rows"]).write_text(json.dumps({"runs": runs, "scores": [score]}))
+        scores = [score | dict(split="test", step=50), score]
+        Path(job["rows"]).write_text(json.dumps({"runs": runs, "scores": scores}))
 
 
 def run(tmp_path: Path, arms: tuple, seeds: range, choices: dict | None = None) -> Fake:
@@ -129,14 +130,16 @@ def test_what_has_its_rows_is_not_run_again(tmp_path, tables):
     assert sorted(map(str, read_jsonl(tmp_path / "data/runs.jsonl"))) == sorted(map(str, rows))
 
 
-def test_a_study_that_was_killed_while_rows_were_taken_over(tmp_path, tables, monkeypatch):
-    """Its scores are there, not its run, and half a row: nothing is lost, and nothing twice."""
+@pytest.mark.parametrize("kept", [1, None])
+def test_a_study_that_was_killed_while_rows_were_taken_over(tmp_path, tables, monkeypatch, kept):
+    """Its scores, or one of them, not its run, and half a row: nothing is lost, nor there twice."""
     whole = run(tmp_path / "a", ("luffy",), range(1))
     append = study.append
 
     def die(file: Path, *rows: dict) -> None:
-        append(file, *rows)
-        if rows and rows[0]["arm"] == "luffy" and file.name == "scores.jsonl":
+        dies = rows and rows[0]["arm"] == "luffy" and file.name == "scores.jsonl"
+        append(file, *rows[: kept if dies else None])
+        if dies:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(study, "append", die)

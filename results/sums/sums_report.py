@@ -206,6 +206,6 @@ def render(template: str, report: Report) -> str:
 
 def write_all() -> None:
     report = Report()
-    template = (HERE / "README.template.md").read_text()
+    template = (HERE / "README.template.md").read_text("utf-8")
     write(HERE / "README.md", render(template, report))
     report._draw(HERE / "curves.png")

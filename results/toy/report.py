@@ -267,15 +267,17 @@ class Report:
 
     def best(self, kind: str, *arms: str, what: str = "mean") -> str:
         """The arm that is above each other one together, if there is one; else who is not it."""
-        found = {a: stack(self._values(kind, a, what)) for a in arms or MAJOR}
-        means = {a: v.mean() for a, v in found.items() if v is not None and len(v) >= ENOUGH}
-        if len(means) < 2:
+        found = {a: self._values(kind, a, what) for a in arms or MAJOR}
+        found = {a: values for a, values in found.items() if len(values) >= ENOUGH}
+        seeds = set.intersection(*map(set, found.values())) if found else set()
+        if len(found) < 2 or len(seeds) < ENOUGH:
             return NOT_RUN
+        means = {a: np.mean([values[s] for s in seeds]) for a, values in found.items()}
         top = max(means, key=lambda arm: means[arm])
         m = len(means) - 1
         gaps = {arm: self._gaps(kind, top, arm, what) for arm in means if arm != top}
         below = [arm for arm, x in gaps.items() if x is not None and estimate(x, m=m)[1] > 0]
-        text = f"{code(top)} has the highest mean, {number(means[top])}"
+        text = f"{code(top)} has the highest mean of {m + 1}, {number(means[top])}"
         if len(below) == m:
             return f"{text}, above each of the {m} others"
         listed = ", ".join(map(code, sorted(below, key=lambda arm: -means[arm])))
@@ -583,12 +585,14 @@ def wrapped(text: str) -> str:
 
 def texts(report: Report) -> dict[Path, str]:
     """What the documents should say."""
-    template = (ROOT / "results/README.template.md").read_text()
+    template = (ROOT / "results/README.template.md").read_text("utf-8")
     decided = re.findall(r"{{(?:claim|ask)\(.+?}}", re.split(PART, template)[0])
     report.claims = len(decided)
     report.holding = sum("**" in render(one, report) for one in decided) or "none"
     results, arms, section = (render(part, report) for part in re.split(PART, template))
-    before, _, after = re.split("<!-- study -->\n|<!-- end -->", (ROOT / "README.md").read_text())
+    before, _, after = re.split(
+        "<!-- study -->\n|<!-- end -->", (ROOT / "README.md").read_text("utf-8")
+    )
     return {
         ROOT / "results/README.md": wrapped(results),
         HERE / "arms.md": wrapped(arms),
@@ -599,7 +603,8 @@ def texts(report: Report) -> dict[Path, str]:
 def has_enough(data: Path = HERE / "data") -> bool:
     """Has each arm of README's table ENOUGH seeds? Then documents are made of what there is."""
     runs, scores = (read_jsonl(data / f"{name}.jsonl") for name in ("runs", "scores"))
-    choice, test = chosen(scores), [row for row in scores if row["split"] == "test"]
+    choice = chosen(scores)
+    test = [row for row in scores if row["split"] == "test" and row["every"] == 1]  # of ends
     ends = [*test, *(row for row in runs if "failed" in row)]
     done = {(*of(row), row["seed"]) for row in ends if row["choice"] == choice.get(row["arm"], {})}
     return set(product(KINDS, SHORT, range(ENOUGH))) <= done

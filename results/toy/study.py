@@ -183,6 +183,11 @@ def differences(cfg: dict) -> dict:
     return {k: cfg[k] for k in names if cfg[k] != luffys[k]}
 
 
+def evaluation(row: dict) -> list:
+    """Which one of a run's it is; all None: its row in runs.jsonl."""
+    return [row.get(name) for name in ("split", "step", "temperature")]
+
+
 def do(job: dict) -> None:
     """A job: writes its rows to job["rows"], complete or not at all."""
     arm, out, model = job["arm"], Path(job["out"]), Path(job["base"])
@@ -311,8 +316,8 @@ class Study:
                 await self.process(job, out.with_name(f"{out.name}.log"))
         found = json.loads(rows.read_text())
         for name, known in (("scores", self.scores), ("runs", self.runs)):
-            old = [row for row in known if what.items() <= row.items()]
-            new = [] if old else [what | row for row in found[name]]
+            old = [evaluation(row) for row in known if what.items() <= row.items()]
+            new = [what | row for row in found[name] if evaluation(row) not in old]
             known += new
             append(self.data / f"{name}.jsonl", *new)
         rows.unlink()
