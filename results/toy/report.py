@@ -306,7 +306,7 @@ class Report:
             for key, value in self._choice.get(arm, {}).items():
                 values = {choice[key] for choice in tried if key in choice}
                 if len(values) > 1 and value in (min(values), max(values)):
-                    found.append(f"{code(arm)} ({key} {value:g})")
+                    found.append(f"{code(arm)} ({key} {value:g})".replace("e-0", "e-"))
         chose = sum(len(self._tried[arm]) > 1 for arm in ARMS)
         return f"Of {chose} arms these chose an end of their grid: {', '.join(found) or 'none'}."
 
