@@ -150,7 +150,7 @@ def test_documents_of_a_study_that_has_begun(arms, seeds, kinds, tmp_path):
 def test_a_candidate_that_failed_is_not_the_result_that_is_missing(tmp_path):
     make_up(tmp_path)
     assert report.has_enough(tmp_path)
-    lost = dict(kind="rare", arm="hpt", seed=0)
+    lost = dict(kind="rare", arm="rl_sft", seed=0)
     for file in (tmp_path / "runs.jsonl", tmp_path / "scores.jsonl"):
         kept = [row for row in read_jsonl(file) if not lost.items() <= row.items()]
         failed = [lost | dict(choice={"lr": 0.01}, failed="NaN")] * file.name.startswith("runs")
@@ -161,7 +161,7 @@ def test_a_candidate_that_failed_is_not_the_result_that_is_missing(tmp_path):
 def test_a_checkpoint_is_not_a_run_that_came_to_its_end(tmp_path):
     make_up(tmp_path)
     scores = read_jsonl(tmp_path / "scores.jsonl")
-    end = dict(kind="rare", arm="hpt", seed=1, step=200)
+    end = dict(kind="rare", arm="rl_sft", seed=1, step=200)
     kept = [row for row in scores if not end.items() <= row.items()]
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     assert not report.has_enough(tmp_path)

@@ -52,8 +52,8 @@ ARMS = ("base", "on_policy", "on_policy_noclip", "on_policy_shaped", "grpo", "mi
         "dft", "trsft", "sft_shaped", "dapo", "dapo_refill", "cispo", "gspo", "gmpo",
         "reinforce_pp", "orz", "prime", "exgrpo")
 COMPARED = tuple(arm for arm in ARMS if arm in MAJOR and not arm.startswith("w_"))
-SHORT = ("base", "on_policy", "grpo", "mixed", "mixed_shaped", "luffy", "rl_sft", "sft", *STAGED,
-         "hpt")
+SHORT = ("base", "on_policy", "grpo", "mixed", "mixed_shaped", "luffy", "rl_sft", "sft",
+         "sft_2604", *STAGED)
 EXPLORED = ("base", "on_policy", "sft", "luffy", "sft_then_on_policy")  # more temperatures
 # arm -> its first stage, or teacher
 FIRST = {"sft_then_on_policy": "sft", "rl_2604": "sft_2604", "opd": "sft"}
