@@ -120,8 +120,6 @@ def table(head: str, lines: list[list[str]]) -> str:
 class Report:
     """data/ in words. What is public is the template's vocabulary; `what`: see _values."""
 
-    W, RIVALS, STAGED = W, RIVALS, STAGED
-
     def __init__(
         self,
         data: Path = HERE / "data",
@@ -310,10 +308,9 @@ class Report:
         chose = sum(len(self._tried[arm]) > 1 for arm in ARMS)
         return f"Of {chose} arms these chose an end of their grid: {', '.join(found) or 'none'}."
 
-    def seeds(self, spelt: bool = False) -> int | str:
+    def seeds(self) -> int:
         """As many as each arm of README's table has; where there are fewer, it is said."""
-        n = min(len(self._values(kind, arm, "mean")) for kind in KINDS for arm in SHORT)
-        return dict(enumerate("No One Two Three Four Five".split())).get(n, n) if spelt else n
+        return min(len(self._values(kind, arm, "mean")) for kind in KINDS for arm in SHORT)
 
     def longer(self, m: int) -> str:
         """How many times: an interval that holds with m - 1 others, for these seeds."""
@@ -563,7 +560,7 @@ def dot(axis, values: np.ndarray | None, y: float, fill: str) -> None:
 
 def render(template: str, report: Report) -> str:
     """With the value of each {{expression}}."""
-    names = {k: getattr(report, k) for k in dir(report) if not k.startswith("_")}
+    names = globals() | {k: getattr(report, k) for k in dir(report) if not k.startswith("_")}
     return re.sub(r"{{(.+?)}}", lambda found: str(eval(found[1], names)), template)
 
 
