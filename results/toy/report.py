@@ -1,9 +1,9 @@
 """Tables, the numbers in the text and the pictures of results/, all from the files in data/.
 
 study.py calls `write_all`. In results/README.template.md `{{...}}` is a Python expression over
-what is public in Report. Its parts become results/README.md, arms.md, and what stands between
-`<!-- study -->` and `<!-- end -->` in the project's README. Data may be partial: what is missing is
-"not run yet". No verdict is typed by hand: `verdict` reads them off intervals.
+what is here and public in Report. Its parts become results/README.md, arms.md, and what stands
+between `<!-- study -->` and `<!-- end -->` in the project's README. Data may be partial: what is
+missing is "not run yet". No verdict is typed by hand: `verdict` reads them off intervals.
 
 Differences of two arms are taken within each seed and problem. Over `both` kinds of base models a
 seed counts once, with the mean of its two.
