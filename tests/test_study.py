@@ -192,8 +192,8 @@ def test_quantities_by_hand(full, monkeypatch):
     row = full._scores["rare", "luffy", 200, 0.6][3]
     hard = np.array(row["right"]["hard"]) / 8
     np.testing.assert_allclose(full._values("rare", "luffy", "hard")[3], hard)
-    of_all = np.mean([np.array(row["right"][s]) / 8 for s in report.MEAN], 0)
-    np.testing.assert_allclose(full._values("rare", "luffy", "mean")[3], of_all)
+    of_three = np.mean([np.array(row["right"][s]) / 8 for s in report.MEAN], 0)
+    np.testing.assert_allclose(full._values("rare", "luffy", "mean")[3], of_three)
     other = full._values("frequent", "luffy", "hard")[3]
     np.testing.assert_allclose(full._values("both", "luffy", "hard")[3], (hard + other) / 2)
     assert len(full._values("rare", "luffy", "hard T1.4")[3]) == 50
