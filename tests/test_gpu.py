@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -203,6 +204,7 @@ def test_expandable_segments_are_torchs_setting(monkeypatch):
 
 
 @pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_preflight_passes(tiny_model, tmp_path, ranks):
     if torch.cuda.device_count() < ranks:

@@ -1,4 +1,7 @@
-"""results/sums: sums are right and new, the text says what the data say, no row is run twice."""
+"""results/sums: sums are right and new, the text says what the data say, no row is run twice.
+
+And of results/gsm8k, whose study needs a GPU, its text.
+"""
 
 import importlib.util
 import json
@@ -13,9 +16,17 @@ HERE = ROOT / "results/sums"
 sys.path.insert(0, str(HERE))
 import sums_report  # noqa: E402
 
-spec = importlib.util.spec_from_file_location("sums_study", HERE / "study.py")  # toy/ has a study
-study = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study)
+
+def load_study(name: str):
+    """Of one of results' directories: each has a study.py."""
+    file = ROOT / "results" / name / "study.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_study", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+study = load_study("sums")
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +115,18 @@ def test_the_text_is_what_the_data_make_of_it():
     assert not re.findall(r"(?<![\w.])\.\d", by_hand)  # scores are written .12, settings 0.12
     size = sum(file.stat().st_size for file in HERE.rglob("*") if "__pycache__" not in str(file))
     assert size < 2e6
+
+
+def test_the_page_of_gsm8k_is_of_its_data(tmp_path, monkeypatch):
+    gsm8k = load_study("gsm8k")
+    page = gsm8k.HERE / "README.md"
+    emptied = re.sub(
+        f"{gsm8k.START}.*{gsm8k.END}", gsm8k.START + gsm8k.END, page.read_text(), flags=re.S
+    )
+    (tmp_path / "README.md").write_text(emptied)
+    monkeypatch.setattr(gsm8k, "HERE", tmp_path)
+    gsm8k.report()
+    assert (tmp_path / "README.md").read_text() == page.read_text()
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    rows = {"a": {"T=0": {"right": "1" * 9 + "0" * 91}}, "b": {"T=0": {"right": "0" * 100}}}
+    assert "1 differences, 1 with" in gsm8k.differences(rows) and "-.090" in gsm8k.differences(rows)

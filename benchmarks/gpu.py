@@ -1,0 +1,185 @@
+"""Our update on a GPU, in a real model's shape with random weights: its share of the matrix rate.
+
+    python benchmarks/gpu.py [--shape Qwen/Qwen2.5-Math-1.5B] [--tokens 65536]
+
+All variants take the same trajectories to a step of AdamW on LUFFY's loss, in turns: groups of 7
+rollouts of mixed lengths and a trace, prompts of 200 tokens, responses of up to 8,192. The padded
+ones pad on the right: a row of a micro-batch is a trajectory, with a prompt of its own. Their
+gradients are compared first. FLOP are those of update.py, without padding or recomputation and
+with a prompt a trajectory for all, so that shares can be compared. The matrix rate is that of
+8192 x 8192 products in bfloat16. Without a GPU it checks itself: --shape toy --tokens 2000.
+"""
+
+import argparse
+import math
+import random
+import statistics
+from dataclasses import replace
+from datetime import date
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+from update import flops, luffy, show, show_head, spread
+
+from data import Problem
+from machinery.batches import Trajectory
+from machinery.model import on_paper, shape_of, token_logprobs
+from machinery.plan import GIB
+from machinery.preflight import now, timed
+from machinery.printing import print_what_can_be
+from machinery.processes import device, init_processes
+
+ON_GPU = torch.cuda.is_available()
+PROMPT, LONGEST = (200 if ON_GPU else 20), 8192
+VARIANTS = {  # (what of it, tokens or trajectories of a micro-batch, checkpointing)
+    "a group's prompt once, chunked head": ("packed", 32768, True),
+    "the same, 8,192 tokens, no checkpointing": ("packed", 8192, False),
+    "padded, 8 trajectories, chunked head": ("chunked", 8, True),
+    "one trajectory, chunked head": ("chunked", 1, True),
+    "one trajectory, plain head": ("plain", 1, True),
+}
+
+
+def make(tokens: int, vocabulary: int, longest: int) -> list[Trajectory]:
+    """Groups with about so many response tokens in all; lengths as the paper's, 2,200 and 4,200."""
+    rng, found = random.Random(0), []
+    while sum(len(t.response) for t in found) < tokens:
+        position = len(found) // 8
+        problem = Problem("", "", prompt_ids=[rng.randrange(vocabulary) for _ in range(PROMPT)])
+        for i in range(8):
+            mean = 4200 if i == 7 else 2200
+            n = min(longest, 16 + int(rng.expovariate(1 / mean)))
+            response = [rng.randrange(vocabulary) for _ in range(n)]
+            t = Trajectory(position, problem, response, off_policy=i == 7)
+            t.advantage, t.right, t.reward = rng.choice([-0.5, 0.5]), 1.0, 1.0
+            found.append(t)
+    return found
+
+
+def padded(model, trajectories: list[Trajectory], size: int, head: str, z: float) -> None:
+    """Gradients of the same loss, from rows that are padded to the longest of `size`."""
+    for i in range(0, len(trajectories), size):
+        some = trajectories[i : i + size]
+        rows = [torch.tensor([*t.problem.prompt_ids, *t.response]) for t in some]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device())
+        lengths = torch.tensor([len(row) for row in rows], device=device())
+        mask = torch.arange(ids.shape[1], device=device()) < lengths[:, None]
+        hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden, targets, real = hidden[:, PROMPT - 1 : -1], ids[:, PROMPT:], mask[:, PROMPT:]
+        weight = model.get_output_embeddings().weight
+        if head == "chunked":
+            logp, _ = token_logprobs(hidden.flatten(0, 1), weight, targets.flatten())
+            logp = logp.view(targets.shape)
+        else:
+            log_p = (hidden @ weight.T).float().log_softmax(-1)
+            logp = log_p.gather(2, targets[..., None])[..., 0]
+            with torch.no_grad():
+                entropy = -(log_p.exp() * log_p).sum(-1)
+            assert entropy[real].isfinite().all()
+        off = torch.tensor([[t.off_policy] for t in some], device=device())
+        x = (logp - torch.where(off, 0.0, logp.detach())).exp()
+        advantage = torch.tensor([[t.advantage] for t in some], device=device())
+        objective = torch.where(off, x / (x + 0.1), x) * advantage
+        (-(objective * real).sum() / z).backward()
+
+
+class Update:
+    """Trajectories, a model, and a step on them by each variant."""
+
+    def __init__(self, shape: str, tokens: int):
+        config = shape_of(shape)
+        torch.manual_seed(0)
+        with device():
+            self.model = on_paper(config, torch.bfloat16 if ON_GPU else torch.float32).train()
+        self.longest = min(LONGEST, config.max_position_embeddings - PROMPT)
+        self.trajectories = make(tokens, config.vocab_size, self.longest)
+        n = len(self.trajectories) // 8
+        self.cfg = luffy.Config(problems_per_step=n, updates_per_step=1, entropy_coef=0.0)
+        self.policy = luffy.data_parallel(luffy.Policy(self.model, 1.0))
+        self.optimizer = luffy.ShardedAdamW(self.policy.parameters(), lr=1e-6)
+
+    def run(self, kind: str, size: int, checkpointing: bool, keep: list | None = None) -> None:
+        """A step, or with `keep` the gradient alone, into it."""
+        model, optimizer = self.model, self.optimizer
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+        model.set_attn_implementation("packed" if kind == "packed" else "sdpa")
+        if keep is not None:
+
+            def step(max_norm: float) -> float:
+                keep.extend(p.grad.clone() for p in model.parameters())
+                return max_norm
+
+            optimizer = SimpleNamespace(step=step, zero_grad=optimizer.zero_grad)
+        if kind == "packed":
+            cfg = replace(self.cfg, token_budget=size)
+            luffy.update(self.policy, optimizer, self.trajectories, cfg)
+        else:
+            z = len(self.trajectories) * self.cfg.max_response_tokens
+            padded(model, self.trajectories, size, kind, z)
+            optimizer.step(self.cfg.max_grad_norm / self.cfg.scale)
+            optimizer.zero_grad()
+
+    def error(self, how: tuple, other: list[torch.Tensor]) -> float:
+        self.run(*how, keep=(kept := []))
+        gaps = [(a.float() - b.float()).norm().item() for a, b in zip(kept, other)]
+        return math.hypot(*gaps) / math.hypot(*(b.float().norm().item() for b in other))
+
+    def measure(self, how: tuple) -> tuple[float, float]:
+        """-> seconds of a step, and the most GiB that were allocated."""
+        if ON_GPU:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        _, seconds = timed(lambda: self.run(*how) or now())
+        return seconds, torch.cuda.max_memory_allocated() / GIB if ON_GPU else 0.0
+
+
+def matrix_rate() -> float:
+    n = 8192 if ON_GPU else 512
+    a, b = torch.randn(2, n, n, device=device()).to(torch.bfloat16).unbind()
+    found = [timed(lambda: (a @ b, now())[1])[1] for _ in range(13)]
+    return 2 * n**3 / statistics.median(found[3:])
+
+
+def main() -> None:
+    print_what_can_be()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", default="Qwen/Qwen2.5-Math-1.5B")
+    parser.add_argument("--tokens", type=int, default=65536, help="of all responses [65536]")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    init_processes("auto")
+    update = Update(args.shape, args.tokens)
+    work = flops(update.model, update.trajectories, False)
+    tokens = sum(len(t.response) for t in update.trajectories)
+    update.run(*VARIANTS["one trajectory, plain head"], keep=(exact := []))
+    errors = {name: update.error(how, exact) for name, how in VARIANTS.items()}
+    del exact
+    seconds, most, rates = {name: [] for name in VARIANTS}, {}, []
+    with tqdm(total=args.rounds * len(VARIANTS)) as bar:
+        for _ in range(args.rounds):
+            rates.append(matrix_rate())
+            for name, how in VARIANTS.items():
+                s, most[name] = update.measure(how)
+                seconds[name].append(s)
+                bar.update()
+    where = torch.cuda.get_device_name() if ON_GPU else "CPU"
+    print(
+        f"\n{date.today()}, {where}, torch {torch.__version__}; the shape of {args.shape}; "
+        f"{len(update.trajectories)} trajectories, {tokens:,} response tokens; {args.rounds} "
+        f"rounds, median (lowest to highest); matrix rate "
+        f"{spread([r / 1e12 for r in rates], '.0f')} TFLOP/s\n"
+    )
+    head = "s a step", "response tokens/s", "share of the matrix rate", "most memory, GiB"
+    show_head("", *head, "gradient differs by")
+    for name, mine in seconds.items():
+        speed = f"{tokens / statistics.median(mine):,.0f}"
+        share = spread([work / s / r for s, r in zip(mine, rates)])
+        show(name, spread(mine), speed, share, f"{most[name]:.1f}", f"{errors[name]:.0e}")
+
+
+if __name__ == "__main__":
+    luffy.launch(main)
