@@ -72,6 +72,7 @@ STYLES = {  # apart in grey, too
 }
 # fmt: on
 TOO_LONG = "longer at its first checkpoint"  # than SLACK allows
+WORDS = re.compile("undecided|reproduced|the opposite|yes|no, the reverse|" + NOT_RUN)  # a verdict
 TIE = 2.25 / 1536  # on val: two responses more or less are no difference
 SLACK = 1.1  # equal seconds: at most so many times LUFFY's
 
@@ -136,6 +137,7 @@ class Report:
         self._tried = defaultdict(list)  # arm -> (choice, its score on val)
         self._failed = Counter()
         self.claims, self.holding = 1, "none"  # in the template; of them with the correction
+        self.changed = "no"  # verdicts, without the seed on which settings were chosen
         for row in runs:
             is_chosen = row["choice"] == self._choice[row["arm"]]
             if "failed" in row:
@@ -326,6 +328,12 @@ class Report:
         """Seed 0 alone; with a rate: what arms have at it, and nothing else of their own."""
         choices = {arm: {"lr": rate} for arm in ARMS[1:] if rate}
         return Report(self._data, choices, {0})
+
+    def other_seeds(self) -> "Report":
+        """Without the seed on which settings were chosen."""
+        other = Report(self._data, self._choice, range(1, 99))
+        other.claims = self.claims
+        return other
 
     def not_run(self) -> str:
         """Arms that have no numbers, in a sentence."""
@@ -586,6 +594,9 @@ def texts(report: Report) -> dict[Path, str]:
     decided = re.findall(r"{{(?:claim|ask)\(.+?}}", re.split(PART, template)[0])
     report.claims = len(decided)
     report.holding = sum("**" in render(one, report) for one in decided) or "none"
+    with_it, without = ([render(one, r) for one in decided] for r in (report, report.other_seeds()))
+    changed = sum(WORDS.findall(a)[0] != WORDS.findall(b)[0] for a, b in zip(with_it, without))
+    report.changed = f"{changed} of {len(decided)}" if changed else "no"
     results, arms, section = (render(part, report) for part in re.split(PART, template))
     before, _, after = re.split(
         "<!-- study -->\n|<!-- end -->", (ROOT / "README.md").read_text("utf-8")
