@@ -4,10 +4,11 @@
 
 All variants take the same trajectories to a step of AdamW on LUFFY's loss, in turns: groups of 7
 rollouts of mixed lengths and a trace, prompts of 200 tokens, responses of up to 8,192. The padded
-ones pad on the right: a row of a micro-batch is a trajectory, with a prompt of its own. Their
-gradients are compared first. FLOP are those of update.py, without padding or recomputation and
-with a prompt a trajectory for all, so that shares can be compared. The matrix rate is that of
-8192 x 8192 products in bfloat16. Without a GPU it checks itself: --shape toy --tokens 2000.
+ones pad on the right, so that causal attention needs no mask and keeps its fast kernel: a row of a
+micro-batch is a trajectory, with a prompt of its own. Gradients are compared first. FLOP are those
+of update.py, without padding or recomputation. The matrix rate is that of 8192 x 8192 products in
+bfloat16. Without a GPU it checks itself: --shape toy --tokens 2000. A measurement is printed as it
+comes, the table at the end.
 """
 
 import argparse
@@ -23,8 +24,9 @@ from tqdm import tqdm
 from update import flops, luffy, show, show_head, spread
 
 from data import Problem
+from machinery.arguments import ranged
 from machinery.batches import Trajectory
-from machinery.model import on_paper, shape_of, token_logprobs
+from machinery.model import fit_context, on_paper, shape_of, token_logprobs
 from machinery.plan import GIB
 from machinery.preflight import now, timed
 from machinery.printing import print_what_can_be
@@ -32,17 +34,16 @@ from machinery.processes import device, init_processes
 
 ON_GPU = torch.cuda.is_available()
 PROMPT, LONGEST = (200 if ON_GPU else 20), 8192
-VARIANTS = {  # (what of it, tokens or trajectories of a micro-batch, checkpointing)
-    "a group's prompt once, chunked head": ("packed", 32768, True),
-    "the same, 8,192 tokens, no checkpointing": ("packed", 8192, False),
-    "padded, 8 trajectories, chunked head": ("chunked", 8, True),
-    "one trajectory, chunked head": ("chunked", 1, True),
-    "one trajectory, plain head": ("plain", 1, True),
+VARIANTS = {  # (what of it, tokens or trajectories of a micro-batch); all with checkpointing
+    "a group's prompt once, chunked head": ("packed", 32768),
+    "padded, 8 trajectories, chunked head": ("chunked", 8),
+    "one trajectory, chunked head": ("chunked", 1),
+    "one trajectory, plain head": ("plain", 1),
 }
 
 
 def make(tokens: int, vocabulary: int, longest: int) -> list[Trajectory]:
-    """Groups with about so many response tokens in all; lengths as the paper's, 2,200 and 4,200."""
+    """Groups with so many response tokens in all, or a few more; mean lengths as the paper's."""
     rng, found = random.Random(0), []
     while sum(len(t.response) for t in found) < tokens:
         position = len(found) // 8
@@ -64,9 +65,9 @@ def padded(model, trajectories: list[Trajectory], size: int, head: str, z: float
         rows = [torch.tensor([*t.problem.prompt_ids, *t.response]) for t in some]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device())
         lengths = torch.tensor([len(row) for row in rows], device=device())
-        mask = torch.arange(ids.shape[1], device=device()) < lengths[:, None]
-        hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        hidden, targets, real = hidden[:, PROMPT - 1 : -1], ids[:, PROMPT:], mask[:, PROMPT:]
+        real = torch.arange(PROMPT, ids.shape[1], device=device()) < lengths[:, None]
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden, targets = hidden[:, PROMPT - 1 : -1], ids[:, PROMPT:]
         weight = model.get_output_embeddings().weight
         if head == "chunked":
             logp, _ = token_logprobs(hidden.flatten(0, 1), weight, targets.flatten())
@@ -89,23 +90,22 @@ class Update:
 
     def __init__(self, shape: str, tokens: int):
         config = shape_of(shape)
+        if shape != "toy":
+            fit_context(config, PROMPT, LONGEST)
         torch.manual_seed(0)
         with device():
             self.model = on_paper(config, torch.bfloat16 if ON_GPU else torch.float32).train()
-        self.longest = min(LONGEST, config.max_position_embeddings - PROMPT)
-        self.trajectories = make(tokens, config.vocab_size, self.longest)
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        longest = min(LONGEST, config.max_position_embeddings - PROMPT)
+        self.trajectories = make(tokens, config.vocab_size, longest)
         n = len(self.trajectories) // 8
         self.cfg = luffy.Config(problems_per_step=n, updates_per_step=1, entropy_coef=0.0)
         self.policy = luffy.data_parallel(luffy.Policy(self.model, 1.0))
         self.optimizer = luffy.ShardedAdamW(self.policy.parameters(), lr=1e-6)
 
-    def run(self, kind: str, size: int, checkpointing: bool, keep: list | None = None) -> None:
+    def run(self, kind: str, size: int, keep: list | None = None) -> None:
         """A step, or with `keep` the gradient alone, into it."""
         model, optimizer = self.model, self.optimizer
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
         model.set_attn_implementation("packed" if kind == "packed" else "sdpa")
         if keep is not None:
 
@@ -131,7 +131,6 @@ class Update:
     def measure(self, how: tuple) -> tuple[float, float]:
         """-> seconds of a step, and the most GiB that were allocated."""
         if ON_GPU:
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         _, seconds = timed(lambda: self.run(*how) or now())
         return seconds, torch.cuda.max_memory_allocated() / GIB if ON_GPU else 0.0
@@ -148,23 +147,34 @@ def main() -> None:
     print_what_can_be()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="Qwen/Qwen2.5-Math-1.5B")
-    parser.add_argument("--tokens", type=int, default=65536, help="of all responses [65536]")
-    parser.add_argument("--rounds", type=int, default=3)
+    tokens = "of all responses, at least [65536]"
+    parser.add_argument("--tokens", type=ranged(int, 1), default=65536, help=tokens)
+    parser.add_argument("--rounds", type=ranged(int, 1), default=3)
     args = parser.parse_args()
+    if not ON_GPU and args.shape != "toy":
+        parser.error(f"--shape {args.shape}: there is no GPU; --shape toy runs without")
     init_processes("auto")
     update = Update(args.shape, args.tokens)
-    work = flops(update.model, update.trajectories, False)
     tokens = sum(len(t.response) for t in update.trajectories)
-    update.run(*VARIANTS["one trajectory, plain head"], keep=(exact := []))
-    errors = {name: update.error(how, exact) for name, how in VARIANTS.items()}
-    del exact
-    seconds, most, rates = {name: [] for name in VARIANTS}, {}, []
-    with tqdm(total=args.rounds * len(VARIANTS)) as bar:
+    *others, last = VARIANTS
+    seconds, most, rates = {name: [] for name in VARIANTS}, dict.fromkeys(VARIANTS, 0.0), []
+    with tqdm(total=(1 + args.rounds) * len(VARIANTS)) as bar:
+        update.run(*VARIANTS[last], keep=(exact := []))
+        errors = {last: 0.0}
+        for name in others:
+            bar.update()
+            errors[name] = update.error(VARIANTS[name], exact)
+            bar.write(f"{name}: gradient differs from the last variant's by {errors[name]:.0e}")
+        del exact
+        bar.update()
         for _ in range(args.rounds):
             rates.append(matrix_rate())
+            bar.write(f"matrix rate {rates[-1] / 1e12:.0f} TFLOP/s")
             for name, how in VARIANTS.items():
-                s, most[name] = update.measure(how)
+                s, gib = update.measure(how)
                 seconds[name].append(s)
+                most[name] = max(most[name], gib)
+                bar.write(f"{name}: {s:.2f} s, {gib:.1f} GiB")
                 bar.update()
     where = torch.cuda.get_device_name() if ON_GPU else "CPU"
     print(
@@ -177,6 +187,7 @@ def main() -> None:
     show_head("", *head, "gradient differs by")
     for name, mine in seconds.items():
         speed = f"{tokens / statistics.median(mine):,.0f}"
+        work = flops(update.model, update.trajectories, VARIANTS[name][0] == "packed")
         share = spread([work / s / r for s, r in zip(mine, rates)])
         show(name, spread(mine), speed, share, f"{most[name]:.1f}", f"{errors[name]:.0e}")
 

@@ -129,4 +129,4 @@ def test_the_page_of_gsm8k_is_of_its_data(tmp_path, monkeypatch):
     assert (tmp_path / "README.md").read_text() == page.read_text()
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     rows = {"a": {"T=0": {"right": "1" * 9 + "0" * 91}}, "b": {"T=0": {"right": "0" * 100}}}
-    assert "1 differences, 1 with" in gsm8k.differences(rows) and "-.090" in gsm8k.differences(rows)
+    assert "1 of 1" in gsm8k.differences(rows) and "-.090" in gsm8k.differences(rows)

@@ -1,33 +1,38 @@
 """A real language model on a real hard set, on one GPU: SmolLM2-135M-Instruct on GSM8K.
 
-    python results/gsm8k/study.py --model DIR --problems DIR    # killed, it goes on
-    python results/gsm8k/study.py --report                      # only the text and the picture
+    python results/gsm8k/study.py --model DIR --train FILE --test FILE
+    python results/gsm8k/study.py --report    # only the table and the picture, from data/
 
---model holds SmolLM2-135M-Instruct as from_pretrained loads it, --problems gsm8k_train.jsonl and
-gsm8k_test.jsonl as they are published: the human solutions are the traces. The model boxes nothing
+--model holds SmolLM2-135M-Instruct as from_pretrained loads it. The files are train.jsonl and
+test.jsonl of openai/grade-school-math: the human solutions are the traces. The model boxes nothing
 by itself, so the base is made of it first, by SFT on problems that no arm sees. All arms run side
-by side on one GPU. An arm's row in data/runs.jsonl is not run again. Weights stay in --runs.
+by side on one GPU. Killed and started again it goes on, from checkpoints in --runs; an arm that has
+its row in data/runs.jsonl is not run again.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path.insert(0, str(ROOT))
 
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from machinery.files import append, read_jsonl, write  # noqa: E402
+from machinery.arguments import ranged  # noqa: E402
+from machinery.files import read_jsonl, to_jsonl, write  # noqa: E402
 from machinery.metrics import smooth  # noqa: E402
 from machinery.responses import load_rows  # noqa: E402
 
@@ -39,7 +44,7 @@ OF_BASE = 512  # training problems that the base alone learns from
 SIZES = dict(max_prompt_tokens=256, max_response_tokens=192, sampler="torch")
 COMMON = SIZES | dict(eval_data="none", token_budget=16384, updates_per_step=1, graders=3, keep=1)
 BASE = COMMON | dict(algo="sft", problems_per_step=32, steps=16, save_every=16, lr=3e-5)
-RL = COMMON | dict(problems_per_step=64, lr=2e-5)  # no learning rate was tuned
+RL = COMMON | dict(problems_per_step=64, save_every=4, lr=2e-5)  # no learning rate was tuned
 ARMS = {  # arm -> its flags, the arm that it starts from
     "base": (BASE, ""),
     "on_policy": (RL | dict(algo="on_policy"), "base"),
@@ -52,28 +57,29 @@ CURVES = ("reward", "length", "entropy", "truncated", "groups/none", "groups/all
 CURVES += ("trace_unlikely", "grad_norm", "clipped", "skipped_updates", "sampler_kl")
 START, END = "<!-- data -->", "<!-- end -->"
 SHOWN = 12  # greedy responses that are kept as text, beside all right ones
+SAMPLES = 4  # of a problem, at T = 0.6
 
 
 class Study:
     """Arms as jobs of threads, each of which waits for the arm that it starts from."""
 
-    def __init__(self, model: str, problems: Path, runs: Path, steps: int, limit: int):
-        self.model, self.runs, self.limit = model, runs, limit
-        self.test = problems / "gsm8k_test.jsonl"
+    def __init__(self, model: Path, test: Path, runs: Path, steps: int, limit: int):
+        self.model, self.test, self.runs, self.limit = model, test, runs, limit
         self.steps = {arm: flags.get("steps", steps) for arm, (flags, _) in ARMS.items()}
         self.checkpoints: dict[str, Future] = {}
-        self.lock = threading.Lock()
-        for directory in (runs, DATA):
-            directory.mkdir(parents=True, exist_ok=True)
-        lines = (problems / "gsm8k_train.jsonl").read_text("utf-8").splitlines(keepends=True)
-        for name, some in {"base": lines[:OF_BASE], "train": lines[OF_BASE:]}.items():
-            write(runs / f"{name}.jsonl", "".join(some))
+        self.lock, self.evaluated = threading.Lock(), 0
+
+    def last(self, arm: str) -> Path:
+        return self.runs / arm / f"checkpoint-{self.steps[arm]:06d}"
 
     def run(self, name: str, *command: object) -> None:
         """A program of the project; what it prints goes to a log."""
-        with open(self.runs / f"{name}.log", "a") as log:
+        log = self.runs / f"{name}.log"
+        with log.open("a") as file:
             words = [sys.executable, *map(str, command)]
-            subprocess.run(words, cwd=ROOT, check=True, stdout=log, stderr=log)
+            code = subprocess.run(words, cwd=ROOT, stdout=file, stderr=file).returncode
+        if code:
+            raise RuntimeError(f"{name} ended with code {code}; see the end of {log}")
 
     def train(self, arm: str) -> Path:
         """-> its last checkpoint."""
@@ -81,52 +87,67 @@ class Study:
         flags = flags | {"steps": self.steps[arm], "out": self.runs / arm}
         flags["model"] = self.checkpoints[start].result() if start else self.model
         flags["data"] = self.runs / f"{'train' if start else 'base'}.jsonl"
-        last = self.runs / arm / f"checkpoint-{self.steps[arm]:06d}"
-        if not last.exists():
+        if not self.last(arm).exists():
             self.run(arm, "luffy.py", *(f"--{name}={value}" for name, value in flags.items()))
-        return last
+        if not self.last(arm).exists():
+            raise RuntimeError(f"{arm} was stopped; the same command goes on")
+        return self.last(arm)
 
     def evaluate(self, arm: str) -> None:
         """Greedily and 4 samples at T = 0.6, on the test problems -> data/."""
         out, start = self.runs / f"{arm}-eval", time.perf_counter()
         sizes = [f"--{name}={value}" for name, value in SIZES.items()] + [f"--limit={self.limit}"]
         what = "--model", self.checkpoints[arm].result(), "--bench", self.test, "--out", out
-        self.run(f"{arm}-eval", "eval.py", *what, "--samples=4", "--temperature=0,0.6", *sizes)
+        how = f"--samples={SAMPLES}", "--temperature=0,0.6"
+        self.run(f"{arm}-eval", "eval.py", *what, *how, *sizes)
         row = {"arm": arm, "steps": self.steps[arm]} | curves(self.runs / arm, self.steps[arm])
         for (_, temperature, _), rows in load_rows(out).items():
-            right = Counter()
-            for response in rows:
-                right[response["problem"]] += response["reward"] == 1
-            of = {name: sum(r[name] for r in rows) for name in ("tokens", "truncated", "lenient")}
-            boxed = sum("\\boxed{" in r["response"] for r in rows)
-            digits = "".join(str(right[p]) for p in sorted(right))  # the same order for all arms
-            row[f"T={temperature:g}"] = of | dict(responses=len(rows), boxed=boxed, right=digits)
+            row[f"T={temperature:g}"] = summary(rows)
             if temperature == 0:
                 kept = "problem", "response", "reward", "truncated"
                 some = rows[:SHOWN] + [r for r in rows[SHOWN:] if r["reward"] == 1]
                 shown = [{"arm": arm} | {n: r[n] for n in kept} for r in some]
         row["evaluation_seconds"] = round(time.perf_counter() - start)
         with self.lock:
-            append(DATA / "samples.jsonl", *shown)
-            append(DATA / "runs.jsonl", row)
+            for file, new in ((DATA / "samples.jsonl", shown), (DATA / "runs.jsonl", [row])):
+                others = [r for r in read_jsonl(file) if r["arm"] != arm]
+                write(file, to_jsonl(others + new))
+            self.evaluated += 1
 
     def do(self, arms: list[str]) -> None:
-        with ThreadPoolExecutor(2 * len(ARMS)) as pool:
-            for arm in ARMS:  # those of before are there
-                self.checkpoints[arm] = pool.submit(self.train, arm)
-            jobs = [pool.submit(self.evaluate, arm) for arm in arms]
-            threading.Thread(target=self.show, args=(arms,), daemon=True).start()
-        for job in jobs:
-            job.result()
+        """Train and evaluate these. Raises RuntimeError after the last one if one failed."""
+        starts = {ARMS[arm][1] for arm in arms} - {*arms, ""}
+        problems = []
+        with ThreadPoolExecutor(2 * len(ARMS)) as pool, self.bar(arms):
+            for arm in ARMS:
+                if arm in arms or arm in starts:
+                    self.checkpoints[arm] = pool.submit(self.train, arm)
+            for job in as_completed([pool.submit(self.evaluate, arm) for arm in arms]):
+                if error := job.exception():
+                    problems.append(str(error))
+                    tqdm.write(str(error), file=sys.stderr)
+        if problems:
+            raise RuntimeError("; ".join(dict.fromkeys(problems)))
 
-    def show(self, arms: list[str]) -> None:
-        """A bar of all arms' steps, from what their runs have written."""
-        with tqdm(total=sum(self.steps[arm] for arm in arms), unit="step") as bar:
-            while True:
-                files = [self.runs / arm / "metrics.jsonl" for arm in arms]
-                bar.n = sum(len(read_jsonl(file)) for file in files if file.exists())
-                bar.refresh()
-                time.sleep(2)
+    @contextmanager
+    def bar(self, arms: list[str]) -> Iterator[None]:
+        """Of these arms' steps, from what their runs have written."""
+        done = threading.Event()
+
+        def show() -> None:
+            files = [self.runs / arm / "metrics.jsonl" for arm in arms]
+            with tqdm(total=sum(self.steps[arm] for arm in arms), unit="step") as bar:
+                while not done.wait(2):
+                    bar.n = sum(len(read_jsonl(file)) for file in files)
+                    bar.set_postfix(evaluated=f"{self.evaluated}/{len(arms)}")
+
+        thread = threading.Thread(target=show)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
 def curves(out: Path, steps: int) -> dict:
@@ -139,31 +160,38 @@ def curves(out: Path, steps: int) -> dict:
     return {"seconds": seconds, "curves": kept}
 
 
+def summary(rows: list[dict]) -> dict:
+    """Of responses. right: a digit for each problem, in an order that is the same for all arms."""
+    right = Counter()
+    for row in rows:
+        right[row["problem"]] += row["reward"] == 1
+    found = {name: sum(row[name] for row in rows) for name in ("tokens", "truncated", "lenient")}
+    found |= dict(responses=len(rows), boxed=sum("\\boxed{" in row["response"] for row in rows))
+    return found | {"right": "".join(str(right[p]) for p in sorted(right))}
+
+
 # ------------------------------------------------------------------ what came out
 def number(value: float, digits: int = 3, sign: str = "") -> str:
     """0.5 -> .500"""
-    return f"{value:{sign}.{digits}f}".replace("0.", ".", 1)
+    return re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{sign}.{digits}f}")
 
 
 def table(rows: dict[str, dict]) -> str:
-    """What the README has between its marks, from data/."""
-    heads = "arm", "reward of rollouts, steps 1-8", "9-16", "right of 512, greedy", "T = 0.6, 2048"
-    heads += "in a box, greedy", "entropy, first step", "last", "π of a step's traces, first", "last"
+    heads = "arm", "reward of rollouts, first half", "second", "right, greedy"
+    heads += "at T = 0.6", "in a box, greedy", "entropy, first step", "last"
+    heads += "π of a step's traces, first", "last"
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, row in rows.items():
         of, greedy, sampled = row["curves"], row.get("T=0"), row.get("T=0.6")
-        reward = (
-            [number(np.mean(of["reward"][i : i + 8])) for i in (0, 8)] if "reward" in of else []
-        )
-        right = [str(sum(map(int, x["right"]))) if x else "not done" for x in (greedy, sampled)]
-        boxed = number(greedy["boxed"] / greedy["responses"], 2) if greedy else "not done"
-        ends = [
-            number(of[name][i], 2) if name in of else "-"
-            for name in ("entropy", "trace_prob")
-            for i in (0, -1)
-        ]
-        cells = [f"`{arm}`", *(reward or "--"), *right, boxed, *ends]
-        lines.append(f"| {' | '.join(cells)} |")
+        halves = np.array_split(of["reward"], 2) if "reward" in of else []
+        cells = [number(np.mean(half)) for half in halves] or ["-", "-"]
+        for x in (greedy, sampled):
+            right = sum(map(int, x["right"])) if x else 0
+            cells.append(f"{right} of {x['responses']:,}" if x else "not done")
+        cells += [number(greedy["boxed"] / greedy["responses"], 2) if greedy else "not done"]
+        for name in ("entropy", "trace_prob"):
+            cells += [number(of[name][i], 2) if name in of else "-" for i in (0, -1)]
+        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -177,16 +205,15 @@ def differences(rows: dict[str, dict]) -> str:
         if abs(mean) > error:
             low, high = (number(x, sign="+") for x in (mean - error, mean + error))
             found.append(f"`{b}` - `{a}` {number(mean, sign='+')} [{low}, {high}]")
-    return (
-        f"Of {len(pairs)} differences, {len(found)} with an interval without 0: {'; '.join(found)}."
-    )
+    named = "; ".join(found) or "none"
+    return f"Differences with an interval without 0, {len(found)} of {len(pairs)}: {named}."
 
 
 def agreement(rows: dict[str, dict]) -> str:
     """Of the sampler's and the trainer's numerics, over all arms and steps."""
     kl = [x for row in rows.values() for x in row["curves"].get("sampler_kl", [])]
-    low, high = (number(f(kl), 4) for f in (min, max))
-    return f"KL between the sampler's policy and the trainer's, a token, by step: {low} to {high}."
+    ends = " to ".join(number(f(kl), 4) for f in (min, max)) if kl else "none"
+    return f"KL between the sampler's policy and the trainer's, a token, by step: {ends}."
 
 
 def draw(rows: dict[str, dict]) -> None:
@@ -199,40 +226,76 @@ def draw(rows: dict[str, dict]) -> None:
                 values = row["curves"][name]
                 values = values if name in ("entropy", "truncated") else smooth(values, 4)
                 axis.plot(range(1, len(values) + 1), values, f"C{i}", marker="os^vDx"[i], label=arm)
-        axis.set(title=title, xlabel="step", xticks=range(0, len(values) + 1, 4))
+        axis.set(title=title, xlabel="step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
     figure.savefig(HERE / "curves.png", dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
 def report() -> None:
-    rows = {row["arm"]: row for row in read_jsonl(DATA / "runs.jsonl")}  # the last one of each
-    text = (HERE / "README.md").read_text("utf-8")
-    before, rest = text.split(START)
+    """README.md between its marks, and curves.png."""
+    found = {row["arm"]: row for row in read_jsonl(DATA / "runs.jsonl")}
+    rows = {arm: found[arm] for arm in ARMS if arm in found}
+    before, rest = (HERE / "README.md").read_text("utf-8").split(START)
     after = rest.split(END)[1]
-    found = f"{table(rows)}\n\n{differences(rows)} {agreement(rows)}"
-    write(HERE / "README.md", f"{before}{START}\n{found}\n{END}{after}")
+    made = f"{table(rows)}\n\n{differences(rows)} {agreement(rows)}"
+    write(HERE / "README.md", f"{before}{START}\n{made}\n{END}{after}")
     draw(rows)
+
+
+# ------------------------------------------------------------------ the command line
+def check(study: Study, arms: list[str]) -> None:
+    """Ends the program where rows of data/ and this command do not belong together."""
+    for row in read_jsonl(DATA / "runs.jsonl"):
+        limit = row.get("T=0", {}).get("responses", study.limit)
+        if (row["steps"], limit) != (study.steps[row["arm"]], study.limit):
+            sys.exit(f"data/ has {row['arm']} of {row['steps']} steps and {limit} test problems: "
+                     "give --steps and --limit as they were, or remove data/")  # fmt: skip
+    for start in {ARMS[arm][1] for arm in arms} - {*arms, ""}:
+        if not study.last(start).exists():
+            sys.exit(f"data/ has {start}, but {study.runs} has no weights of it, which "
+                     "other arms start from: name the right --runs, or remove data/")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", help="the directory of SmolLM2-135M-Instruct")
-    parser.add_argument("--problems", type=Path, help="the directory of GSM8K's two files")
-    parser.add_argument("--steps", type=int, default=16, help="of each arm [16]")
-    parser.add_argument("--limit", type=int, default=512, help="test problems [512]")
-    parser.add_argument("--runs", type=Path, default=Path("runs/gsm8k"), help="[runs/gsm8k]")
+    parser.add_argument("--model", type=Path, help="the directory of SmolLM2-135M-Instruct")
+    parser.add_argument("--train", type=Path, help="GSM8K's train.jsonl")
+    parser.add_argument("--test", type=Path, help="GSM8K's test.jsonl")
+    parser.add_argument("--steps", type=ranged(int, 1), default=16, help="of each arm [16]")
+    parser.add_argument("--limit", type=ranged(int, 1), default=512, help="test problems [512]")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gsm8k-study"), help="for weights")
     parser.add_argument("--report", action="store_true", help="only what is made from data/")
     args = parser.parse_args()
-    if not args.report:
-        if not (args.model and args.problems):
-            parser.error("--model and --problems: needed, but for --report")
-        done = {row["arm"] for row in read_jsonl(DATA / "runs.jsonl") if "T=0.6" in row}
-        study = Study(args.model, args.problems, args.runs.resolve(), args.steps, args.limit)
-        study.do([arm for arm in ARMS if arm not in done])
-    report()
+    if args.report:
+        return report()
+    for name in ("model", "train", "test"):
+        where = getattr(args, name)
+        if where is None:
+            parser.error(f"--{name}: needed, but for --report")
+        if not (where / "config.json" if name == "model" else where).is_file():
+            parser.error(f"--{name} {where}: no {'model' if name == 'model' else 'file'} is there")
+    done = {row["arm"] for row in read_jsonl(DATA / "runs.jsonl") if "T=0.6" in row}
+    arms = [arm for arm in ARMS if arm not in done]
+    paths = (path.resolve() for path in (args.model, args.test, args.runs))
+    study = Study(*paths, args.steps, args.limit)
+    check(study, arms)
+    for directory in (study.runs, DATA):
+        directory.mkdir(parents=True, exist_ok=True)
+    lines = args.train.read_text("utf-8").splitlines(keepends=True)
+    for name, some in {"base": lines[:OF_BASE], "train": lines[OF_BASE:]}.items():
+        write(study.runs / f"{name}.jsonl", "".join(some))
+    try:
+        if arms:
+            study.do(arms)
+    except RuntimeError as error:
+        sys.exit(str(error))
+    finally:
+        report()
 
 
 if __name__ == "__main__":
