@@ -319,9 +319,9 @@ class Report:
         n = max(self.seeds(), 2)
         return number(student(n, 1 - 0.05 / m) / student(n, 0.95), 1)
 
-    def spread(self, arm: str) -> str:
+    def spread(self, arm: str, what: str = "mean") -> str:
         """The standard deviation of its seeds."""
-        found = stack(self._values("both", arm, "mean"))
+        found = stack(self._values("both", arm, what))
         return NOT_RUN if found is None or len(found) < 2 else number(found.mean(1).std(ddof=1))
 
     def one_seed(self, rate: float = 0) -> "Report":
