@@ -47,7 +47,7 @@ def check(what: str, value: str, ok: bool = True, limit: str = "", fix: str = ""
     found = gather((bool(ok), value))
     worst = next((i for i, (fine, _) in enumerate(found) if not fine), None)
     shown = found[worst or 0][1]
-    line = f"{what:24}{shown:56}{limit:26}"
+    line = f"{what:24}{shown:55} {limit:25} "
     say(f"{line}{'ok' if worst is None else 'FAILED'}")
     if worst is not None:
         raise InputError(f"preflight, {what}, rank {worst}: {shown}; expected {limit}. {fix}")

@@ -622,5 +622,6 @@ def write_all() -> None:
     report = Report()
     for file, text in texts(report).items():
         write(file, text)
+        print(f"written     {file.relative_to(ROOT)}")
     report._draw_all(HERE)
     draw_curves(HERE)  # of the metrics.jsonl beside it
