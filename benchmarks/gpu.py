@@ -12,7 +12,6 @@ comes, the table at the end.
 """
 
 import argparse
-import math
 import random
 import statistics
 from dataclasses import replace
@@ -21,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
-from update import flops, luffy, show, show_head, spread
+from update import difference, flops, luffy, show, show_head, spread
 
 from data import Problem
 from machinery.arguments import ranged
@@ -58,7 +57,7 @@ def make(tokens: int, vocabulary: int, longest: int) -> list[Trajectory]:
     return found
 
 
-def padded(model, trajectories: list[Trajectory], size: int, head: str, z: float) -> None:
+def add_up_padded(model, trajectories: list[Trajectory], size: int, head: str, z: float) -> None:
     """Gradients of the same loss, from rows that are padded to the longest of `size`."""
     for i in range(0, len(trajectories), size):
         some = trajectories[i : i + size]
@@ -78,10 +77,10 @@ def padded(model, trajectories: list[Trajectory], size: int, head: str, z: float
             with torch.no_grad():
                 entropy = -(log_p.exp() * log_p).sum(-1)
             assert entropy[real].isfinite().all()
-        off = torch.tensor([[t.off_policy] for t in some], device=device())
-        x = (logp - torch.where(off, 0.0, logp.detach())).exp()
+        off_policy = torch.tensor([[t.off_policy] for t in some], device=device())
         advantage = torch.tensor([[t.advantage] for t in some], device=device())
-        objective = torch.where(off, x / (x + 0.1), x) * advantage
+        logp_behavior = torch.where(off_policy, luffy.LOG_PI_PHI, logp.detach())
+        objective = luffy.mixed_policy_objective(logp, logp_behavior, advantage, off_policy)
         (-(objective * real).sum() / z).backward()
 
 
@@ -119,14 +118,13 @@ class Update:
             luffy.update(self.policy, optimizer, self.trajectories, cfg)
         else:
             z = len(self.trajectories) * self.cfg.max_response_tokens
-            padded(model, self.trajectories, size, kind, z)
+            add_up_padded(model, self.trajectories, size, kind, z)
             optimizer.step(self.cfg.max_grad_norm / self.cfg.scale)
             optimizer.zero_grad()
 
-    def error(self, how: tuple, other: list[torch.Tensor]) -> float:
+    def gradient(self, how: tuple) -> torch.Tensor:
         self.run(*how, keep=(kept := []))
-        gaps = [(a.float() - b.float()).norm().item() for a, b in zip(kept, other)]
-        return math.hypot(*gaps) / math.hypot(*(b.float().norm().item() for b in other))
+        return torch.cat([g.flatten() for g in kept])
 
     def measure(self, how: tuple) -> tuple[float, float]:
         """-> seconds of a step, and the most GiB that were allocated."""
@@ -147,8 +145,8 @@ def main() -> None:
     print_what_can_be()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="Qwen/Qwen2.5-Math-1.5B")
-    tokens = "of all responses, at least [65536]"
-    parser.add_argument("--tokens", type=ranged(int, 1), default=65536, help=tokens)
+    of_all = "of all responses, at least [65536]"
+    parser.add_argument("--tokens", type=ranged(int, 1), default=65536, help=of_all)
     parser.add_argument("--rounds", type=ranged(int, 1), default=3)
     args = parser.parse_args()
     if not ON_GPU and args.shape != "toy":
@@ -159,13 +157,12 @@ def main() -> None:
     *others, last = VARIANTS
     seconds, most, rates = {name: [] for name in VARIANTS}, dict.fromkeys(VARIANTS, 0.0), []
     with tqdm(total=(1 + args.rounds) * len(VARIANTS)) as bar:
-        update.run(*VARIANTS[last], keep=(exact := []))
-        errors = {last: 0.0}
+        plain, errors = update.gradient(VARIANTS[last]), {last: 0.0}
         for name in others:
             bar.update()
-            errors[name] = update.error(VARIANTS[name], exact)
+            errors[name] = difference(update.gradient(VARIANTS[name]), plain)
             bar.write(f"{name}: gradient differs from the last variant's by {errors[name]:.0e}")
-        del exact
+        del plain
         bar.update()
         for _ in range(args.rounds):
             rates.append(matrix_rate())

@@ -100,7 +100,7 @@ def check_size_on_cpu(name: str) -> None:
 
 
 def on_paper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The trainer's model of random weights or, under FakeTensorMode, of none."""
+    """The trainer's model with random weights or, under FakeTensorMode, without any."""
     how: Any = dict(attn_implementation="packed", dtype=dtype)
     return library().AutoModelForCausalLM.from_config(config, **how)
 

@@ -197,6 +197,10 @@ def test_quantities_by_hand(full, monkeypatch):
     other = full._values("frequent", "luffy", "hard")[3]
     np.testing.assert_allclose(full._values("both", "luffy", "hard")[3], (hard + other) / 2)
     assert len(full._values("rare", "luffy", "hard T1.4")[3]) == 50
+    assert full._values("rare", "luffy", "hard").keys() == {0, 1, 2, 3, 4}
+    other = full.other_seeds()  # its choices are those of the seed that it lacks
+    assert other._values("rare", "luffy", "hard").keys() == {1, 2, 3, 4}
+    assert other._choice == full._choice
     hot = np.array(full._scores["rare", "luffy", 200, 1.4][3]["right"]["hard"]) / 8
     change = full._values("rare", "luffy", "hard T1.4 - hard")[3]
     np.testing.assert_allclose(change, hot - hard[::4])  # the same problems

@@ -130,3 +130,23 @@ def test_the_page_of_gsm8k_is_of_its_data(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     rows = {"a": {"T=0": {"right": "1" * 9 + "0" * 91}}, "b": {"T=0": {"right": "0" * 100}}}
     assert "1 of 1" in gsm8k.differences(rows) and "-.090" in gsm8k.differences(rows)
+
+
+def test_the_study_of_gsm8k_refuses_what_does_not_belong_together(tmp_path, monkeypatch):
+    gsm8k = load_study("gsm8k")
+    monkeypatch.setattr(gsm8k, "DATA", tmp_path)
+    monkeypatch.setattr(gsm8k.Study, "run", lambda *_: None)  # stopped before its last checkpoint
+
+    def make(limit: int):
+        return gsm8k.Study(tmp_path, tmp_path, tmp_path / "runs", 16, limit)
+
+    with pytest.raises(RuntimeError, match="base was stopped"):
+        make(64).do(["base", "luffy"])
+    row = {"arm": "base", "steps": 16, "T=0": {"responses": 64}}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match="of 16 steps and 64 test problems"):
+        gsm8k.check(make(512), ["luffy"])
+    with pytest.raises(SystemExit, match="has no weights of it"):
+        gsm8k.check(make(64), ["luffy"])
+    make(64).last("base").mkdir(parents=True)
+    gsm8k.check(make(64), ["luffy"])

@@ -11,7 +11,6 @@ its row in data/runs.jsonl is not run again.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(HERE.parent / "sums"))  # last: it has a study.py, too
 
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
@@ -35,6 +35,7 @@ from machinery.arguments import ranged  # noqa: E402
 from machinery.files import read_jsonl, to_jsonl, write  # noqa: E402
 from machinery.metrics import smooth  # noqa: E402
 from machinery.responses import load_rows  # noqa: E402
+from sums_report import bootstrap, curves, number, table  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -100,7 +101,9 @@ class Study:
         what = "--model", self.checkpoints[arm].result(), "--bench", self.test, "--out", out
         how = f"--samples={SAMPLES}", "--temperature=0,0.6"
         self.run(f"{arm}-eval", "eval.py", *what, *how, *sizes)
-        row = {"arm": arm, "steps": self.steps[arm]} | curves(self.runs / arm, self.steps[arm])
+        row = {"arm": arm, "steps": self.steps[arm]} | curves(
+            self.runs / arm, self.steps[arm], CURVES
+        )
         for (_, temperature, _), rows in load_rows(out).items():
             row[f"T={temperature:g}"] = summary(rows)
             if temperature == 0:
@@ -116,8 +119,7 @@ class Study:
 
     def do(self, arms: list[str]) -> None:
         """Train and evaluate these. Raises RuntimeError after the last one if one failed."""
-        starts = {ARMS[arm][1] for arm in arms} - {*arms, ""}
-        problems = []
+        starts, problems = starts_of(arms), []
         with ThreadPoolExecutor(2 * len(ARMS)) as pool, self.bar(arms):
             for arm in ARMS:
                 if arm in arms or arm in starts:
@@ -150,14 +152,9 @@ class Study:
             thread.join()
 
 
-def curves(out: Path, steps: int) -> dict:
-    """Of a run's directory: metrics of each step, and seconds of its phases."""
-    metrics, timing = (read_jsonl(out / f"{name}.jsonl")[:steps] for name in ("metrics", "timing"))
-    kept = {n: [row.get(n) for row in metrics] for n in CURVES if any(n in r for r in metrics)}
-    kept = {n: [x if x is None else float(f"{x:.4g}") for x in v] for n, v in kept.items()}
-    phases = "sync", "sample", "score", "update"
-    seconds = {name: round(sum(row[name] for row in timing), 1) for name in phases}
-    return {"seconds": seconds, "curves": kept}
+def starts_of(arms: list[str]) -> set[str]:
+    """Arms that these start from, and that are not among them."""
+    return {ARMS[arm][1] for arm in arms} - {*arms, ""}
 
 
 def summary(rows: list[dict]) -> dict:
@@ -171,28 +168,22 @@ def summary(rows: list[dict]) -> dict:
 
 
 # ------------------------------------------------------------------ what came out
-def number(value: float, digits: int = 3, sign: str = "") -> str:
-    """0.5 -> .500"""
-    return re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{sign}.{digits}f}")
-
-
-def table(rows: dict[str, dict]) -> str:
-    heads = "arm", "reward of rollouts, first half", "second", "right, greedy"
-    heads += "at T = 0.6", "in a box, greedy", "entropy, first step", "last"
-    heads += "π of a step's traces, first", "last"
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+def arms_table(rows: dict[str, dict]) -> str:
+    head = "arm | reward of rollouts, first half | second | right, greedy | at T = 0.6 | in a box, "
+    head += "greedy | entropy, first step | last | π of a step's traces, first | last"
+    lines = {}
     for arm, row in rows.items():
         of, greedy, sampled = row["curves"], row.get("T=0"), row.get("T=0.6")
         halves = np.array_split(of["reward"], 2) if "reward" in of else []
-        cells = [number(np.mean(half)) for half in halves] or ["-", "-"]
+        cells = [number(np.mean(half), 3) for half in halves] or ["-", "-"]
         for x in (greedy, sampled):
             right = sum(map(int, x["right"])) if x else 0
             cells.append(f"{right} of {x['responses']:,}" if x else "not done")
-        cells += [number(greedy["boxed"] / greedy["responses"], 2) if greedy else "not done"]
+        cells += [number(greedy["boxed"] / greedy["responses"]) if greedy else "not done"]
         for name in ("entropy", "trace_prob"):
-            cells += [number(of[name][i], 2) if name in of else "-" for i in (0, -1)]
-        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells += [number(of[name][i]) if name in of else "-" for i in (0, -1)]
+        lines[f"`{arm}`"] = cells
+    return table(head, lines)
 
 
 def differences(rows: dict[str, dict]) -> str:
@@ -200,11 +191,10 @@ def differences(rows: dict[str, dict]) -> str:
     right = {a: np.array([*map(int, r["T=0"]["right"])]) for a, r in rows.items() if "T=0" in r}
     found, pairs = [], list(combinations(right, 2))
     for a, b in pairs:
-        gap = right[b] - right[a]
-        mean, error = gap.mean(), 1.96 * gap.std(ddof=1) / len(gap) ** 0.5
-        if abs(mean) > error:
-            low, high = (number(x, sign="+") for x in (mean - error, mean + error))
-            found.append(f"`{b}` - `{a}` {number(mean, sign='+')} [{low}, {high}]")
+        mean, low, high = bootstrap((right[b] - right[a])[None])
+        if low > 0 or high < 0:
+            mean, low, high = (number(x, 3, sign=True) for x in (mean, low, high))
+            found.append(f"`{b}` - `{a}` {mean} [{low}, {high}]")
     named = "; ".join(found) or "none"
     return f"Differences with an interval without 0, {len(found)} of {len(pairs)}: {named}."
 
@@ -242,7 +232,7 @@ def report() -> None:
     rows = {arm: found[arm] for arm in ARMS if arm in found}
     before, rest = (HERE / "README.md").read_text("utf-8").split(START)
     after = rest.split(END)[1]
-    made = f"{table(rows)}\n\n{differences(rows)} {agreement(rows)}"
+    made = f"{arms_table(rows)}\n\n{differences(rows)} {agreement(rows)}"
     write(HERE / "README.md", f"{before}{START}\n{made}\n{END}{after}")
     draw(rows)
 
@@ -255,7 +245,7 @@ def check(study: Study, arms: list[str]) -> None:
         if (row["steps"], limit) != (study.steps[row["arm"]], study.limit):
             sys.exit(f"data/ has {row['arm']} of {row['steps']} steps and {limit} test problems: "
                      "give --steps and --limit as they were, or remove data/")  # fmt: skip
-    for start in {ARMS[arm][1] for arm in arms} - {*arms, ""}:
+    for start in starts_of(arms):
         if not study.last(start).exists():
             sys.exit(f"data/ has {start}, but {study.runs} has no weights of it, which "
                      "other arms start from: name the right --runs, or remove data/")  # fmt: skip

@@ -34,6 +34,7 @@ from machinery.model import Policy, end_ids, load_config, load_model, load_token
 from machinery.processes import init_processes, seed_of  # noqa: E402
 from machinery.samplers import TorchSampler  # noqa: E402
 from machinery.scores import respond  # noqa: E402
+from sums_report import curves  # noqa: E402
 from verify import Grader  # noqa: E402
 
 KINDS = {"2x2": (2, 2), "2x3": (2, 3), "3x2": (3, 2), "3x3": (3, 3), "4x2": (4, 2)}  # n, digits
@@ -177,15 +178,6 @@ def trace_probabilities(policy: Policy, asked: list[Problem], tokenizer: Tokeniz
     return found
 
 
-def curves(out: Path, steps: int) -> dict:
-    """Of a run's directory: metrics of each step, and seconds."""
-    metrics, timing = (read_jsonl(out / f"{name}.jsonl")[:steps] for name in ("metrics", "timing"))
-    kept = {n: [row.get(n) for row in metrics] for n in CURVES if any(n in r for r in metrics)}
-    kept = {n: [x if x is None else float(f"{x:.4g}") for x in v] for n, v in kept.items()}
-    seconds = sum(row[phase] for row in timing for phase in ("sync", "sample", "score", "update"))
-    return {"seconds": round(seconds), "curves": kept}
-
-
 # ------------------------------------------------------------------ the order of things
 def make_arm(model: str, runs: Path, arm: str, seed: int, steps: int) -> Path:
     """-> its last checkpoint; first those of the arms that it needs."""
@@ -218,7 +210,7 @@ def study(model: str, runs: Path, data: Path, jobs: list[tuple[str, int]], steps
             found, samples = evaluate(checkpoint, runs / "test.jsonl", temperatures)
             what = {"arm": arm, "seed": seed, "steps": of}
             append(data / "samples.jsonl", *(what | sample for sample in samples))
-            append(data / "runs.jsonl", what | curves(checkpoint.parent, of) | found)
+            append(data / "runs.jsonl", what | curves(checkpoint.parent, of, CURVES) | found)
 
 
 def main() -> None:

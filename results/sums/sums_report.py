@@ -55,6 +55,15 @@ def table(head: str, rows: dict[str, list[str]]) -> str:
     )
 
 
+def curves(out: Path, steps: int, names: Collection[str]) -> dict:
+    """Of a run's directory: these metrics of each step, and seconds."""
+    metrics, timing = (read_jsonl(out / f"{name}.jsonl")[:steps] for name in ("metrics", "timing"))
+    kept = {n: [row.get(n) for row in metrics] for n in names if any(n in r for r in metrics)}
+    kept = {n: [x if x is None else float(f"{x:.4g}") for x in v] for n, v in kept.items()}
+    seconds = sum(row[phase] for row in timing for phase in ("sync", "sample", "score", "update"))
+    return {"seconds": round(seconds), "curves": kept}
+
+
 class Report:
     """data/ and what can be said about it. The public functions are the template's vocabulary."""
 

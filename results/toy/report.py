@@ -72,7 +72,7 @@ STYLES = {  # apart in grey, too
 }
 # fmt: on
 TOO_LONG = "longer at its first checkpoint"  # than SLACK allows
-WORDS = re.compile("undecided|reproduced|the opposite|yes|no, the reverse|" + NOT_RUN)  # a verdict
+VERDICT = re.compile(f"undecided|reproduced|the opposite|yes|no, the reverse|{NOT_RUN}|{TOO_LONG}")
 TIE = 2.25 / 1536  # on val: two responses more or less are no difference
 SLACK = 1.1  # equal seconds: at most so many times LUFFY's
 
@@ -595,7 +595,7 @@ def texts(report: Report) -> dict[Path, str]:
     report.claims = len(decided)
     report.holding = sum("**" in render(one, report) for one in decided) or "none"
     with_it, without = ([render(one, r) for one in decided] for r in (report, report.other_seeds()))
-    changed = sum(WORDS.findall(a)[0] != WORDS.findall(b)[0] for a, b in zip(with_it, without))
+    changed = sum(VERDICT.search(a)[0] != VERDICT.search(b)[0] for a, b in zip(with_it, without))
     report.changed = f"{changed} of {len(decided)}" if changed else "no"
     results, arms, section = (render(part, report) for part in re.split(PART, template))
     before, _, after = re.split(
